@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer (with venv), make, and a C++ compiler if there is one.
+#   make demo                  installs into .venv, then shows a small model forget a real text
+#   make demo ARGS="--seed 1"  the same, with options of `fastforget demo`
+#   make test PYTHON=python3.12 TORCH=torch    another Python, another torch
+
+PYTHON ?= python3
+# Installed before everything else, so that no dependency picks another build of it; not in constraints.txt for this reason.
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,data,plot,cluster
+TEST_WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# -qq: only errors. pip would otherwise list every package, and warn of package indexes that it has not been asked to trust.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-install proof format clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make venv          install everything into .venv
+venv: $(STAMP)
+
+$(STAMP): Makefile pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) into $(VENV) ..."
+	@$(PIP_INSTALL) "$(TORCH)"
+	@echo "Installing fastforget and what it needs ..."
+	@$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	@touch $(STAMP)
+
+## make demo          show a small model forget a real text (ARGS="..." for options)
+demo: $(STAMP)
+	$(BIN)/fastforget demo $(ARGS)
+
+## make test          lint, format and the tests that take seconds
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS)
+
+## make test-install  build the sdist and the wheel, install them into clean environments, and import
+test-install: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_install.py
+
+## make proof         the tests that take minutes
+proof: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+## make format        format, and fix what the linter can
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## make clean         remove .venv and everything that was built
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis fastforget/_csrc.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""Plain PyTorch on all logits at once: the oracle (in float64), and what every other backend is measured against.
+
+Written from the definitions, with autograd for every gradient; N x V logits are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from fastforget.head import LMHead
+
+
+def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collection[str]) -> dict[str, Tensor]:
+    """Per-token statistics; see `fastforget.stats.token_stats` for the fields."""
+    logits = head.logits(hidden)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    label_column = labels[:, None]
+    fields = {
+        "lse": torch.logsumexp(logits, dim=-1),
+        "logp": log_probs.gather(1, label_column)[:, 0],
+        "label_logit": logits.gather(1, label_column)[:, 0],
+    }
+    if "log_not_label" in outputs:
+        others = logits.scatter(1, label_column, -torch.inf)
+        fields["log_not_label"] = torch.logsumexp(others, dim=-1) - fields["lse"]
+    if "max_logit" in outputs or "argmax" in outputs:
+        fields["max_logit"], fields["argmax"] = logits.max(dim=-1)
+    if "logit_mean" in outputs:
+        fields["logit_mean"] = logits.mean(dim=-1)
+    probs = log_probs.exp()
+    if {"entropy", "logp_mean", "logp_var"} & set(outputs):
+        mean = (probs * log_probs).sum(dim=-1)
+        fields["entropy"] = -mean
+        fields["logp_mean"] = mean.detach()
+        fields["logp_var"] = (probs * (log_probs - mean[:, None]) ** 2).sum(dim=-1).detach()
+    if "expected_embedding" in outputs:
+        fields["expected_embedding"] = head.scale * (probs @ head.weight.to(probs.dtype))
+    return fields
+
+
+def divergence(hidden: Tensor, ref_hidden: Tensor, head: LMHead, kind: str) -> Tensor:
+    """(n,) forward KL(q||p), reverse KL(p||q) or JSD; q is the reference's distribution, p the model's."""
+    log_p = torch.log_softmax(head.logits(hidden), dim=-1)
+    with torch.no_grad():
+        log_q = torch.log_softmax(head.logits(ref_hidden), dim=-1)
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    log_mixture = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+    return 0.5 * (kl(log_p, log_mixture) + kl(log_q, log_mixture))
+
+
+def kl(log_from: Tensor, log_to: Tensor) -> Tensor:
+    """KL(from || to), by its definition."""
+    return (log_from.exp() * (log_from - log_to)).sum(dim=-1)

@@ -1,0 +1,124 @@
+"""`fastforget doctor`: versions, devices, and which backend is in use and why.
+
+Every finding stands alone: a package that is missing or broken is said in its row, and the other rows still come.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+Row = tuple[str, str]
+
+PACKAGES = ("fastforget", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton")
+OPTIONAL_PACKAGES = {"triton": "only GPU kernels need it"}
+GIB = 2**30
+
+
+def report() -> list[Row]:
+    """What this machine has and what fastforget does with it, as (name, finding) in the order to print them."""
+    rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    rows += [(name, _version(name)) for name in PACKAGES]
+    for name, findings in (
+        ("cpu", _cpu),
+        ("cuda", _cuda_devices),
+        ("csrc", _native_library),
+        ("backend auto", _automatic_backends),
+    ):
+        rows += _guarded(name, findings)
+    return rows
+
+
+def _guarded(name: str, findings: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return findings()
+    except Exception as error:  # whatever is broken here is what the user came to find out
+        return [(name, f"cannot be told: {type(error).__name__}: {error}")]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name == "fastforget":
+            return "not installed: runs from its folder"
+        return f"not installed: {OPTIONAL_PACKAGES[name]}" if name in OPTIONAL_PACKAGES else "not installed"
+
+
+def _cpu() -> list[Row]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or "unknown number of"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
+    rows = [
+        ("cpu", f"{_cpu_model()}; {cores} cores, {psutil.cpu_count()} threads, {usable} usable"),
+        ("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB of it available"),
+    ]
+    rows += _guarded("torch threads", _torch_threads)
+    return rows
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _torch_threads() -> list[Row]:
+    import torch
+
+    return [("torch threads", str(torch.get_num_threads()))]
+
+
+def _cuda_devices() -> list[Row]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.backends.cuda.is_built()
+        return [("cuda", "no device found" if built else "none: this torch is built without CUDA")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        rows += _guarded(f"cuda:{index}", lambda index=index: [(f"cuda:{index}", _cuda_device(index))])
+    return rows
+
+
+def _cuda_device(index: int) -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    with torch.cuda.device(index):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        free, total = torch.cuda.mem_get_info()
+    bf16 = "bf16 in hardware" if has_bf16 else "no bf16 in hardware: float16 is used"
+    capability = f"compute capability {properties.major}.{properties.minor}"
+    return f"{properties.name}, {capability}; {total / GIB:.1f} GiB, {free / GIB:.1f} GiB of it free; {bf16}"
+
+
+def _native_library() -> list[Row]:
+    from fastforget.backends import native
+
+    status = native.status()
+    if not status.available:
+        return [("csrc", f"not available: {status.reason}")]
+    return [("csrc", f"loaded; instruction set {status.instruction_set}: {status.reason}")]
+
+
+def _automatic_backends() -> list[Row]:
+    import torch
+
+    from fastforget.backends import explain_auto
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    rows = []
+    for device in devices:
+        backend, reason = explain_auto(device)
+        rows.append((f"backend auto, {device}", f"{backend}: {reason}"))
+    return rows

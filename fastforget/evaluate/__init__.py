@@ -1,0 +1,1 @@
+"""What a model still knows: leakage, utility, and the report."""

@@ -1,0 +1,130 @@
+"""LMHead: how hidden states become logits, read off any Hugging Face causal LM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastforget.errors import FastforgetError
+
+
+class LMHead:
+    """The output head, `z = scale * h @ weight.T + bias`, then `softcap * tanh(z / softcap)` where there is a softcap.
+
+    Args:
+        weight: (V, D), floating point; the tensor itself is kept, so that a head that trains is seen to train.
+            `None` makes the identity head: its "hidden states" are logits that a model has already produced.
+        bias: (V,) or None.
+        scale: the factor on `h @ weight.T` (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        softcap: the cap (Gemma 2: 30), or None.
+
+    Raises:
+        FastforgetError: shapes that do not fit, a quantised weight, or a softcap that is not positive.
+    """
+
+    def __init__(
+        self, weight: Tensor | None, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    ) -> None:
+        if weight is not None:
+            if weight.dim() != 2:
+                raise FastforgetError(f"the head's weight must be (V, D), not {tuple(weight.shape)}")
+            if not weight.is_floating_point():
+                raise FastforgetError(
+                    f"the head's weight is {weight.dtype}: a quantised head cannot be read; leave it out of the "
+                    "quantisation (llm_int8_skip_modules=['lm_head']; fastforget.load does)"
+                )
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise FastforgetError(f"the head's bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+        elif bias is not None or scale != 1.0 or softcap is not None:
+            raise FastforgetError("an identity head (weight=None) takes no bias, scale or softcap")
+        if softcap is not None and not softcap > 0:
+            raise FastforgetError(f"softcap must be positive, not {softcap}")
+        self.weight = weight
+        self.bias = bias
+        self.scale = float(scale)
+        self.softcap = None if softcap is None else float(softcap)
+
+    @property
+    def is_identity(self) -> bool:
+        """True where the hidden states are already logits."""
+        return self.weight is None
+
+    @property
+    def trainable(self) -> bool:
+        """True where the weight or the bias wants a gradient."""
+        return any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits (..., V) of hidden (..., D), differentiable, in float32 (float64 for float64 states)."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.to(dtype)
+        if self.weight is not None:
+            logits = (logits @ self.weight.to(dtype).T) * self.scale
+        if self.bias is not None:
+            logits = logits + self.bias.to(dtype)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def to(self, dtype: torch.dtype) -> LMHead:
+        """A copy in another dtype (the oracle is a head in float64)."""
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LMHead(weight, bias, self.scale, self.softcap)
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> LMHead:
+        """Read weight, bias, scale and softcap off a causal LM (wrapped by PEFT or not).
+
+        What is read is checked against the model's own logits on the first batch (see `fastforget.step`), because a
+        config tells how logits are scaled only by convention.
+
+        Raises:
+            FastforgetError: no output embeddings, a quantised head, an adapter on the head, or prompt tuning.
+        """
+        causal_lm = base_causal_lm(model)
+        embeddings = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
+        if embeddings is None:
+            raise FastforgetError(f"{type(causal_lm).__name__} has no output embeddings: a causal LM is needed")
+        refuse_adapter_on_head(model, embeddings)
+        scale, softcap = read_scale_and_softcap(causal_lm.config)
+        bias = getattr(embeddings, "bias", None)
+        if bias is not None and scale != 1.0:
+            bias = bias * scale  # models scale what the head puts out, its bias included
+        return cls(embeddings.weight, bias, scale, softcap)
+
+
+def base_causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, adapters still injected."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refuse_adapter_on_head(model: nn.Module, embeddings: nn.Module) -> None:
+    """Raise where the head is not one frozen or trainable matrix, so that nothing wrong is computed instead."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise FastforgetError("prompt tuning is not supported: its virtual tokens shift every label; use LoRA")
+    wrapped = type(embeddings).__module__.startswith("peft.")
+    if wrapped:
+        raise FastforgetError(
+            "there is an adapter on the output head: its logits are not those of one matrix, and its reference is not "
+            "the frozen head; leave the head out of target_modules and modules_to_save"
+        )
+
+
+def read_scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """The scale and softcap that a transformers config names, under the names that models give them."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def value(*names: str) -> float | None:
+        found = (getattr(config, name, None) for name in names)
+        return next((float(number) for number in found if isinstance(number, int | float) and number), None)
+
+    softcap = value("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    multiplier = value("logit_scale", "lm_head_multiplier")  # Cohere, MPT; Falcon-H1
+    divisor = value("logits_scaling")  # Granite divides by it; HyperCLOVA X multiplies
+    if multiplier is None and divisor is not None:
+        multiplier = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    return (1.0 if multiplier is None else multiplier), softcap

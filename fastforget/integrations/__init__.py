@@ -1,0 +1,1 @@
+"""Adapters to training frameworks (HF Trainer, TRL, Accelerate); empty until their issue."""

@@ -1,0 +1,145 @@
+"""What an installation consists of: the CPU library, the kernels' folder, the version, and what `doctor` says."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fastforget import doctor
+from fastforget.backends import native
+
+ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """csrc/ built as it is now, whatever the installation holds."""
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("csrc") / "_csrc.so"
+    sources = sorted(str(source) for source in (ROOT / "csrc").glob("*.cpp"))
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    subprocess.run([CXX, *flags, *sources, "-o", str(path)], check=True)
+    return path
+
+
+@pytest.fixture
+def no_override(monkeypatch):
+    monkeypatch.delenv(native.OVERRIDE, raising=False)
+
+
+def test_installed_library_is_consistent(no_override):
+    status = native.status()
+    assert status.reason
+    assert status.available == (status.instruction_set in native.INSTRUCTION_SETS)
+    if os.environ.get("CI") and CXX:
+        assert status.available, status.reason
+
+
+def test_library_picks_the_best_instruction_set(library, no_override):
+    status = native.status(library)
+    assert status == native.NativeStatus(True, status.instruction_set, "the best that this machine has")
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and "flags" in cpuinfo.read_text():
+        flags = set(re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE).group(1).split())
+        if not {"avx2", "fma"} <= flags:
+            expected = "scalar"
+        elif not {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+            expected = "avx2"
+        else:
+            expected = "avx512"
+        assert status.instruction_set == expected
+
+
+@pytest.mark.parametrize("requested", native.INSTRUCTION_SETS)
+def test_override_picks_no_more_than_the_machine_has(library, monkeypatch, requested):
+    monkeypatch.delenv(native.OVERRIDE, raising=False)
+    best = native.status(library).instruction_set
+    monkeypatch.setenv(native.OVERRIDE, requested)
+    status = native.status(library)
+    order = native.INSTRUCTION_SETS.index
+    assert order(status.instruction_set) == min(order(requested), order(best))
+    assert native.OVERRIDE in status.reason
+
+
+def test_unknown_override_is_ignored_and_said(library, monkeypatch):
+    monkeypatch.delenv(native.OVERRIDE, raising=False)
+    best = native.status(library).instruction_set
+    monkeypatch.setenv(native.OVERRIDE, "AVX9000")
+    status = native.status(library)
+    assert (status.available, status.instruction_set) == (True, best)
+    assert "ignored" in status.reason and "avx2" in status.reason
+
+
+def test_missing_library_is_said(tmp_path):
+    status = native.status(tmp_path / "_csrc.so")
+    assert (status.available, status.instruction_set) == (False, None)
+    assert "is not there" in status.reason and "compiler" in status.reason
+
+
+def test_broken_library_is_said(tmp_path):
+    path = tmp_path / "_csrc.so"
+    path.write_text("not a library")
+    status = native.status(path)
+    assert (status.available, status.instruction_set) == (False, None)
+    assert "could not be loaded" in status.reason
+
+
+def test_library_of_another_abi_is_refused(library, monkeypatch):
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "ABI_VERSION", 999)
+    status = native.status(library)
+    assert not status.available
+    assert "needs 999" in status.reason
+
+
+def test_doctor_reports_every_subject(no_override):
+    rows = doctor.report()
+    assert all(isinstance(name, str) and isinstance(finding, str) and name and finding for name, finding in rows)
+    findings = dict(rows)
+    assert len(findings) == len(rows)
+    assert {"python", *doctor.PACKAGES} <= findings.keys()
+    assert {"cpu", "memory", "torch threads", "csrc", "backend auto, cpu"} <= findings.keys()
+    assert any(name.startswith("cuda") for name in findings)
+    assert not [finding for finding in findings.values() if "cannot be told" in finding]
+    assert findings["fastforget"] == importlib.metadata.version("fastforget")
+    status = native.status()
+    assert (status.instruction_set if status.available else status.reason) in findings["csrc"]
+
+
+def test_doctor_says_what_is_missing_or_broken(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def broken():
+        raise OSError("libfirst.so: cannot open")
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(doctor, "_native_library", broken)
+    findings = dict(doctor.report())
+    assert findings["peft"] == "not installed"
+    assert findings["triton"].startswith("not installed: ")
+    assert findings["csrc"] == "cannot be told: OSError: libfirst.so: cannot open"
+    assert "backend auto, cpu" in findings
+
+
+def test_kernels_is_a_namespace_package():
+    assert (ROOT / "kernels").is_dir()
+    assert not list((ROOT / "kernels").rglob("__init__.py")), "it would shadow the PyPI package `kernels`"
+    import fastforget_kernels
+
+    assert fastforget_kernels.__file__ is None
+    assert any((Path(folder) / "README.md").is_file() for folder in fastforget_kernels.__path__)
+
+
+def test_version_has_a_single_source():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert importlib.metadata.version("fastforget") == version, "stale installation: make venv"
+    sources = [ROOT / "setup.py", *(ROOT / "fastforget").rglob("*.py")]
+    assert not [source for source in sources if f'"{version}"' in source.read_text()]
