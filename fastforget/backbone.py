@@ -1,0 +1,95 @@
+"""From a batch to the hidden states that enter the head, for any Hugging Face causal LM."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastforget.errors import FastforgetError
+from fastforget.head import LMHead, base_causal_lm
+
+CHECK_TOKENS = 16
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout off; every module's `training` flag is restored, also after an exception.
+
+    transformers drops out in dropout modules and, as OPT does, in functions that look at the flag of the module around
+    them: both go to evaluation mode. Other modules without children keep the mode they are in: they hold the weights,
+    and bitsandbytes' 8-bit layers compute something else in evaluation mode (they quantise the activations too).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            if isinstance(module, nn.modules.dropout._DropoutNd) or any(True for _ in module.children()):
+                module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class Backbone:
+    """The model up to its head, and the head as an `LMHead`.
+
+    On the first batch the head checks itself: its logits of a few tokens against the model's own. Where they differ the
+    model does something between its states and its logits that `LMHead` does not know; then, with a warning, the
+    model's own logits are used (`LMHead(None)`): slower and larger, still right.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.head = LMHead.from_model(model)
+        self.checked = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch goes: where the token embeddings lie."""
+        return base_causal_lm(self.model).get_input_embeddings().weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
+
+    def states(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """(n, D) hidden states (or, after a failed check, (n, V) logits) at positions of the flattened batch."""
+        if not self.checked:
+            self.check(inputs)
+        if self.head.is_identity:
+            states = base_causal_lm(self.model)(**inputs, use_cache=False).logits
+        else:
+            states = base_causal_lm(self.model).base_model(**inputs, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[positions]
+
+    def check(self, inputs: dict[str, Tensor]) -> None:
+        """Compare the head with the model's own logits, on the first row's last tokens; costs two short forwards."""
+        causal_lm = base_causal_lm(self.model)
+        size = inputs["input_ids"].shape[0]
+        # only ids: a short row of its own, so that no other input has to be cut to fit
+        short = {"input_ids": inputs["input_ids"][:1, -CHECK_TOKENS:]}
+        if set(inputs) - {"input_ids", "attention_mask"}:
+            short = {key: value[:1] if value.shape[:1] == (size,) else value for key, value in inputs.items()}
+        with torch.no_grad(), without_dropout(self.model):
+            own = causal_lm(**short, use_cache=False).logits.float()
+            output = causal_lm.base_model(**short, use_cache=False)
+            hidden = getattr(output, "last_hidden_state", None)
+            fits = hidden is not None and hidden.shape[-1] == self.head.weight.shape[1]
+            ours = self.head.logits(hidden[..., -own.shape[1] :, :]) if fits else torch.full_like(own, torch.nan)
+        precision = {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.head.weight.dtype, 2e-2)
+        if not own.isfinite().all():
+            raise FastforgetError("the model's own logits are not finite on the first batch: the model itself is broken")
+        difference = float((ours - own).abs().max())
+        if not difference <= precision * max(1.0, float(own.abs().max())):
+            warnings.warn(
+                f"{type(causal_lm).__name__}: logits from its head differ from its own by {difference:.3g}; using the "
+                "model's own logits instead (slower and larger, still right)",
+                stacklevel=2,
+            )
+            self.head = LMHead(None)
+        self.checked = True

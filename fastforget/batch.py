@@ -1,0 +1,168 @@
+"""One side of a training batch, made ready: which tokens are kept, of which sequence, and what identifies each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastforget.errors import FastforgetError
+from fastforget.stats import IGNORE_INDEX
+
+Batch = Mapping[str, Tensor]
+FLAT_KEYS = ("role", "example_id")  # of a flat batch; never passed to the model
+ROLES = {"forget": 0, "retain": 1}
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Label tokens and labelled sequences of a whole batch, per side: the denominators of means."""
+
+    forget_tokens: int = 0
+    forget_sequences: int = 0
+    retain_tokens: int = 0
+    retain_sequences: int = 0
+
+    def of(self, side: str) -> tuple[int, int]:
+        """(tokens, sequences) of one side."""
+        return getattr(self, f"{side}_tokens"), getattr(self, f"{side}_sequences")
+
+
+@dataclass(frozen=True)
+class PreparedSide:
+    """One side of a batch: inputs for the model, and its n kept tokens (those whose *next* token is labelled)."""
+
+    inputs: dict[str, Tensor]  # input_ids, attention_mask, ... (B, T), on the model's device
+    positions: Tensor  # (n,) int64, rows of the flattened (B * T) states
+    labels: Tensor  # (n,) int64, shifted
+    sequence: Tensor  # (n,) int64 in 0..b-1
+    rows: list[int]  # the b labelled rows of the batch
+    lengths: list[int]  # their numbers of kept tokens
+    keys: list[bytes] | None  # what each labelled sequence is, by content; None where it cannot be told
+
+    @property
+    def sequence_count(self) -> int:
+        return len(self.rows)
+
+
+def prepare(batch: Batch, side: str, device: torch.device, vocabulary: int | None = None) -> PreparedSide | None:
+    """Check one side of a batch, find its kept tokens, and move it to the device.
+
+    All of it is read on the CPU; a batch that arrives on a GPU is copied back first, which synchronises once.
+
+    Returns:
+        None where no token is labelled.
+
+    Raises:
+        FastforgetError: a missing key, shapes that differ, or a label outside the vocabulary.
+    """
+    batch = {key: value for key, value in batch.items() if key not in FLAT_KEYS}
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            raise FastforgetError(f"the {side} batch has no {key!r}: it needs input_ids, attention_mask and labels")
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    for key in ("labels", "attention_mask"):
+        if batch[key].shape != batch["input_ids"].shape:
+            raise FastforgetError(
+                f"the {side} batch's {key} are {tuple(batch[key].shape)}, its input_ids "
+                f"{tuple(batch['input_ids'].shape)}: they must agree (labels are unshifted, -100 outside the answer)"
+            )
+    on_cpu = {key: value.cpu() for key, value in batch.items() if isinstance(value, Tensor)}
+    shifted = torch.full_like(on_cpu["labels"], IGNORE_INDEX)
+    shifted[:, :-1] = on_cpu["labels"][:, 1:]
+    row, column = (shifted != IGNORE_INDEX).nonzero(as_tuple=True)
+    if len(row) == 0:
+        return None
+    labels = shifted[row, column]
+    if vocabulary is not None and not (0 <= int(labels.min()) and int(labels.max()) < vocabulary):
+        wrong = labels[(labels < 0) | (labels >= vocabulary)][0]
+        raise FastforgetError(f"the {side} batch has label {int(wrong)}, outside the vocabulary of {vocabulary}")
+    rows, sequence, lengths = row.unique_consecutive(return_inverse=True, return_counts=True)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return PreparedSide(
+        inputs={key: move(value, device) for key, value in inputs.items()},
+        positions=move(row * shifted.shape[1] + column, device),
+        labels=move(labels, device),
+        sequence=move(sequence, device),
+        rows=rows.tolist(),
+        lengths=lengths.tolist(),
+        keys=[content_key(on_cpu, index) for index in rows.tolist()] if identifiable(batch) else None,
+    )
+
+
+def move(value: object, device: torch.device) -> object:
+    """To the device, without waiting."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def identifiable(batch: Batch) -> bool:
+    """Whether every input belongs to one row, so that a row's content determines the model's states."""
+    size = batch["input_ids"].shape[0]
+    return all(isinstance(value, Tensor) and value.shape[:1] == (size,) for value in batch.values())
+
+
+def content_key(batch: Batch, row: int) -> bytes:
+    """A digest of one example: its ids, mask and kept tokens without the padding around it, and any other input whole."""
+    mask = batch["attention_mask"][row]
+    present = mask.nonzero()[:, 0]
+    span = slice(int(present[0]), int(present[-1]) + 1) if len(present) else slice(0, 0)
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(batch):
+        value = batch[key][row]
+        if key == "labels":
+            value = value != IGNORE_INDEX  # which tokens are kept; their ids are among input_ids
+        if key in ("input_ids", "attention_mask", "labels"):
+            value = value[span]
+        digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def split_roles(batch: Batch) -> tuple[Batch, Batch | None]:
+    """A flat batch (with `role`: 0 forget, 1 retain) as (forget, retain)."""
+    roles = batch["role"]
+    size = len(roles)
+
+    def part(role: str) -> Batch:
+        chosen = roles == ROLES[role]
+        return {
+            key: value[chosen] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+            for key, value in batch.items()
+            if key not in FLAT_KEYS
+        }
+
+    retain = part("retain")
+    return part("forget"), retain if len(retain["input_ids"]) else None
+
+
+def split_rows(batch: Batch, rows: int) -> list[Batch]:
+    """Micro-batches of at most `rows` sequences."""
+    size = len(batch["input_ids"])
+    return [
+        {
+            key: value[start : start + rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+            for key, value in batch.items()
+        }
+        for start in range(0, size, rows)
+    ]
+
+
+def count_labels(micro_batches: Iterable[Batch | tuple[Batch, Batch | None]]) -> LabelCounts:
+    """Denominators of a batch that is accumulated over several calls; pass them to each as `counts=`.
+
+    Args:
+        micro_batches: (forget, retain) pairs, as they go to `UnlearnStep.backward`, or flat batches with `role`.
+    """
+    totals = {"forget": [0, 0], "retain": [0, 0]}
+    for item in micro_batches:
+        forget, retain = item if isinstance(item, tuple | list) else split_roles(item)
+        for side, batch in (("forget", forget), ("retain", retain)):
+            if batch is None:
+                continue
+            labelled = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
+            totals[side][0] += int(labelled.sum())
+            totals[side][1] += int((labelled > 0).sum())
+    return LabelCounts(*totals["forget"], *totals["retain"])

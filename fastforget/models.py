@@ -1,0 +1,163 @@
+"""Loading a causal LM with a frozen (8-bit) base and LoRA adapters, and saving the adapter in PEFT's own format."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastforget.errors import FastforgetError
+
+BITS = (4, 8, 16, 32)
+LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"}
+ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    bits: int = 8,
+    lora: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Any:
+    """A PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
+
+    Args:
+        name_or_path: a local folder or a hub name; a folder that holds a PEFT adapter is loaded on its own base, kept
+            frozen, and ours is stacked onto it.
+        bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
+            without it), or 32.
+        lora: arguments of `peft.LoraConfig`; default r = 16, alpha = 2 r, on all linear layers but the head.
+        device: default the first GPU, else the CPU.
+        adapter: load this saved adapter (to go on training) instead of a new one.
+
+    Raises:
+        FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, or one on the head.
+    """
+    import peft
+
+    if bits not in BITS:
+        raise FastforgetError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base_path, stacked = str(name_or_path), None
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
+        base_path = stacked.base_model_name_or_path
+    model = load_base(base_path, bits, device)
+    if adapter is not None:
+        with readable_errors(f"the adapter {adapter}"):
+            model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    elif stacked is not None:
+        with readable_errors(f"the adapter {name_or_path}"):
+            model = peft.PeftModel.from_pretrained(model, str(name_or_path), is_trainable=False)
+            model.add_adapter(ADAPTER_NAME, lora_config(lora))
+            model.base_model.set_adapter(["default", ADAPTER_NAME])
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(f".{ADAPTER_NAME}." in name)
+    else:
+        with readable_errors("the LoRA configuration"):
+            model = peft.get_peft_model(model, lora_config(lora), autocast_adapter_dtype=True)
+    return model
+
+
+def lora_config(lora: Mapping[str, Any] | None) -> Any:
+    """A peft.LoraConfig from the user's arguments over our defaults."""
+    import peft
+
+    options = {**LORA_DEFAULTS, **(lora or {})}
+    options.setdefault("lora_alpha", 2 * options["r"])
+    options.setdefault("target_modules", "all-linear")
+    try:
+        return peft.LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise FastforgetError(f"the LoRA configuration is not valid: {one_line(error)}") from error
+
+
+def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
+    """The frozen base model in evaluation mode, nothing of it trainable."""
+    import transformers
+
+    options: dict[str, Any] = {"dtype": base_dtype(bits, device), "device_map": {"": device}}
+    if bits in (4, 8):
+        # threshold 0: outlier columns are chosen over the whole batch, so with them a batch-mate would move other rows
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
+            llm_int8_threshold=0.0,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    with readable_errors(f"the model {name_or_path}"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
+    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+    import peft
+    import transformers
+
+    path = str(name_or_path)
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    with readable_errors(f"the tokenizer of {path}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_dtype(bits: int, device: torch.device) -> torch.dtype:
+    """The dtype of what is not quantised."""
+    if bits == 32 or (device.type == "cpu" and bits != 16):
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
+
+    Files of the same names in the folder are replaced, others stay.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
+        folder.mkdir(exist_ok=True)
+        # the weights last: a folder counts as an adapter by its config and weights together
+        for path in sorted({*source.iterdir(), *Path(scratch).iterdir()}, key=lambda path: path.suffix == ".safetensors"):
+            if path.is_file():
+                shutil.move(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def readable_errors(what: str) -> Any:
+    """Turn the many errors of loading into one line that says what could not be loaded."""
+    try:
+        yield
+    except FastforgetError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise FastforgetError(f"could not load {what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

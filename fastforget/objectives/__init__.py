@@ -1,0 +1,6 @@
+"""Terms and presets: unlearning losses as a few lines over per-token statistics. Imports no kernel."""
+
+from fastforget.objectives.presets import PRESETS, preset
+from fastforget.objectives.terms import CE, KL, NPO, NegatedCE, SideStats, Term
+
+__all__ = ["CE", "KL", "NPO", "PRESETS", "NegatedCE", "SideStats", "Term", "preset"]

@@ -1,0 +1,73 @@
+"""Presets: names for lists of terms, with the published weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fastforget.errors import FastforgetError
+from fastforget.objectives.terms import CE, KL, NPO, NegatedCE, Term
+
+RETAIN_TERMS: dict[str, tuple[type[Term], ...]] = {"ce": (CE,), "kl": (KL,), "ce+kl": (CE, KL)}
+
+
+def retain_terms(retain: str | None, weight: float) -> list[Term]:
+    """The terms that keep the rest: "ce", "kl", "ce+kl", or None."""
+    if retain is None:
+        return []
+    if retain not in RETAIN_TERMS:
+        raise FastforgetError(f"retain must be one of {', '.join(RETAIN_TERMS)} or None, not {retain!r}")
+    return [term(weight=weight) for term in RETAIN_TERMS[retain]]
+
+
+def grad_ascent(*, forget_weight: float = 1.0) -> list[Term]:
+    """Gradient ascent on the forget set alone. Needs no retain data; destroys the model if not stopped early."""
+    return [NegatedCE(weight=forget_weight)]
+
+
+def grad_diff(
+    *, forget_weight: float = 1.0, retain: str | None = "ce", retain_weight: float = 1.0
+) -> list[Term]:
+    """Gradient difference (arXiv 2203.12817): ascent on the forget set, descent on the retain set."""
+    return [NegatedCE(weight=forget_weight), *retain_terms(retain, retain_weight)]
+
+
+def npo(
+    *, beta: float = 0.1, forget_weight: float = 1.0, retain: str | None = "ce", retain_weight: float = 1.0
+) -> list[Term]:
+    """NPO as published (arXiv 2404.05868), on the NLL of whole answers."""
+    return [NPO(beta=beta, weight=forget_weight), *retain_terms(retain, retain_weight)]
+
+
+def npo_mean(
+    *, beta: float = 2.0, forget_weight: float = 1.0, retain: str | None = "ce+kl", retain_weight: float = 1.0
+) -> list[Term]:
+    """Length-normalised NPO, on the mean NLL of an answer's tokens: the default, for answers of any length."""
+    return [NPO(beta=beta, length_normalized=True, weight=forget_weight), *retain_terms(retain, retain_weight)]
+
+
+PRESETS: dict[str, Callable[..., list[Term]]] = {
+    "grad_ascent": grad_ascent,
+    "grad_diff": grad_diff,
+    "npo": npo,
+    "npo_mean": npo_mean,
+}
+
+
+def preset(name: str, **overrides: Any) -> list[Term]:
+    """The terms of a named preset, e.g. `preset("npo", beta=0.1)`.
+
+    Raises:
+        FastforgetError: an unknown name or parameter (the valid ones are listed), or a value out of range.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise FastforgetError(f"unknown preset {name!r}{hint}: choose one of {', '.join(PRESETS)}")
+    parameters = inspect.signature(PRESETS[name]).parameters
+    unknown = [key for key in overrides if key not in parameters]
+    if unknown:
+        raise FastforgetError(f"preset {name!r} has no parameter {unknown[0]!r}: it takes {', '.join(parameters)}")
+    return PRESETS[name](**overrides)

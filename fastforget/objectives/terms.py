@@ -1,0 +1,149 @@
+"""The terms of an unlearning loss.
+
+A term says which side of the batch it looks at, what it needs there, and reduces per-token statistics to a scalar. To
+write your own: subclass `Term` as a dataclass and define `value`; a line in `presets.PRESETS` gives it a name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastforget.errors import FastforgetError
+
+Side = Literal["forget", "retain"]
+
+
+@dataclass(frozen=True)
+class SideStats:
+    """What a term sees of one side of a (micro-)batch: n label tokens of b sequences that have at least one.
+
+    The denominators are those of the whole batch, which a micro-batch is only a part of, so that the terms of all
+    micro-batches add up to the loss of the whole.
+    """
+
+    logp: Tensor  # (n,) log p_y, nats
+    sequence: Tensor  # (n,) int64 in 0..b-1, the sequence of each token
+    sequence_count: int  # b
+    token_total: int  # label tokens of the whole batch
+    sequence_total: int  # labelled sequences of the whole batch
+    ref_logp: Tensor | None = None  # (n,) log p_y under the frozen reference
+    divergences: dict[str, Tensor] | None = None  # kind -> (n,)
+
+    def token_mean(self, per_token: Tensor) -> Tensor:
+        """Mean over all label tokens of the whole batch of (n,) values: this part's share of it."""
+        return per_token.sum() / self.token_total
+
+    def sequence_mean(self, per_sequence: Tensor) -> Tensor:
+        """Mean over all labelled sequences of the whole batch of (b,) values: this part's share of it."""
+        return per_sequence.sum() / self.sequence_total
+
+    def sequence_sum(self, per_token: Tensor) -> Tensor:
+        """(n,) -> (b,): the sum over each sequence's label tokens."""
+        return per_token.new_zeros(self.sequence_count).index_add(0, self.sequence, per_token)
+
+    def sequence_average(self, per_token: Tensor) -> Tensor:
+        """(n,) -> (b,): the mean over each sequence's label tokens."""
+        return self.sequence_sum(per_token) / self.sequence_sum(per_token.new_ones(per_token.shape))
+
+
+@dataclass(kw_only=True)
+class Term:
+    """Base of all terms: a positive weight, and the side of the batch that it is on."""
+
+    name: ClassVar[str] = "term"
+    weight: float = 1.0
+    on: Side = "forget"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise FastforgetError(f"{self.name}: weight must be positive and finite, not {self.weight}")
+        if self.on not in ("forget", "retain"):
+            raise FastforgetError(f"{self.name}: on must be 'forget' or 'retain', not {self.on!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be there beyond `logp`: "ref_logp", or kinds of divergence from the reference."""
+        return frozenset()
+
+    def value(self, stats: SideStats) -> Tensor:
+        """The unweighted term, a scalar to be minimised."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class NegatedCE(Term):
+    """Gradient ascent: minus the mean NLL of the label tokens (arXiv 2310.10683, eq. 2; unbounded below)."""
+
+    name: ClassVar[str] = "negated_ce"
+
+    def value(self, stats: SideStats) -> Tensor:
+        return stats.token_mean(stats.logp)
+
+
+@dataclass(kw_only=True)
+class CE(Term):
+    """Cross-entropy: the mean NLL of the label tokens."""
+
+    name: ClassVar[str] = "ce"
+    on: Side = "retain"
+
+    def value(self, stats: SideStats) -> Tensor:
+        return -stats.token_mean(stats.logp)
+
+
+@dataclass(kw_only=True)
+class KL(Term):
+    """Mean divergence from the frozen reference over the label tokens (arXiv 2310.10683, eq. 5, for forward KL).
+
+    `direction`: "forward_kl" KL(reference || model), "reverse_kl" or "jsd".
+    The published code averages over prompt and padding too; here only label tokens count.
+    """
+
+    name: ClassVar[str] = "kl"
+    on: Side = "retain"
+    direction: str = "forward_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction not in ("forward_kl", "reverse_kl", "jsd"):
+            raise FastforgetError(f"kl: direction must be forward_kl, reverse_kl or jsd, not {self.direction!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.direction})
+
+    def value(self, stats: SideStats) -> Tensor:
+        return stats.token_mean(stats.divergences[self.direction])
+
+
+@dataclass(kw_only=True)
+class NPO(Term):
+    """Negative preference optimisation (arXiv 2404.05868, eq. 3): -(2/beta) mean_B log sigmoid(beta (L - L_ref)).
+
+    L is the NLL of a whole answer. Its scale grows with the answer's length, so that at beta = 0.1 an answer of a
+    hundred tokens saturates the sigmoid long before it is forgotten; `length_normalized=True` takes the mean over the
+    answer's tokens instead (with a beta that fits: 2).
+    """
+
+    name: ClassVar[str] = "npo"
+    beta: float = 0.1
+    length_normalized: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise FastforgetError(f"npo: beta must be positive and finite, not {self.beta}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logp"})
+
+    def value(self, stats: SideStats) -> Tensor:
+        reduce = stats.sequence_average if self.length_normalized else stats.sequence_sum
+        log_ratio = reduce(stats.logp - stats.ref_logp)
+        return stats.sequence_mean(F.logsigmoid(-self.beta * log_ratio)) * (-2.0 / self.beta)

@@ -1,0 +1,182 @@
+"""The frozen reference: the same model with its adapter off, and a cache of what it said.
+
+There is never a second copy of the weights. States and log-probs of the reference are computed once per example and
+kept on the CPU up to a byte limit, so from the second epoch on there is no reference forward at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastforget.backbone import Backbone, without_dropout
+from fastforget.batch import PreparedSide
+from fastforget.errors import FastforgetError
+from fastforget.stats import kept_token_stats
+
+DEFAULT_CACHE_BYTES = 2 * 10**9
+
+
+def check_reference(model: nn.Module) -> None:
+    """Raise where switching the adapter off would not give the frozen model.
+
+    Raises:
+        FastforgetError: no PEFT adapter, LoRA with a trained bias, or trainable weights outside the adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        raise FastforgetError(
+            "a term compares with the frozen model, which here is the model with its adapter off, and this model has no "
+            "PEFT adapter: load it with fastforget.load(...), or use terms without a reference (grad_ascent, grad_diff)"
+        )
+    for name, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise FastforgetError(
+                f"adapter {name!r} trains biases (bias={bias!r}): they stay changed when the adapter is off, so the "
+                "reference would be wrong; use bias='none'"
+            )
+    prefix = model.base_model.prefix
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and prefix not in name and "modules_to_save" not in name:
+            raise FastforgetError(
+                f"{name} trains but belongs to no adapter: training would change the reference; freeze it"
+            )
+
+
+@contextlib.contextmanager
+def reference_mode(model: nn.Module) -> Iterator[None]:
+    """The model as its own frozen reference: our adapter off, dropout off, no gradients; all of it restored.
+
+    Adapters that are active but frozen belong to the model to be unlearned and stay on (stacked); those that train are
+    ours and go off. PEFT turns `requires_grad` on again for adapter weights that the user froze: flags are put back.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tuner = model.base_model
+    active = list(model.active_adapters)
+    frozen = [name for name in active if not adapter_trains(model, name)]
+    try:
+        with torch.no_grad(), without_dropout(model):
+            if frozen and len(frozen) < len(active):
+                tuner.set_adapter(frozen)
+                try:
+                    yield
+                finally:
+                    tuner.set_adapter(active)
+            else:
+                with model.disable_adapter():
+                    yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def adapter_trains(model: nn.Module, adapter: str) -> bool:
+    """Whether any weight of this adapter wants a gradient."""
+    return any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}."
+    )
+
+
+class Reference:
+    """What the frozen reference says of the kept tokens of a batch.
+
+    Args:
+        backbone: of the model that carries the adapter.
+        cache_bytes: the cache's limit; least recently used examples go first, and a miss is recomputed. 0: no cache.
+    """
+
+    def __init__(self, backbone: Backbone, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        check_reference(backbone.model)
+        self.backbone = backbone
+        self.cache_bytes = cache_bytes
+        self.bytes_used = 0
+        self.forwards = 0  # reference forwards so far
+        self._cache: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
+
+    def of(self, side: PreparedSide, wanted: frozenset[str], backend: str = "auto") -> dict[str, Tensor]:
+        """The reference's statistics of a side's kept tokens, on the model's device.
+
+        Args:
+            wanted: of "hidden" (n, D) in the model's dtype, and "logp" (n,) float32, log p_y in nats.
+        """
+        found = [self._get(key, wanted) for key in side.keys] if side.keys else [None] * side.sequence_count
+        missing = [index for index, entry in enumerate(found) if entry is None]
+        if missing:
+            for index, entry in zip(missing, self._compute(side, missing, wanted, backend), strict=True):
+                found[index] = entry
+                if side.keys:
+                    self._put(side.keys[index], entry)
+        device = side.labels.device
+        return {name: torch.cat([entry[name].to(device, non_blocking=True) for entry in found]) for name in wanted}
+
+    def _compute(
+        self, side: PreparedSide, missing: list[int], wanted: frozenset[str], backend: str
+    ) -> list[dict[str, Tensor]]:
+        """One reference forward over the sequences that are not cached."""
+        inputs, positions, labels = side.inputs, side.positions, side.labels
+        size, width = inputs["input_ids"].shape
+        if len(missing) < size and side.keys:
+            inputs, positions, labels = subset(side, missing, size, width)
+        with reference_mode(self.backbone.model):
+            hidden = self.backbone.states(inputs, positions)
+            values = {"hidden": hidden}
+            if "logp" in wanted:
+                values["logp"] = kept_token_stats(hidden, self.backbone.head, labels, backend=backend)["logp"]
+        self.forwards += 1
+        lengths = [side.lengths[index] for index in missing]
+        parts = {name: values[name].detach().split(lengths) for name in wanted}
+        return [{name: parts[name][index] for name in wanted} for index in range(len(missing))]
+
+    def _get(self, key: bytes, wanted: frozenset[str]) -> dict[str, Tensor] | None:
+        entry = self._cache.get(key)
+        if entry is None or not wanted <= entry.keys():
+            return None
+        self._cache.move_to_end(key)
+        return entry
+
+    def _put(self, key: bytes, entry: dict[str, Tensor]) -> None:
+        size = entry_bytes(entry)
+        if size > self.cache_bytes:
+            return
+        replaced = self._cache.pop(key, None)
+        if replaced is not None:
+            self.bytes_used -= entry_bytes(replaced)
+            entry = replaced | entry
+            size = entry_bytes(entry)
+        # clone: a slice would keep the whole batch alive
+        self._cache[key] = {name: value.cpu().clone() for name, value in entry.items()}
+        self.bytes_used += size
+        while self.bytes_used > self.cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self.bytes_used -= entry_bytes(oldest)
+
+    def clear(self) -> None:
+        """Forget everything cached (after the frozen weights were changed on purpose)."""
+        self._cache.clear()
+        self.bytes_used = 0
+
+
+def entry_bytes(entry: dict[str, Tensor]) -> int:
+    """Bytes of one cached example."""
+    return sum(value.numel() * value.element_size() for value in entry.values())
+
+
+def subset(side: PreparedSide, chosen: list[int], size: int, width: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Inputs, positions and labels of some labelled sequences only, built from counts that the CPU knows."""
+    device = side.labels.device
+    starts = [0]
+    for length in side.lengths:
+        starts.append(starts[-1] + length)
+    picked = [token for index in chosen for token in range(starts[index], starts[index + 1])]
+    rows = torch.tensor([side.rows[index] for index in chosen])
+    offsets = [(place - side.rows[index]) * width for place, index in enumerate(chosen)]
+    shift = torch.tensor([offset for offset, index in zip(offsets, chosen, strict=True) for _ in range(side.lengths[index])])
+    picked_tensor = torch.tensor(picked).to(device, non_blocking=True)
+    rows = rows.to(device, non_blocking=True)
+    inputs = {key: value[rows] for key, value in side.inputs.items()}
+    positions = side.positions[picked_tensor] + shift.to(device, non_blocking=True)
+    return inputs, positions, side.labels[picked_tensor]
