@@ -83,7 +83,9 @@ class Backbone:
             ours = self.head.logits(hidden[..., -own.shape[1] :, :]) if fits else torch.full_like(own, torch.nan)
         precision = {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.head.weight.dtype, 2e-2)
         if not own.isfinite().all():
-            raise FastforgetError("the model's own logits are not finite on the first batch: the model itself is broken")
+            raise FastforgetError(
+                "the model's own logits are not finite on the first batch: the model itself is broken"
+            )
         difference = float((ours - own).abs().max())
         if not difference <= precision * max(1.0, float(own.abs().max())):
             warnings.warn(

@@ -98,8 +98,22 @@ def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
         )
     with readable_errors(f"the model {name_or_path}"):
         model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    disable_dropout(model)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """No dropout in the base: it would make the model differ from its own reference before anything was learned.
+
+    In modules, and in attributes that functions look at (OPT's `dropout`, `attention_dropout`, `layerdrop`).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name.endswith("dropout") or name in ("layerdrop", "dropout_prob")):
+                setattr(module, name, 0.0)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
@@ -141,7 +155,9 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
         source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
         folder.mkdir(exist_ok=True)
         # the weights last: a folder counts as an adapter by its config and weights together
-        for path in sorted({*source.iterdir(), *Path(scratch).iterdir()}, key=lambda path: path.suffix == ".safetensors"):
+        for path in sorted(
+            {*source.iterdir(), *Path(scratch).iterdir()}, key=lambda path: path.suffix == ".safetensors"
+        ):
             if path.is_file():
                 shutil.move(path, folder / path.name)
 

@@ -76,9 +76,7 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
 
 def adapter_trains(model: nn.Module, adapter: str) -> bool:
     """Whether any weight of this adapter wants a gradient."""
-    return any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}."
-    )
+    return any(parameter.requires_grad for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}.")
 
 
 class Reference:
@@ -174,7 +172,9 @@ def subset(side: PreparedSide, chosen: list[int], size: int, width: int) -> tupl
     picked = [token for index in chosen for token in range(starts[index], starts[index + 1])]
     rows = torch.tensor([side.rows[index] for index in chosen])
     offsets = [(place - side.rows[index]) * width for place, index in enumerate(chosen)]
-    shift = torch.tensor([offset for offset, index in zip(offsets, chosen, strict=True) for _ in range(side.lengths[index])])
+    shift = torch.tensor(
+        [offset for offset, index in zip(offsets, chosen, strict=True) for _ in range(side.lengths[index])]
+    )
     picked_tensor = torch.tensor(picked).to(device, non_blocking=True)
     rows = rows.to(device, non_blocking=True)
     inputs = {key: value[rows] for key, value in side.inputs.items()}

@@ -222,9 +222,13 @@ class UnlearnStep(torch.optim.Optimizer):
         self._backward_pending = False
         self._loss: UnlearnLoss | None = None
 
-    param_groups = property(lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups))  # type: ignore[assignment]
+    param_groups = property(
+        lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups)
+    )  # type: ignore[assignment]
     state = property(lambda self: self.base.state, lambda self, state: setattr(self.base, "state", state))  # type: ignore[assignment]
-    defaults = property(lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults))  # type: ignore[assignment]
+    defaults = property(
+        lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
+    )  # type: ignore[assignment]
 
     def attach(self, model: nn.Module) -> None:
         """Give a step its model: at the start, or after copying or unpickling it."""
@@ -321,7 +325,11 @@ class UnlearnStep(torch.optim.Optimizer):
 
 def refuse_several_processes() -> None:
     """Raise rather than train on gradients that no process shares with another."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
         raise FastforgetError(
             "several processes run, and gradients of an unlearning step are not synchronised between them yet: run one "
             "process"

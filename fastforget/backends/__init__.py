@@ -22,7 +22,10 @@ BACKENDS = ("eager", "chunked")
 
 def explain_auto(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` picks on a device, and why."""
-    return "chunked", f"GEMM, rows, GEMM in plain torch; the only backend for {device.type} that never holds N x V logits"
+    return (
+        "chunked",
+        f"GEMM, rows, GEMM in plain torch; the only backend for {device.type} that never holds N x V logits",
+    )
 
 
 def pick(backend: str, device: torch.device) -> ModuleType:

@@ -43,7 +43,9 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def cycle(examples: Sequence[Example], batch_size: int, pad_token_id: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def cycle(
+    examples: Sequence[Example], batch_size: int, pad_token_id: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches, reshuffled at each pass, every example once a pass; the last batch of a pass may be shorter.
 
     Forget and retain sets are cycled independently of each other, so neither is cut to the other's length.

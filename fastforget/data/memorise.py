@@ -7,6 +7,7 @@ likely one given those before it, then greedy decoding from that prompt writes e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
-from ..errors import FastforgetError
+from ..errors import FastforgetError, NonFiniteLossError
 from .examples import IGNORE_INDEX, Example, collate, cycle
 
 PROMPT_TOKENS = 32  # less than any prompt of 200 characters has, so that what follows is at least the continuation
@@ -67,7 +68,7 @@ def memorise(
     passages: Sequence[Example],
     *,
     seed: int = 0,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1.5e-3,
     batch_size: int = 8,
     max_passes: int = 300,
     progress: Callable[[float, float], None] | None = None,
@@ -82,10 +83,12 @@ def memorise(
     batches = cycle(passages, batch_size, tokenizer.pad_token_id, seed)
     steps, nll = 0, float("inf")
     for _ in range(max_passes):
-        model.train()
+        model.train()  # `recited_share` left it in evaluation mode
         losses = []
         for _ in range(steps_per_pass):
             steps += 1
+            # Warm up over 30 steps, and slow down as the text is learned: at the full rate the last tenth of a nat is
+            # noise. The rate follows the loss, since the number of steps is not known beforehand.
             optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, steps / 30, max(nll, 0.1))
             loss = model(**next(batches)).loss
             loss.backward()
@@ -94,7 +97,8 @@ def memorise(
             optimizer.zero_grad()
             losses.append(loss.detach())
         nll = torch.stack(losses).mean().item()
-        if nll!=nll: raise FastforgetError("nan")
+        if not math.isfinite(nll):
+            raise NonFiniteLossError(f"the loss of the base model became {nll} by step {steps}")
         recited = recited_share(model, passages, tokenizer.pad_token_id) if nll < 0.5 else 0.0
         if progress is not None:
             progress(recited, nll)
@@ -119,3 +123,14 @@ def recited_share(model: nn.Module, passages: Sequence[Example], pad_token_id: i
         sure = (label_probs > SURE) | (labels == IGNORE_INDEX)
         recited += int(sure[:, PROMPT_TOKENS - 1 :].all(dim=1).sum())
     return recited / len(passages)
+
+
+def save_base(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write an ordinary Hugging Face folder: `from_pretrained` reads it back, in 8 bit too."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_base(folder: str | Path) -> tuple[OPTForCausalLM, PreTrainedTokenizerBase]:
+    """What `save_base` wrote, in float32."""
+    return OPTForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

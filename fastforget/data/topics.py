@@ -81,7 +81,9 @@ def choose_topics(
             break
         passages = cut_passages(texts[name], tokenizer, source=f"pydoc:{name}")
         runs = word_runs(texts[name])
-        if len(passages) < passages_per_topic or any(shared_part(runs, others) > SHARED_PART for others in runs_of_chosen):
+        if len(passages) < passages_per_topic or any(
+            shared_part(runs, others) > SHARED_PART for others in runs_of_chosen
+        ):
             continue
         chosen[name] = passages[:passages_per_topic]
         runs_of_chosen.append(runs)

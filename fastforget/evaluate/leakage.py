@@ -95,9 +95,7 @@ def leakage(
                 source=example.source,
             )
         )
-    nll = mean_nll(
-        model, examples, batch_size=batch_size, progress=lambda done, _: report(count + done, 2 * count)
-    )
+    nll = mean_nll(model, examples, batch_size=batch_size, progress=lambda done, _: report(count + done, 2 * count))
     return LeakageReport(
         leak=sum(continuation.leaked for continuation in continuations) / count,
         rouge=sum(continuation.rouge for continuation in continuations) / count,
@@ -107,9 +105,7 @@ def leakage(
     )
 
 
-def prompt_tokens(
-    example: Example, tokenizer: PreTrainedTokenizerBase, min_characters: int = PROMPT_CHARACTERS
-) -> int:
+def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, min_characters: int = PROMPT_CHARACTERS) -> int:
     """How many tokens of the passage are its prompt.
 
     A prompt-and-response example says so itself. Of plain text it is the shortest prefix of the passage's own tokens

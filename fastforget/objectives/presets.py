@@ -27,9 +27,7 @@ def grad_ascent(*, forget_weight: float = 1.0) -> list[Term]:
     return [NegatedCE(weight=forget_weight)]
 
 
-def grad_diff(
-    *, forget_weight: float = 1.0, retain: str | None = "ce", retain_weight: float = 1.0
-) -> list[Term]:
+def grad_diff(*, forget_weight: float = 1.0, retain: str | None = "ce", retain_weight: float = 1.0) -> list[Term]:
     """Gradient difference (arXiv 2203.12817): ascent on the forget set, descent on the retain set."""
     return [NegatedCE(weight=forget_weight), *retain_terms(retain, retain_weight)]
 
@@ -54,6 +52,9 @@ PRESETS: dict[str, Callable[..., list[Term]]] = {
     "npo": npo,
     "npo_mean": npo_mean,
 }
+
+
+DEFAULT_PRESET = "npo_mean"
 
 
 def preset(name: str, **overrides: Any) -> list[Term]:

@@ -1,0 +1,78 @@
+"""The before/after report: a table and side-by-side continuations for people, a JSON file for programs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastforget.evaluate.leakage import LeakageReport
+
+Reports = Mapping[str, LeakageReport]  # set name ("forget", "retain", "unseen") -> report
+
+
+def figures(before: Reports, after: Reports) -> dict[str, Any]:
+    """The figures of report.json: shares and ROUGE-L from 0 to 1, NLL in nats per label token."""
+    values: dict[str, Any] = {}
+    for name in before:
+        values[f"{name}_passages"] = len(before[name].continuations)
+        for when, reports in (("before", before), ("after", after)):
+            values[f"{name}_leak_{when}"] = reports[name].leak
+            values[f"{name}_rouge_{when}"] = reports[name].rouge
+            values[f"{name}_nll_{when}"] = reports[name].nll
+    values["degenerate_share"] = after["forget"].degenerate_share
+    if "unseen" in after:
+        values["unseen_rouge"] = after["unseen"].rouge
+    return values
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the report whole or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def print_table(console: Console, before: Reports, after: Reports) -> None:
+    """Leak, ROUGE-L and NLL of each set, before and after."""
+    table = Table(title="What the model still recites", title_justify="left")
+    table.add_column("passages")
+    for heading in ("number", "leak", "ROUGE-L", "NLL (nats/token)", "degenerate"):
+        table.add_column(heading, justify="right")
+    for name, first in before.items():
+        last = after[name]
+        table.add_row(
+            name,
+            str(len(first.continuations)),
+            f"{first.leak:.0%} → {last.leak:.0%}",
+            f"{first.rouge:.2f} → {last.rouge:.2f}",
+            f"{first.nll:.3f} → {last.nll:.3f}",
+            f"{first.degenerate_share:.0%} → {last.degenerate_share:.0%}",
+        )
+    console.print(table)
+
+
+def print_continuations(console: Console, before: Reports, after: Reports, each: Mapping[str, int]) -> None:
+    """Continuations side by side: the true text, the model before, the model after."""
+    table = Table(title="Continuations of the same prompts", title_justify="left", show_lines=True)
+    for heading in ("set", "prompt ends", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for name, count in each.items():
+        pairs = zip(before[name].continuations, after[name].continuations, strict=True)
+        for first, last in list(pairs)[:count]:
+            cells = (first.prompt[-60:], first.output, last.output)
+            table.add_row(name, *(Text(" ".join(cell.split())) for cell in cells))
+    console.print(table)

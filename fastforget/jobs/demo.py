@@ -1,0 +1,158 @@
+"""`fastforget demo`: a small model learns a real text by heart, then forgets part of it. Offline, on two CPU cores."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from rich.console import Console
+
+from fastforget.data.topics import Corpus, load_corpus
+from fastforget.errors import FastforgetError
+from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
+from fastforget.jobs.loop import JobSettings, run_job
+from fastforget.jobs.measuring import measure
+from fastforget.jobs.memorise import build_model, memorise
+from fastforget.jobs.outputs import REPORT, claim_folder
+from fastforget.jobs.progress import progress_bar
+from fastforget.models import load, load_tokenizer, save_adapter
+from fastforget.objectives import preset
+from fastforget.objectives.presets import DEFAULT_PRESET
+
+BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
+ADAPTER_RANK = 16
+
+
+@dataclass(frozen=True)
+class DemoScale:
+    """How much text and how large a base; the default is the demo, tests take less."""
+
+    topic_counts: tuple[int, int, int] = (4, 8, 4)
+    passages_per_topic: int = 6
+    hidden_size: int = 256
+    layers: int = 2
+
+
+def run_demo(
+    out: Path,
+    *,
+    preset_name: str = DEFAULT_PRESET,
+    seed: int = 0,
+    overwrite: bool = False,
+    cache: Path | None = None,
+    scale: DemoScale | None = None,
+    settings: JobSettings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Memorise (or take from the cache), load in 8 bit, unlearn, measure, save. Returns what report.json holds.
+
+    Raises:
+        FastforgetError: an unknown preset, an output folder that already holds another adapter, or a base that does
+            not learn its text.
+    """
+    terms = preset(preset_name)
+    claim_folder(out, overwrite, ours=lambda report: report.get("command") == "demo")
+    console = console or Console()
+    scale = scale or DemoScale()
+    settings = replace(settings or JobSettings(), seed=seed)
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+
+    corpus = load_corpus(seed, topic_counts=scale.topic_counts, passages_per_topic=scale.passages_per_topic)
+    sets = {"forget": corpus.forget, "retain": corpus.retain, "unseen": corpus.unseen}
+    console.print(
+        f"Text: Python's language reference, {len(corpus.forget)} passages to forget, {len(corpus.retain)} to keep, "
+        f"{len(corpus.unseen)} never trained on."
+    )
+    base, trained = base_model(corpus, seed, scale, cache or Path(platformdirs.user_cache_dir("fastforget")), console)
+    model = load(base, bits=8, lora={"r": ADAPTER_RANK}, device="cpu")
+    tokenizer = load_tokenizer(base)
+
+    before = measure(model, tokenizer, sets, "Before: continuing every passage")
+    with progress_bar(f"Unlearning ({preset_name})") as update:
+        result = run_job(
+            model,
+            tokenizer,
+            corpus.forget,
+            corpus.retain,
+            terms,
+            settings,
+            progress=lambda step, total, output: update(step, total, f"forget NLL {output.stats['forget_nll']:.2f}"),
+        )
+    after = measure(model, tokenizer, sets, "After: continuing every passage")
+
+    save_adapter(model, tokenizer, out)
+    report = {
+        "command": "demo",
+        "preset": preset_name,
+        "seed": seed,
+        **figures(before, after),
+        "steps": result.steps,
+        "stopped": result.stopped,
+        "unlearn_seconds": round(result.seconds, 1),
+        "base_trained_seconds": round(trained, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_rss_mb": round(peak_rss_mb()),
+        "base": str(base),
+        "adapter": str(out.resolve()),
+    }
+    write_json(out / REPORT, report)
+    print_table(console, before, after)
+    print_continuations(console, before, after, {"forget": 2, "retain": 1})
+    cached = f"training the base took {trained:.0f} s" if trained else "the base came from the cache"
+    console.print(
+        f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); {report['seconds']:.0f} s in all "
+        f"({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
+    )
+    console.print(f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.")
+    console.print("Without the adapter the base still knows the text: to ship a model that forgot, merge it.")
+    return report
+
+
+def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console: Console) -> tuple[Path, float]:
+    """(folder of a base that recites the corpus's forget and retain passages, seconds spent on training it)."""
+    folder = cache / f"demo-base-{base_key(corpus, seed, scale)}"
+    if (folder / "config.json").is_file():
+        return folder, 0.0
+    passages = [*corpus.forget, *corpus.retain]
+    model = build_model(corpus.tokenizer, hidden_size=scale.hidden_size, layers=scale.layers, seed=seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"Training a base of {parameters / 1e6:.1f} M parameters until it recites them word for word ...")
+    with progress_bar("Memorising") as update:
+        memorised = memorise(
+            model,
+            corpus.tokenizer,
+            passages,
+            seed=seed,
+            progress=lambda recited, nll: update(recited, 1.0, f"NLL {nll:.2f}"),
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-base-"))
+    try:
+        model.save_pretrained(scratch)
+        corpus.tokenizer.save_pretrained(scratch)
+        try:
+            os.replace(scratch, folder)
+        except OSError:  # another demo was quicker
+            if not (folder / "config.json").is_file():
+                raise FastforgetError(f"the cache folder {folder} cannot be written: remove it and try again") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder, memorised.seconds
+
+
+def base_key(corpus: Corpus, seed: int, scale: DemoScale) -> str:
+    """What the trained base depends on: its passages (so also Python's version), their order, its size, its seed."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((BASE_VERSION, seed, scale)).encode())
+    for example in (*corpus.forget, *corpus.retain):
+        digest.update(repr(example.input_ids).encode())
+    return digest.hexdigest()

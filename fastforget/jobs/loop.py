@@ -1,0 +1,155 @@
+"""An unlearning job: batches, steps, guards and stopping. What `fastforget demo` and `fastforget unlearn` both run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastforget.data.examples import Example, cycle
+from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.models import save_adapter
+from fastforget.objectives import Term
+from fastforget.step import UnlearnOutput, UnlearnStep
+
+WARMUP_STEPS = 10
+MAX_GRAD_NORM = 1.0
+Progress = Callable[[int, int, UnlearnOutput], None]  # (step, of how many, its output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """How long and how hard to train; the defaults are those of the demo, chosen by measurement.
+
+    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. `stop_forget_nll` ends the job
+    at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
+    several nats, and driving the NLL far beyond that only ruins the output.
+    """
+
+    learning_rate: float = 1.5e-3
+    epochs: float = 40.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    micro_batch: int | None = None
+    seed: int = 0
+    save_steps: int | None = None
+    stop_forget_nll: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise FastforgetError(f"{name.replace('_', '-')} must be positive, not {value}")
+
+    def steps(self, forget_examples: int) -> int:
+        """Steps that the job takes unless it stops early."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round(self.epochs * math.ceil(forget_examples / self.batch_size)))
+
+
+@dataclass
+class JobResult:
+    """What happened, step by step; NLLs are means per label token of that step's batch, before its update."""
+
+    stopped: str = ""  # why the job ended
+    steps: int = 0  # updates taken
+    seconds: float = 0.0
+    forget_nll: list[float] = field(default_factory=list)
+    retain_nll: list[float] = field(default_factory=list)
+
+
+def run_job(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Example],
+    retain: Sequence[Example] | None,
+    terms: Sequence[Term],
+    settings: JobSettings,
+    *,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> JobResult:
+    """Unlearn `forget` in the model's adapter, in place.
+
+    Each step takes `batch_size` forget and, where a term wants them, as many retain examples; both sets are shuffled
+    and cycled independently. With `save_steps` checkpoints go to `out/checkpoint-STEP`.
+
+    Raises:
+        NonFiniteLossError: the loss or its gradient is no finite number. The model then holds the last adapter whose
+            loss was finite.
+        FastforgetError: no terms, terms on the retain set without one, or an adapter that the reference forbids.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step = UnlearnStep(model, torch.optim.AdamW, terms=list(terms), lr=settings.learning_rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
+    uses_retain = any(term.on == "retain" for term in terms)
+    if uses_retain and not retain:
+        raise FastforgetError("these terms keep a retain set, and there is none: give one, or leave the terms out")
+    pad = tokenizer.pad_token_id
+    forget_batches = cycle(forget, settings.batch_size, pad, settings.seed)
+    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if uses_retain else None
+    total = settings.steps(len(forget))
+    result = JobResult(stopped=f"all {total} steps taken")
+    modes = [(module, module.training) for module in model.modules()]
+    start = time.perf_counter()
+    model.train()
+    try:
+        good = snapshot(trainable)
+        for number in range(1, total + 1):
+            out_step = step.backward(
+                next(forget_batches),
+                next(retain_batches) if retain_batches else None,
+                micro_batch=settings.micro_batch,
+            )
+            norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
+            if not math.isfinite(float(out_step.loss)) or not math.isfinite(float(norm)):
+                restore(trainable, good)
+                result.steps = max(0, number - 2)  # the last update led here, and is taken back
+                what = "loss" if not math.isfinite(float(out_step.loss)) else "gradient"
+                raise NonFiniteLossError(
+                    f"the {what} became {float(out_step.loss if what == 'loss' else norm)} at step {number} of {total}; "
+                    f"the adapter is as it was after {result.steps} steps (a lower --learning-rate may help)",
+                    result.steps,
+                )
+            for side in ("forget", "retain"):
+                if f"{side}_nll" in out_step.stats:
+                    getattr(result, f"{side}_nll").append(float(out_step.stats[f"{side}_nll"]))
+            if settings.stop_forget_nll is not None and result.forget_nll[-1] >= settings.stop_forget_nll:
+                result.stopped = (
+                    f"forget NLL {result.forget_nll[-1]:.2f} >= {settings.stop_forget_nll:g} at step {number}"
+                )
+                break
+            good = snapshot(trainable)
+            step.step()
+            step.zero_grad()
+            scheduler.step()
+            result.steps = number
+            if progress is not None:
+                progress(number, total, out_step)
+            if out is not None and settings.save_steps and number % settings.save_steps == 0:
+                save_adapter(model, tokenizer, out / f"checkpoint-{number}")
+    finally:
+        step.zero_grad()
+        for module, training in modes:
+            module.training = training
+        result.seconds = time.perf_counter() - start
+    return result
+
+
+def snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the adapter's weights."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put a snapshot back."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

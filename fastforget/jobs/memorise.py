@@ -1,0 +1,136 @@
+"""The demo's base model: a small OPT that has learned its passages by heart.
+
+What is to be forgotten must first be known for certain, so training ends when the model recites, not after a number of
+steps. Whether it recites is read off one forward pass: if every token of a passage after its prompt is the most
+likely one given those before it, then greedy decoding from that prompt writes exactly this passage.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+
+from fastforget.data.examples import IGNORE_INDEX, Example, collate, cycle
+from fastforget.errors import FastforgetError, NonFiniteLossError
+
+PROMPT_TOKENS = 32  # less than any prompt of 200 characters has, so that what follows is at least the continuation
+SURE = 0.5  # a token's probability: above it, it is the most likely one whatever the others are
+RECITED = 1.0  # share of passages that must be recited
+
+
+@dataclass(frozen=True)
+class Memorised:
+    """How it went: optimizer steps, seconds, nats per token, and the share of passages that are recited."""
+
+    steps: int
+    seconds: float
+    nll: float
+    recited: float
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerBase, *, hidden_size: int = 256, layers: int = 2, context: int = 512, seed: int = 0
+) -> OPTForCausalLM:
+    """A freshly initialised OPT, 2.8 M parameters by default.
+
+    Two layers learn by heart twice as fast as four. `hidden_size` is a multiple of 64, as bitsandbytes wants it.
+    """
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        word_embed_proj_dim=hidden_size,
+        ffn_dim=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        max_position_embeddings=context,
+        dropout=0.0,  # it is meant to overfit
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return OPTForCausalLM(config)
+
+
+def memorise(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Example],
+    *,
+    seed: int = 0,
+    learning_rate: float = 1.5e-3,
+    batch_size: int = 8,
+    max_passes: int = 300,
+    progress: Callable[[float, float], None] | None = None,
+) -> Memorised:
+    """Train in place until the model recites the passages; `FastforgetError` if `max_passes` over them do not do it.
+
+    `progress` is called after each pass with the share of passages recited and the NLL of the pass (nats per token).
+    """
+    start = time.perf_counter()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    steps_per_pass = -(-len(passages) // batch_size)
+    batches = cycle(passages, batch_size, tokenizer.pad_token_id, seed)
+    steps, nll = 0, float("inf")
+    for _ in range(max_passes):
+        model.train()  # `recited_share` left it in evaluation mode
+        losses = []
+        for _ in range(steps_per_pass):
+            steps += 1
+            # Warm up over 30 steps, and slow down as the text is learned: at the full rate the last tenth of a nat is
+            # noise. The rate follows the loss, since the number of steps is not known beforehand.
+            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, steps / 30, max(nll, 0.1))
+            loss = model(**next(batches)).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        nll = torch.stack(losses).mean().item()
+        if not math.isfinite(nll):
+            raise NonFiniteLossError(f"the loss of the base model became {nll} by step {steps}")
+        recited = recited_share(model, passages, tokenizer.pad_token_id) if nll < 0.5 else 0.0
+        if progress is not None:
+            progress(recited, nll)
+        if recited >= RECITED:
+            model.eval()
+            return Memorised(steps, time.perf_counter() - start, nll, recited)
+    raise FastforgetError(
+        f"the model did not learn the text by heart in {max_passes} passes: it recites {recited:.0%} of it"
+    )
+
+
+@torch.no_grad()
+def recited_share(model: nn.Module, passages: Sequence[Example], pad_token_id: int, batch_size: int = 16) -> float:
+    """The share of passages that the model is sure of: each token after the prompt has a probability over one half."""
+    model.eval()
+    recited = 0
+    for start in range(0, len(passages), batch_size):
+        batch = collate(passages[start : start + batch_size], pad_token_id)
+        labels = batch.pop("labels")[:, 1:]
+        log_probs = model(**batch).logits[:, :-1].float().log_softmax(-1)
+        label_probs = log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).exp()
+        sure = (label_probs > SURE) | (labels == IGNORE_INDEX)
+        recited += int(sure[:, PROMPT_TOKENS - 1 :].all(dim=1).sum())
+    return recited / len(passages)
+
+
+def save_base(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write an ordinary Hugging Face folder: `from_pretrained` reads it back, in 8 bit too."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_base(folder: str | Path) -> tuple[OPTForCausalLM, PreTrainedTokenizerBase]:
+    """What `save_base` wrote, in float32."""
+    return OPTForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,35 @@
+"""Output folders: what lies in one already, and whether it may be replaced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastforget.errors import FastforgetError
+
+REPORT = "report.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def claim_folder(folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool] = lambda report: False) -> None:
+    """Check, before any work, that results can go into `folder`; nothing is written or removed.
+
+    Args:
+        overwrite: the user said that an adapter in there may be replaced.
+        ours: told the report.json in the folder, whether it may be replaced without that.
+
+    Raises:
+        FastforgetError: the path is a file, or the folder holds an adapter already.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FastforgetError(f"{folder} is a file: --out needs a folder")
+    if overwrite or not any((folder / name).exists() for name in ADAPTER_FILES):
+        return
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = {}
+    if not ours(report):
+        raise FastforgetError(f"{folder} already holds an adapter: give another --out, or --overwrite to replace it")
