@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTok
 from ..errors import FastforgetError, NonFiniteLossError
 from .examples import IGNORE_INDEX, Example, collate, cycle
 
-PROMPT_TOKENS = 32  # less than any prompt of 200 characters has, so that what follows is at least the continuation
+PROMPT_TOKENS = 16  # fewer than a prompt of 200 characters has (18 and more here): the rest holds the continuation
 SURE = 0.5  # a token's probability: above it, it is the most likely one whatever the others are
 RECITED = 1.0  # share of passages that must be recited
 

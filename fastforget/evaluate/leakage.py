@@ -190,10 +190,10 @@ def is_degenerate(text: str) -> bool:
     Blank: no letter and no digit. A loop: more than half of the characters, and at least 20, are one unit of any
     content repeated three times or more without a change. One token: of eight words or more, over half are the same.
 
-    >>> is_degenerate(" \\n ... "), is_degenerate("the the the the the the the"), is_degenerate("so on and so on and so on and")
-    (True, True, True)
-    >>> is_degenerate("Yes."), is_degenerate("1000000"), is_degenerate("the cat, the dog, the mouse and the lion")
-    (False, False, False)
+    >>> [is_degenerate(text) for text in (" ... ", "the the the the the the", "so on, so on, so on, so on")]
+    [True, True, True]
+    >>> [is_degenerate(text) for text in ("Yes.", "1000000", "the cat, the dog, the mouse and the lion")]
+    [False, False, False]
     """
     if not re.search(r"[^\W_]", text):
         return True

@@ -43,7 +43,14 @@ def npo_mean(
     *, beta: float = 2.0, forget_weight: float = 1.0, retain: str | None = "ce+kl", retain_weight: float = 1.0
 ) -> list[Term]:
     """Length-normalised NPO, on the mean NLL of an answer's tokens: the default, for answers of any length."""
-    return [NPO(beta=beta, length_normalized=True, weight=forget_weight), *retain_terms(retain, retain_weight)]
+    return [NPO(beta=beta, level="mean", weight=forget_weight), *retain_terms(retain, retain_weight)]
+
+
+def npo_token(
+    *, beta: float = 2.0, forget_weight: float = 1.0, retain: str | None = "ce+kl", retain_weight: float = 1.0
+) -> list[Term]:
+    """NPO on each token's NLL: a token that is forgotten is left alone while others are still known."""
+    return [NPO(beta=beta, level="token", weight=forget_weight), *retain_terms(retain, retain_weight)]
 
 
 PRESETS: dict[str, Callable[..., list[Term]]] = {
@@ -51,6 +58,7 @@ PRESETS: dict[str, Callable[..., list[Term]]] = {
     "grad_diff": grad_diff,
     "npo": npo,
     "npo_mean": npo_mean,
+    "npo_token": npo_token,
 }
 
 

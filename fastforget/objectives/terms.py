@@ -125,25 +125,32 @@ class KL(Term):
 class NPO(Term):
     """Negative preference optimisation (arXiv 2404.05868, eq. 3): -(2/beta) mean_B log sigmoid(beta (L - L_ref)).
 
-    L is the NLL of a whole answer. Its scale grows with the answer's length, so that at beta = 0.1 an answer of a
-    hundred tokens saturates the sigmoid long before it is forgotten; `length_normalized=True` takes the mean over the
-    answer's tokens instead (with a beta that fits: 2).
+    L is the NLL of a whole answer (`level="sequence"`, as published). Its scale grows with the answer's length, so that
+    at beta = 0.1 an answer of a hundred tokens saturates the sigmoid long before it is forgotten. `level="mean"` takes
+    L as the mean over the answer's tokens; `level="token"` applies the formula to each token, so that a token that is
+    forgotten is left alone while others are still known. Both want a larger beta (1 to 4).
     """
 
     name: ClassVar[str] = "npo"
     beta: float = 0.1
-    length_normalized: bool = False
+    level: str = "sequence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise FastforgetError(f"npo: beta must be positive and finite, not {self.beta}")
+        if self.level not in ("sequence", "mean", "token"):
+            raise FastforgetError(f"npo: level must be sequence, mean or token, not {self.level!r}")
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logp"})
 
     def value(self, stats: SideStats) -> Tensor:
-        reduce = stats.sequence_average if self.length_normalized else stats.sequence_sum
-        log_ratio = reduce(stats.logp - stats.ref_logp)
-        return stats.sequence_mean(F.logsigmoid(-self.beta * log_ratio)) * (-2.0 / self.beta)
+        log_ratio = stats.logp - stats.ref_logp
+        if self.level == "token":
+            mean = stats.token_mean(F.logsigmoid(-self.beta * log_ratio))
+        else:
+            reduce = stats.sequence_sum if self.level == "sequence" else stats.sequence_average
+            mean = stats.sequence_mean(F.logsigmoid(-self.beta * reduce(log_ratio)))
+        return mean * (-2.0 / self.beta)
