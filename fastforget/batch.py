@@ -105,7 +105,7 @@ def identifiable(batch: Batch) -> bool:
 
 
 def content_key(batch: Batch, row: int) -> bytes:
-    """A digest of one example: its ids, mask and kept tokens without the padding around it, and any other input whole."""
+    """A digest of one example: ids, mask and kept tokens without the padding around it, and any other input whole."""
     mask = batch["attention_mask"][row]
     present = mask.nonzero()[:, 0]
     span = slice(int(present[0]), int(present[-1]) + 1) if len(present) else slice(0, 0)

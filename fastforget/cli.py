@@ -46,7 +46,7 @@ def unlearn(
     bits: Annotated[int, typer.Option(help="Precision of the frozen base: 8, 4, 16 or 32.")] = 8,
     lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 16,
     lora_alpha: Annotated[int | None, typer.Option(help="LoRA's scale; default 2 r.")] = None,
-    lora_targets: Annotated[str, typer.Option(help="Module names, comma-separated, or all-linear.")] = "all-linear",
+    lora_targets: Annotated[str, typer.Option(help="Module names, comma-separated, all-linear, or auto: query and key.")] = "auto",
     learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = 40.0,
     max_steps: Annotated[int | None, typer.Option(help="Steps; overrides --epochs.")] = None,
@@ -109,11 +109,11 @@ def doctor() -> None:
 
 
 def lora_target_modules(text: str) -> str | list[str]:
-    """ "all-linear", or a list of module names."""
+    """ A list of module names, or a word that stands for one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise FastforgetError("--lora-targets is empty: give module names, or all-linear")
-    return names[0] if names == ["all-linear"] else names
+        raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")
+    return names[0] if names in (["all-linear"], ["auto"]) else names
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +17,8 @@ from torch import nn
 from fastforget.errors import FastforgetError
 
 BITS = (4, 8, 16, 32)
-LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM"}
+LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
+QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
 ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 
 
@@ -35,7 +37,9 @@ def load(
             frozen, and ours is stacked onto it.
         bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
             without it), or 32.
-        lora: arguments of `peft.LoraConfig`; default r = 16, alpha = 2 r, on all linear layers but the head.
+        lora: arguments of `peft.LoraConfig`; default r = 16, alpha = 2 r, and `target_modules="auto"`: the query and
+            key projections (all linear layers where a model has none of a known name). An adapter on those can only
+            change what attention looks up; on all layers it forgets sooner, but into endless loops (README, Demo).
         device: default the first GPU, else the CPU.
         adapter: load this saved adapter (to go on training) instead of a new one.
 
@@ -58,27 +62,34 @@ def load(
     elif stacked is not None:
         with readable_errors(f"the adapter {name_or_path}"):
             model = peft.PeftModel.from_pretrained(model, str(name_or_path), is_trainable=False)
-            model.add_adapter(ADAPTER_NAME, lora_config(lora))
+            model.add_adapter(ADAPTER_NAME, lora_config(lora, model))
             model.base_model.set_adapter(["default", ADAPTER_NAME])
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER_NAME}." in name)
     else:
         with readable_errors("the LoRA configuration"):
-            model = peft.get_peft_model(model, lora_config(lora), autocast_adapter_dtype=True)
+            model = peft.get_peft_model(model, lora_config(lora, model))
     return model
 
 
-def lora_config(lora: Mapping[str, Any] | None) -> Any:
+def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
     """A peft.LoraConfig from the user's arguments over our defaults."""
     import peft
 
     options = {**LORA_DEFAULTS, **(lora or {})}
     options.setdefault("lora_alpha", 2 * options["r"])
-    options.setdefault("target_modules", "all-linear")
+    if options["target_modules"] == "auto":
+        options["target_modules"] = query_and_key_modules(model)
     try:
         return peft.LoraConfig(**options)
     except (TypeError, ValueError) as error:
         raise FastforgetError(f"the LoRA configuration is not valid: {one_line(error)}") from error
+
+
+def query_and_key_modules(model: nn.Module) -> list[str] | str:
+    """The names of the model's query and key projections, or "all-linear"."""
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    return next((sorted(names) for names in QUERY_AND_KEY if names <= present), "all-linear")
 
 
 def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
@@ -99,6 +110,8 @@ def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
     with readable_errors(f"the model {name_or_path}"):
         model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     disable_dropout(model)
+    # its 8-bit product says in each layer of each forward that float32 is cast to float16 to be quantised
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
 

@@ -29,7 +29,7 @@ def check_reference(model: nn.Module) -> None:
     """
     if not hasattr(model, "peft_config"):
         raise FastforgetError(
-            "a term compares with the frozen model, which here is the model with its adapter off, and this model has no "
+            "a term compares with the frozen model, which is the model with its adapter off, and this model has no "
             "PEFT adapter: load it with fastforget.load(...), or use terms without a reference (grad_ascent, grad_diff)"
         )
     for name, config in model.peft_config.items():

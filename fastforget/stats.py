@@ -151,8 +151,8 @@ def kept_divergence(hidden: Tensor, ref_hidden: Tensor, head: LMHead, kind: str,
     """The same over rows that are all kept."""
     if head.trainable:
         raise FastforgetError(
-            "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is gone; "
-            "freeze it (model.get_output_embeddings().requires_grad_(False))"
+            "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
+            "gone; freeze it (model.get_output_embeddings().requires_grad_(False))"
         )
     return backends.pick(backend, hidden.device).divergence(hidden, ref_hidden.detach(), head, kind)
 

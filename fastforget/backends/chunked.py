@@ -1,8 +1,8 @@
 """GEMM, rows, GEMM in plain torch: statistics and their gradients without ever holding N x V logits.
 
-For a chunk of tokens that fits a byte budget, the logits are computed into a reused buffer, the row pass reads off the
-statistics and overwrites the row with a gradient over the logits, and a second product with the head turns that row
-into a gradient over the hidden states. This happens in the *forward* pass: what is kept is (n, D), and the backward pass
+For a chunk of tokens that fits a byte budget, the logits are computed into a reused buffer, the row pass reads off
+the statistics and overwrites the row with a gradient over the logits, and a second product with the head turns that
+row into a gradient over the hidden states. This happens in the *forward* pass: what is kept is (n, D), and the backward pass
 only scales it by whatever the loss above turns out to be. Only where that cannot serve (entropy, expected embedding, a
 head that trains) does the backward pass recompute the logits, chunk by chunk.
 
@@ -84,7 +84,7 @@ def label_rows(logits: Tensor, labels: Tensor, names: Collection[str]) -> dict[s
 
 
 def moments_of_logp(others: Tensor, offsets: Tensor, total: Tensor, logp: Tensor, log_not: Tensor) -> dict[str, Tensor]:
-    """Mean and variance of log p under p, from the moments of z - max over the other tokens (`others`, 0 at the label)."""
+    """Mean and variance of log p under p, from moments of z - max over the other tokens (`others`, 0 at the label)."""
     first = (others * offsets).sum(dim=1)
     spread = (others * offsets.sub_(first[:, None]).square_()).sum(dim=1)
     p_label, p_others = logp.exp(), log_not.exp()
@@ -157,7 +157,7 @@ def empty_fields(names: Collection[str], dtype: torch.dtype, device: torch.devic
 
 
 def unit_coefficient(upstream: dict[str, Tensor], logp: Tensor, log_not: Tensor) -> Tensor:
-    """What multiplies the unit row: d logp = -(1 - p_y) unit, d lse = (1 - p_y) unit + onehot, d log(1 - p_y) = p_y unit."""
+    """The unit row's factor: d logp = -(1 - p_y) unit, d lse = (1 - p_y) unit + onehot, d log(1 - p_y) = p_y unit."""
     zero = torch.zeros_like(logp)
     outer = upstream.get("lse", zero) - upstream.get("logp", zero)
     return outer * log_not.exp() + upstream.get("log_not_label", zero) * logp.exp()

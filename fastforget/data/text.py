@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,4 +119,4 @@ def pieces(length: int, longest: int) -> list[tuple[int, int]]:
     """Cut `length` tokens into the fewest pieces of at most `longest`, as equal as can be: no short tail."""
     count = -(-length // longest)
     bounds = [round(index * length / count) for index in range(count + 1)] if count else [0]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import FastforgetError
-from .examples import Example
+from fastforget.data.examples import Example
+from fastforget.errors import FastforgetError
 
 PASSAGE_TOKENS = 128  # the beginning-of-sequence token among them
 PASSAGE_CHARACTERS = 400  # the least text of a passage: a prompt of 200 characters, and a continuation of 200

@@ -23,8 +23,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..data.examples import IGNORE_INDEX, Example, collate
-from ..errors import FastforgetError
+from fastforget.data.examples import IGNORE_INDEX, Example, collate
+from fastforget.errors import FastforgetError
 
 PROMPT_CHARACTERS = 200
 CONTINUATION_CHARACTERS = 200

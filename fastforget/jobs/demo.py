@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
 from fastforget.jobs.loop import JobSettings, run_job
 from fastforget.jobs.measuring import measure
-from fastforget.jobs.memorise import build_model, memorise
+from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.outputs import REPORT, claim_folder
 from fastforget.jobs.progress import progress_bar
 from fastforget.models import load, load_tokenizer, save_adapter
@@ -29,6 +30,7 @@ from fastforget.objectives.presets import DEFAULT_PRESET
 
 BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
 ADAPTER_RANK = 16
+FIRST_NLL, LAST_NLL = 8.0, 0.075  # nats per token, about: where memorising begins and ends, for its progress bar
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def run_demo(
     print_continuations(console, before, after, {"forget": 2, "retain": 1})
     cached = f"training the base took {trained:.0f} s" if trained else "the base came from the cache"
     console.print(
-        f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); {report['seconds']:.0f} s in all "
-        f"({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
+        f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); "
+        f"{report['seconds']:.0f} s in all ({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
     )
     console.print(f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.")
     console.print("Without the adapter the base still knows the text: to ship a model that forgot, merge it.")
@@ -132,13 +134,14 @@ def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console
             corpus.tokenizer,
             passages,
             seed=seed,
-            progress=lambda recited, nll: update(recited, 1.0, f"NLL {nll:.2f}"),
+            progress=lambda recited, nll: update(
+                math.log(FIRST_NLL / nll), math.log(FIRST_NLL / LAST_NLL), f"NLL {nll:.2f}"
+            ),
         )
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-base-"))
     try:
-        model.save_pretrained(scratch)
-        corpus.tokenizer.save_pretrained(scratch)
+        save_base(model, corpus.tokenizer, scratch)
         try:
             os.replace(scratch, folder)
         except OSError:  # another demo was quicker

@@ -114,8 +114,8 @@ def run_job(
                 result.steps = max(0, number - 2)  # the last update led here, and is taken back
                 what = "loss" if not math.isfinite(float(out_step.loss)) else "gradient"
                 raise NonFiniteLossError(
-                    f"the {what} became {float(out_step.loss if what == 'loss' else norm)} at step {number} of {total}; "
-                    f"the adapter is as it was after {result.steps} steps (a lower --learning-rate may help)",
+                    f"the {what} became {float(out_step.loss if what == 'loss' else norm)} at step {number} of "
+                    f"{total}; the adapter is as it was after {result.steps} steps (a lower --learning-rate may help)",
                     result.steps,
                 )
             for side in ("forget", "retain"):

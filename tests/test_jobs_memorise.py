@@ -1,15 +1,15 @@
 """The demo's base at a small scale: it recites what it was trained on, also in 8 bit, and says so when it cannot."""
 
-import logging
 import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fastforget.data import memorise, topics
+from fastforget.data import topics
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.leakage import leakage
+from fastforget.jobs import memorise
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def test_recites_word_for_word_but_not_what_it_never_saw(trained, corpus):
 
 
 def test_recites_after_a_round_trip_and_in_8_bit(trained, corpus):
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model, _, _, folder = trained
-    reloaded, tokenizer = memorise.load_base(folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, value in model.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], value)
     assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab()
