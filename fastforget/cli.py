@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastforget.errors import FastforgetError
+from fastforget.jobs.loop import JobSettings
 from fastforget.objectives.presets import DEFAULT_PRESET
 
 app = typer.Typer(
@@ -46,9 +47,11 @@ def unlearn(
     bits: Annotated[int, typer.Option(help="Precision of the frozen base: 8, 4, 16 or 32.")] = 8,
     lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 16,
     lora_alpha: Annotated[int | None, typer.Option(help="LoRA's scale; default 2 r.")] = None,
-    lora_targets: Annotated[str, typer.Option(help="Module names, comma-separated, all-linear, or auto: query and key.")] = "auto",
-    learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
-    epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = 40.0,
+    lora_targets: Annotated[
+        str, typer.Option(help="Names, comma-separated, all-linear, or auto: query, key.")
+    ] = "auto",
+    learning_rate: Annotated[float, typer.Option()] = JobSettings.learning_rate,
+    epochs: Annotated[float, typer.Option(help="Passes over the forget set.")] = JobSettings.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Steps; overrides --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Forget passages a step, and as many retain passages.")] = 8,
     micro_batch: Annotated[int | None, typer.Option(help="Passages in memory at once; the same gradients.")] = None,
@@ -62,7 +65,6 @@ def unlearn(
     ] = None,
 ) -> None:
     """Make MODEL forget a text; writes a LoRA adapter in PEFT's format, and report.json."""
-    from fastforget.jobs.loop import JobSettings
     from fastforget.jobs.unlearn import UnlearnRequest, run_unlearn
 
     lora: dict[str, Any] = {"r": lora_r, "target_modules": lora_target_modules(lora_targets)}
@@ -109,7 +111,7 @@ def doctor() -> None:
 
 
 def lora_target_modules(text: str) -> str | list[str]:
-    """ A list of module names, or a word that stands for one."""
+    """A list of module names, or a word that stands for one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")

@@ -76,7 +76,7 @@ def worst(result, oracle):
 
 
 def check(problem, train=False):
-    hidden, weight, _, _, softcap, labels, _ = problem
+    hidden, weight, _, _, _, labels, _ = problem
     oracle, eager, chunked = (
         evaluate(problem, backend, dtype, train)
         for backend, dtype in (("eager", torch.float64), ("eager", None), ("chunked", None))

@@ -2,9 +2,9 @@
 
 For a chunk of tokens that fits a byte budget, the logits are computed into a reused buffer, the row pass reads off
 the statistics and overwrites the row with a gradient over the logits, and a second product with the head turns that
-row into a gradient over the hidden states. This happens in the *forward* pass: what is kept is (n, D), and the backward pass
-only scales it by whatever the loss above turns out to be. Only where that cannot serve (entropy, expected embedding, a
-head that trains) does the backward pass recompute the logits, chunk by chunk.
+row into a gradient over the hidden states. This happens in the *forward* pass: what is kept is (n, D), and the
+backward pass only scales it by whatever the loss above turns out to be. Only where that cannot serve (entropy,
+expected embedding, a head that trains) does the backward pass recompute the logits, chunk by chunk.
 
 The label row that is written is
 

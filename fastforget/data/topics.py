@@ -67,7 +67,27 @@ def python_topics() -> dict[str, str]:
         raise FastforgetError(
             "this Python lacks the module pydoc_data, whose text the demo uses: install Python's full standard library"
         ) from error
-    return topics
+    return {name: unwrap(text) for name, text in topics.items()}
+
+
+def unwrap(text: str, full: int = 60) -> str:
+    """Paragraphs on one line each: the reference is wrapped at 70 columns, and where a line ends is no content.
+
+    A line goes on from the one before it where that one was full, both are equally indented, and both read as prose;
+    code, tables and grammar keep their lines. (Left in, line ends are the most frequent token, and a model that has
+    forgotten how a text goes on writes nothing else.)
+    """
+    lines: list[str] = []
+    previous = ""
+    for line in text.split("\n"):
+        prose = all(re.match(r"\s*[\w\"'*(`-]", each) and "::=" not in each for each in (previous, line))
+        indent, previous_indent = (len(each) - len(each.lstrip()) for each in (line, previous))
+        if prose and len(previous) >= full and indent == previous_indent:
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+        previous = line
+    return "\n".join(lines)
 
 
 def choose_topics(

@@ -32,8 +32,8 @@ class JobSettings:
     several nats, and driving the NLL far beyond that only ruins the output.
     """
 
-    learning_rate: float = 1.5e-3
-    epochs: float = 40.0
+    learning_rate: float = 2e-3
+    epochs: float = 54.0
     max_steps: int | None = None
     batch_size: int = 8
     micro_batch: int | None = None

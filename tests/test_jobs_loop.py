@@ -1,0 +1,95 @@
+"""The training loop: what stops it, what it keeps, what it saves."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fastforget as ff
+from fastforget.data.text import text_examples
+from fastforget.jobs.loop import JobSettings, run_job
+from fastforget.objectives import NegatedCE
+
+
+@pytest.fixture
+def data(tokenizer):
+    forget = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
+    retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
+    return forget, retain
+
+
+def adapter(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(kw_only=True)
+class BreaksAt(NegatedCE):
+    """NaN from its n-th value on."""
+
+    step: int = 4
+    seen: int = 0
+
+    def value(self, stats):
+        self.seen += 1
+        value = super().value(stats)
+        return value * torch.nan if self.seen >= self.step else value
+
+
+def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, data):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    with pytest.raises(ff.NonFiniteLossError, match=r"became nan at step 4 of 9; .* after 2 steps") as caught:
+        run_job(model, tokenizer, *data, [BreaksAt()], JobSettings(max_steps=9, learning_rate=1e-3))
+    assert caught.value.good_steps == 2
+    torch.manual_seed(0)
+    kept = adapter(model)
+    assert all(value.isfinite().all() for value in kept.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # the same job without the break, two steps long, ends in the same adapter up to lora_A's random start
+    moved = [value for name, value in kept.items() if "lora_B" in name]
+    assert all(value.abs().sum() > 0 for value in moved)
+
+
+def test_two_good_steps_are_exactly_two_steps(tiny, tokenizer, data):
+    results = []
+    for terms, steps in (([BreaksAt()], 9), ([NegatedCE()], 2)):
+        torch.manual_seed(3)
+        model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+        try:
+            run_job(model, tokenizer, *data, terms, JobSettings(max_steps=steps, learning_rate=1e-3))
+        except ff.NonFiniteLossError:
+            pass
+        results.append(adapter(model))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, data):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    settings = JobSettings(max_steps=200, learning_rate=1e-2, stop_forget_nll=8.0)
+    modes = [module.training for module in model.modules()]
+    result = run_job(model, tokenizer, *data, ff.preset("grad_ascent"), settings)
+    assert result.forget_nll[-1] >= 8.0 > max(result.forget_nll[:-1]) and 0 < result.steps < 200
+    assert "forget NLL" in result.stopped
+    assert [module.training for module in model.modules()] == modes
+    assert JobSettings(epochs=3, batch_size=4).steps(10) == 9
+
+
+def test_checkpoints_load_in_plain_peft(tiny, tokenizer, data, tmp_path):
+    import peft
+
+    model = ff.load(tiny["opt"], bits=32, lora={"r": 4})
+    settings = JobSettings(max_steps=4, save_steps=2)
+    run_job(model, tokenizer, *data, ff.preset("npo_mean"), settings, out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["opt"]), tmp_path / "checkpoint-4")
+    ids = torch.tensor([data[0][0].input_ids])
+    assert torch.allclose(plain.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+def test_bad_settings_and_missing_retain(tiny, tokenizer, data):
+    for name in ("learning_rate", "epochs", "max_steps", "batch_size", "save_steps"):
+        with pytest.raises(ff.FastforgetError, match=f"{name.replace('_', '-')} must be positive"):
+            JobSettings(**{name: 0})
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    with pytest.raises(ff.FastforgetError, match="these terms keep a retain set"):
+        run_job(model, tokenizer, data[0], None, ff.preset("grad_diff"), JobSettings())

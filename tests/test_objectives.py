@@ -1,0 +1,71 @@
+"""Terms against their formulas in plain Python, presets, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+import fastforget as ff
+from fastforget.objectives import PRESETS, SideStats
+
+LOGP = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
+REF = [[-0.2, -0.1, -0.4], [-1.0]]
+FLAT = [value for row in LOGP for value in row]
+REF_FLAT = [value for row in REF for value in row]
+
+
+def side(**extra):
+    return SideStats(
+        logp=torch.tensor(FLAT, dtype=torch.float64),
+        sequence=torch.tensor([0, 0, 0, 1]),
+        sequence_count=2,
+        token_total=4,
+        sequence_total=2,
+        ref_logp=torch.tensor(REF_FLAT, dtype=torch.float64),
+        **extra,
+    )
+
+
+def log_sigmoid(value):
+    return -math.log1p(math.exp(-value))
+
+
+def npo(ratios, beta):
+    return -(2 / beta) * sum(log_sigmoid(-beta * ratio) for ratio in ratios) / len(ratios)
+
+
+def test_values_follow_the_formulas():
+    assert float(ff.NegatedCE().value(side())) == pytest.approx(sum(FLAT) / 4)
+    assert float(ff.CE().value(side())) == pytest.approx(-sum(FLAT) / 4)
+    kl = side(divergences={"jsd": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    assert float(ff.KL(direction="jsd").value(kl)) == pytest.approx(2.5)
+    per_token = [one - other for one, other in zip(FLAT, REF_FLAT, strict=True)]
+    sums = [sum(per_token[:3]), per_token[3]]
+    for level, ratios in (("sequence", sums), ("mean", [sums[0] / 3, sums[1]]), ("token", per_token)):
+        assert float(ff.NPO(beta=0.7, level=level).value(side())) == pytest.approx(npo(ratios, 0.7)), level
+
+
+def test_presets():
+    assert [type(term).__name__ for term in ff.preset("npo", beta=0.3, retain="kl")] == ["NPO", "KL"]
+    assert ff.preset("npo", beta=0.3)[0].beta == 0.3 and ff.preset("npo")[0].level == "sequence"
+    assert ff.preset("grad_diff", retain=None, forget_weight=2.0)[0].weight == 2.0
+    assert all(ff.preset(name) for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ff.preset("npoo"), "did you mean 'npo'.*grad_ascent, grad_diff, npo"),
+        (lambda: ff.preset("npo", gamma=1), "no parameter 'gamma': it takes beta"),
+        (lambda: ff.preset("npo", retain="all"), "retain must be one of"),
+        (lambda: ff.CE(weight=-1.0), "weight must be positive"),
+        (lambda: ff.CE(weight=math.nan), "weight must be positive"),
+        (lambda: ff.CE(on="both"), "on must be"),
+        (lambda: ff.NPO(beta=0.0), "beta must be positive"),
+        (lambda: ff.NPO(level="word"), "level must be"),
+        (lambda: ff.KL(direction="kl"), "direction must be"),
+    ],
+)
+def test_wrong_parameters_are_refused(call, message):
+    with pytest.raises(ff.FastforgetError, match=message):
+        call()

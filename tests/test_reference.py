@@ -1,0 +1,153 @@
+"""The frozen reference: one model in memory, never changed by training, cached by content within a byte limit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import fastforget as ff
+from fastforget.batch import prepare
+from fastforget.reference import reference_mode
+
+LOGP = frozenset({"logp"})
+CPU = torch.device("cpu")
+
+
+def flags(model):
+    return [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_training_does_not_change_the_reference(tiny, batch, bits):
+    model = ff.load(tiny["opt"], bits=bits, lora={"r": 4}).train()
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo_mean", lr=1e-2, reference_cache_bytes=0)
+    side = prepare(batch(4, 1), "forget", CPU)
+    before = step.loss.reference.of(side, frozenset({"hidden", "logp"}))
+    weights = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    for seed in range(5):
+        step(batch(4, 1), batch(4, seed))
+    after = step.loss.reference.of(side, frozenset({"hidden", "logp"}))
+    assert torch.equal(before["hidden"], after["hidden"]) and torch.equal(before["logp"], after["logp"])
+    for name, parameter in model.named_parameters():
+        assert name not in weights or torch.equal(parameter, weights[name]), name
+    policy = step.loss.backbone.states(side.inputs, side.positions)
+    assert not torch.equal(policy, after["hidden"]), "the adapter itself did learn"
+
+
+def test_flags_are_restored_also_after_an_exception(tiny):
+    model = ff.load(tiny["opt"], bits=8, lora={"r": 4}).train()
+    frozen = next(p for name, p in model.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    model.base_model.model.model.decoder.layers[1].eval()
+    before = flags(model)
+    with pytest.raises(KeyError), reference_mode(model):
+        decoder = model.base_model.model.model.decoder
+        assert not decoder.layers[0].training, "functional dropout looks at this flag"
+        assert decoder.layers[0].fc1.training, "bitsandbytes layers stay in the policy's mode"
+        raise KeyError
+    assert flags(model) == before
+
+
+def test_dropout_is_off_in_the_reference_only(tiny, batch):
+    model = ff.load(tiny["opt"], bits=32, lora={"r": 4}).train()
+    decoder = model.base_model.model.model.decoder
+    for layer in decoder.layers:
+        layer.dropout = 0.5
+    loss = ff.UnlearnLoss(model, [ff.KL(on="forget")], reference_cache_bytes=0)
+    side = prepare(batch(3, 1), "forget", CPU)
+    first, second = (loss.reference.of(side, LOGP)["logp"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert float(loss(batch(3, 1)).loss.detach()) > 0, "the policy drops out"
+
+
+def test_no_reference_forward_from_the_second_epoch_on(tiny, batch):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4}).train()
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo_mean", lr=0.1)
+    losses = [[float(step(batch(2, seed), batch(2, seed + 9)).loss) for seed in range(2)] for _ in range(3)]
+    assert step.loss.reference.forwards == 4
+    assert losses[0] != losses[1]
+
+
+def test_cache_is_keyed_by_content_within_its_limit(tiny, batch):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    reference = ff.UnlearnLoss(model, "npo").reference
+    one = batch(3, 1)
+    truth = reference.of(prepare(one, "forget", CPU), LOGP)["logp"]
+    padded = {key: F.pad(value, (0, 5), value=-100 if key == "labels" else 0) for key, value in one.items()}
+    assert torch.equal(reference.of(prepare(padded, "forget", CPU), LOGP)["logp"], truth)
+    assert reference.forwards == 1, "padding is not content"
+    fewer = one | {"labels": one["labels"].clone()}
+    fewer["labels"][1, :10] = -100
+    kept = prepare(fewer, "forget", CPU)
+    assert reference.of(kept, LOGP)["logp"].shape == kept.labels.shape and reference.forwards == 2
+
+    # partly cached: rows 1 and 2 are known, row 0 is new
+    mixed = {key: torch.cat([batch(1, 7)[key], one[key][1:]]) for key in one}
+    side = prepare(mixed, "forget", CPU)
+    ours = reference.of(side, LOGP)["logp"]
+    uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
+    assert torch.allclose(ours, uncached.of(side, LOGP)["logp"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[-len(truth) + 9 :], truth[9:])
+
+
+def test_least_recently_used_goes_and_a_miss_is_recomputed(tiny, batch):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    row_bytes = 4 * 15
+    reference = ff.UnlearnLoss(model, "npo", reference_cache_bytes=2 * row_bytes).reference
+    rows = [{key: value[1:] for key, value in batch(2, seed).items()} for seed in range(3)]
+    sides = [prepare(row, "forget", CPU) for row in rows]
+    first = reference.of(sides[0], LOGP)["logp"]
+    reference.of(sides[1], LOGP)
+    reference.of(sides[0], LOGP)  # used again: the second is now the oldest
+    reference.of(sides[2], LOGP)
+    assert reference.forwards == 3 and reference.bytes_used == 2 * row_bytes
+    reference.of(sides[0], LOGP)
+    assert reference.forwards == 3
+    reference.of(sides[1], LOGP)
+    assert reference.forwards == 4
+    assert torch.allclose(reference.of(sides[0], LOGP)["logp"], first, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"bias": "all"}, "trains biases"),
+        ({"target_modules": ["lm_head"]}, "adapter on the output head"),
+        ({"modules_to_save": ["lm_head"]}, "adapter on the output head"),
+    ],
+)
+def test_refuses_what_would_make_the_reference_wrong(tiny, lora, message):
+    model = ff.load(tiny["llama"], bits=32, lora=lora)
+    with pytest.raises(ff.FastforgetError, match=message):
+        ff.UnlearnLoss(model, "npo")
+
+
+def test_refuses_models_without_adapter_and_weights_outside_it(tiny):
+    bare = AutoModelForCausalLM.from_pretrained(tiny["llama"])
+    with pytest.raises(ff.FastforgetError, match="no PEFT adapter"):
+        ff.UnlearnLoss(bare, "npo")
+    ff.UnlearnLoss(bare, "grad_diff")
+    model = ff.load(tiny["llama"], bits=32)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ff.FastforgetError, match=r"norm\.weight trains but belongs to no adapter"):
+        ff.UnlearnLoss(model, "npo")
+
+
+def test_the_reference_of_a_stacked_adapter_is_the_adapter_below(tiny, batch, tmp_path):
+    first = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    for name, parameter in first.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ff.save_adapter(first, None, tmp_path / "first")
+    expected = first.eval()(input_ids=batch(2, 1)["input_ids"]).logits
+
+    model = ff.load(tmp_path / "first", bits=32, lora={"r": 4}).train()
+    assert torch.allclose(model(input_ids=batch(2, 1)["input_ids"]).logits, expected, atol=1e-5)
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=[ff.KL(on="forget"), ff.NegatedCE()], lr=1e-2)
+    assert float(step(batch(2, 1)).terms["kl"]) == 0.0
+    for _ in range(3):
+        out = step(batch(2, 1))
+    assert float(out.terms["kl"]) > 0
+    with reference_mode(model):
+        assert torch.allclose(model(input_ids=batch(2, 1)["input_ids"]).logits, expected, atol=1e-5)
+    assert list(model.active_adapters) == ["default", "unlearn"]

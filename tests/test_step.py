@@ -1,0 +1,254 @@
+"""UnlearnLoss and UnlearnStep against a loop with full logits and a deep-copied reference."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastforget as ff
+
+
+def load_perturbed(folder, bits=32, seed=1, **lora):
+    """A model whose adapter is not at its initial zero, in training mode."""
+    torch.manual_seed(seed)  # PEFT draws lora_A
+    model = ff.load(folder, bits=bits, lora={"r": 4, "target_modules": "all-linear", **lora}).train()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def token_log_probs(model, batch):
+    """(B, T-1) log-probs of the next tokens and the mask of those that are labelled, from the model's own logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    log_probs = logits.log_softmax(-1)
+    return log_probs, log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0], labels != -100
+
+
+def loss_by_hand(name, model, reference, forget, retain):
+    """Each preset's formula, on full logits."""
+    _, logp, kept = token_log_probs(model, forget)
+    with torch.no_grad():
+        _, ref_logp, _ = token_log_probs(reference, forget)
+        ref_retain, _, _ = token_log_probs(reference, retain)
+    retain_all, retain_logp, retain_kept = token_log_probs(model, retain)
+    ascent = logp[kept].mean()
+    ce = -retain_logp[retain_kept].mean()
+    kl = F.kl_div(retain_all, ref_retain, log_target=True, reduction="none").sum(-1)[retain_kept].mean()
+    reverse = F.kl_div(ref_retain, retain_all, log_target=True, reduction="none").sum(-1)[retain_kept].mean()
+    nll, ref_nll = -(logp * kept).sum(1), -(ref_logp * kept).sum(1)
+    if name == "grad_ascent":
+        return ascent
+    if name == "grad_diff":
+        return ascent + ce
+    if name == "npo":
+        return -(2 / 0.1) * F.logsigmoid(0.1 * (nll - ref_nll)).mean() + ce
+    if name == "npo_mean":
+        return -(2 / 2.0) * F.logsigmoid(2.0 * (nll - ref_nll) / kept.sum(1)).mean() + ce + kl
+    if name == "npo_token":
+        return -(2 / 2.0) * F.logsigmoid(-2.0 * (logp - ref_logp)[kept]).mean() + ce + kl
+    return ascent + reverse
+
+
+def terms_of(name):
+    return [ff.NegatedCE(), ff.KL(direction="reverse_kl")] if name == "reverse_kl" else ff.preset(name)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_every_lora_gradient_equals_a_full_logits_loop(tiny, batch, kind, bits):
+    model = load_perturbed(tiny[kind], bits)
+    reference = copy.deepcopy(model)
+    reference.base_model.disable_adapter_layers()
+    forget, retain = batch(4, 1), batch(3, 2, width=17)
+    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "reverse_kl"):
+        model.zero_grad()
+        expected_loss = loss_by_hand(name, model, reference, forget, retain)
+        expected_loss.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        out = ff.UnlearnStep(model, torch.optim.SGD, terms=terms_of(name), lr=0.1).backward(forget, retain)
+        ours = gradients(model)
+        assert float(out.loss) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+        assert ours.keys() == expected.keys() and len(ours) == 2 * 6 * 2 if kind == "opt" else True
+        # bitsandbytes' 8-bit product rounds its operands to half precision, so that two orders of addition differ more
+        tolerance = 2e-5 if bits == 32 else 2e-3
+        for key, gradient in expected.items():
+            assert float(gradient.norm()) > 0
+            error = float((ours[key] - gradient).norm() / gradient.norm())
+            assert error < tolerance, (name, key, error)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_kl_is_zero_at_lora_init(tiny, batch, kind, bits):
+    model = ff.load(tiny[kind], bits=bits, lora={"r": 4}).train()
+    out = ff.UnlearnLoss(model, [ff.KL(on="forget"), ff.NPO(beta=1.0)])(batch(4, 1))
+    assert float(out.terms["kl"]) == 0.0
+    assert float(out.terms["npo"]) == pytest.approx(2 * 0.6931472, rel=1e-6)
+
+
+def test_micro_batches_and_accumulation_give_the_gradients_of_the_whole(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    forget, retain = batch(5, 1), batch(4, 2)
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo_mean", lr=0.1)
+    whole_out = step.backward(forget, retain)
+    whole = gradients(model)
+
+    def same():
+        for key, gradient in gradients(model).items():
+            assert torch.allclose(gradient, whole[key], rtol=1e-4, atol=1e-7), key
+        model.zero_grad()
+
+    same()
+    for size in (1, 2, 3):
+        out = step.backward(forget, retain, micro_batch=size)
+        assert float(out.loss) == pytest.approx(float(whole_out.loss), rel=1e-5)
+        same()
+
+    def rows(part, start, stop):
+        return {key: value[start:stop] for key, value in part.items()}
+
+    pieces = [(rows(forget, 0, 1), rows(retain, 0, 3)), (rows(forget, 1, 5), rows(retain, 3, 4))]
+    counts = ff.count_labels(pieces)
+    assert counts.retain_sequences == 4 and counts.forget_tokens == int((forget["labels"][:, 1:] != -100).sum())
+    losses = []
+    for one, other in pieces:
+        step.backward(one, other, counts=counts, backward=lambda loss: (losses.append(loss), loss.backward()))
+    assert float(sum(losses).detach()) == pytest.approx(float(whole_out.loss), rel=1e-5)
+    same()
+    flat = {key: torch.cat([forget[key], retain[key]]) for key in forget}
+    flat |= {"role": torch.tensor([0] * 5 + [1] * 4), "example_id": torch.arange(9)}
+    step.backward(flat)
+    same()
+
+
+def test_padding_does_not_matter(tiny, batch):
+    model = load_perturbed(tiny["opt"])
+    forget, retain = batch(3, 1), batch(3, 2)
+    loss = ff.UnlearnLoss(model, "npo_mean", reference_cache_bytes=0)
+    plain = float(loss(forget, retain).loss)
+    for left in (0, 3):
+        padded = {
+            key: F.pad(value, (left, 4 - left), value={"labels": -100}.get(key, 0)) for key, value in forget.items()
+        }
+        assert float(loss(padded, retain).loss) == pytest.approx(plain, rel=1e-5)
+
+
+def test_keeps_the_promises_of_an_optimizer(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="grad_diff", lr=1e-3)
+    assert isinstance(step, torch.optim.Optimizer)
+    step.load_state_dict(step.state_dict())  # before step 1, as Accelerate does
+    seen = []
+    step.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(optimizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda epoch: 0.5**epoch)
+        step(batch(2, 1), batch(2, 2))
+        scheduler.step()
+    assert step.param_groups[0]["lr"] == 5e-4 and step.base.param_groups[0]["lr"] == 5e-4
+    assert seen == [step] and step.param_groups[0]["unlearn_steps"] == 1
+    step.step()
+    assert step.param_groups[0]["unlearn_steps"] == 1, "a step without a backward moves no counter"
+    assert step.step(lambda: 3.0) == 3.0
+
+    extra = torch.nn.Parameter(torch.zeros(2))
+    step.add_param_group({"params": [extra], "lr": 1.0})
+    assert step.base.param_groups[-1]["params"][0] is extra
+
+
+def test_state_dict_round_trip_continues_identically(tiny, batch):
+    def steps(step, seeds):
+        for seed in seeds:
+            step(batch(2, seed), batch(2, seed + 10))
+
+    straight = load_perturbed(tiny["llama"])
+    steps(ff.UnlearnStep(straight, torch.optim.AdamW, terms="npo", lr=1e-3), range(4))
+    first = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(first, torch.optim.AdamW, terms="npo", lr=1e-3)
+    steps(step, range(2))
+    saved = pickle.loads(pickle.dumps(step.state_dict()))
+    second = load_perturbed(tiny["llama"])
+    second.load_state_dict(first.state_dict())
+    resumed = ff.UnlearnStep(second, torch.optim.AdamW, terms="npo", lr=9.0)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["unlearn_steps"] == 2
+    steps(resumed, range(2, 4))
+    for (name, one), (_, other) in zip(straight.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_copies_have_no_model_until_attached(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
+    step(batch(2, 1), batch(2, 2))
+    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        assert other.param_groups[0]["unlearn_steps"] == 1
+        with pytest.raises(ff.FastforgetError, match="attach"):
+            other(batch(2, 1), batch(2, 2))
+        other.attach(model)
+        assert other.backward(batch(2, 1), batch(2, 2)).loss.isfinite()
+
+
+def test_takes_over_optimizers_that_exist_and_bitsandbytes_ones(tiny, batch):
+    import bitsandbytes as bnb
+
+    model = load_perturbed(tiny["llama"])
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for base in (torch.optim.SGD(trainable, lr=0.1), bnb.optim.AdamW8bit(trainable, lr=1e-3, min_8bit_size=64)):
+        step = ff.UnlearnStep(model, base, terms="grad_diff")
+        before = [parameter.detach().clone() for parameter in trainable]
+        assert step(batch(2, 1), batch(2, 2)).loss.isfinite()
+        assert all(not torch.equal(old, new) for old, new in zip(before, trainable, strict=True))
+        step.load_state_dict(step.state_dict())
+        assert step.param_groups[0]["unlearn_steps"] == 1
+    with pytest.raises(ff.FastforgetError, match="lr cannot be set here"):
+        ff.UnlearnStep(model, torch.optim.SGD(trainable, lr=0.1), terms="npo", lr=0.2)
+
+
+def test_grad_scaler(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1)
+    step.backward(batch(2, 1), batch(2, 2))
+    plain = gradients(model)
+    step.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    step.backward(batch(2, 1), batch(2, 2), backward=lambda loss: scaler.scale(loss).backward())
+    scaler.unscale_(step)
+    for key, gradient in gradients(model).items():
+        assert torch.allclose(gradient, plain[key], rtol=1e-4, atol=1e-8), key
+    scaler.step(step)
+    scaler.update()
+    assert step.param_groups[0]["unlearn_steps"] == 1
+
+
+def test_errors_say_what_is_wrong(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    loss = ff.UnlearnLoss(model, "grad_diff")
+    good = batch(2, 1)
+    unlabelled = good | {"labels": torch.full_like(good["labels"], -100)}
+    cases = [
+        ("need a retain batch", good, None),
+        ("the forget batch has no label", unlabelled, good),
+        ("the retain batch has no label", good, unlabelled),
+        ("labels are", good | {"labels": good["labels"][:, :-1]}, good),
+        ("outside the vocabulary", good | {"labels": good["labels"].clamp(min=0) + 1000}, good),
+        ("needs input_ids", {"input_ids": good["input_ids"]}, good),
+    ]
+    for message, forget, retain in cases:
+        with pytest.raises(ff.FastforgetError, match=message):
+            loss(forget, retain)
+    with pytest.raises(ff.FastforgetError, match="there are no terms"):
+        ff.UnlearnLoss(model, [])
+    with pytest.raises(ff.FastforgetError, match="no parameter of the model requires a gradient"):
+        ff.UnlearnStep(model.requires_grad_(False), torch.optim.SGD, terms="grad_ascent", lr=0.1)
