@@ -2,7 +2,6 @@
 
 import random
 from itertools import combinations
-from pydoc_data.topics import topics as own_topics
 
 import pytest
 
@@ -37,7 +36,7 @@ def test_passages_are_pieces_of_their_topic_in_order(corpus):
         for passage in getattr(corpus, part):
             # A cut may fall inside a character of several bytes, at either end.
             text = corpus.tokenizer.decode(passage.input_ids, skip_special_tokens=True).strip("\ufffd")
-            found = own_topics[topic_of(passage)].find(text)
+            found = topics.python_topics()[topic_of(passage)].find(text)
             assert found > starts.get(topic_of(passage), -1)
             starts[topic_of(passage)] = found
 
@@ -116,3 +115,11 @@ def test_pieces_with_little_text_and_tails_are_dropped():
     symbols = "".join(random.Random(0).choices("☃☂☁★☄", k=300))  # seldom merged, so few characters a token
     assert topics.cut_passages(symbols, tokenizer, characters=0) != []
     assert topics.cut_passages(symbols, tokenizer) == []
+
+
+def test_unwrap_joins_prose_and_leaves_code_tables_and_grammar():
+    full = "word " * 13
+    prose = f"Title\n*****\n\n{full}\ngoes on here.\nNot after a short line.\n"
+    assert topics.unwrap(prose) == f"Title\n*****\n\n{full} goes on here.\nNot after a short line.\n"
+    kept = f"{full}\n   indented = code\n\n| {full} |\n| {full} |\n\nname ::= {full}\n{full}\n"
+    assert topics.unwrap(kept) == kept
