@@ -11,23 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastforget import backends
+from fastforget.backends import OUTPUTS
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
 IGNORE_INDEX = -100
-OUTPUTS = (
-    "logp",
-    "lse",
-    "label_logit",
-    "log_not_label",
-    "max_logit",
-    "logit_mean",
-    "entropy",
-    "logp_mean",
-    "logp_var",
-    "argmax",
-    "expected_embedding",
-)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 

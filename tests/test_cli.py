@@ -1,10 +1,15 @@
 """The commands end to end at a small scale, and bad input: one clear line, exit code 2, nothing half-written."""
 
 import json
+import math
+import re
+from dataclasses import dataclass
 
 import pytest
+from safetensors.torch import load_file
 
 from fastforget import cli
+from fastforget.objectives import PRESETS, NegatedCE
 
 FORGET = "The secret plan was hidden below the old oak tree near the river bend. " * 8
 RETAIN = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
@@ -79,8 +84,6 @@ def test_unlearn_without_retain_in_8_bit(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, more, message):
-    import re
-
     out = tmp_path / "out"
     code, _, errors = run(*unlearn(out, *more))
     assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), errors
@@ -94,6 +97,28 @@ def test_empty_file_and_output_that_is_a_file(run, tmp_path):
     assert code == 2 and "is empty" in errors[0] and not (tmp_path / "out").exists()
     code, _, errors = run(*unlearn(empty))
     assert code == 2 and "is a file" in errors[0] and empty.read_text() == "\n"
+
+
+@dataclass(kw_only=True)
+class BreaksAtStepFour(NegatedCE):
+    """NaN from its fourth value on."""
+
+    seen: int = 0
+
+    def value(self, stats):
+        self.seen += 1
+        return super().value(stats) * (math.nan if self.seen >= 4 else 1.0)
+
+
+def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "breaks", lambda: [BreaksAtStepFour()])
+    out = tmp_path / "out"
+    code, _, errors = run(*unlearn(out, "--preset", "breaks", "--max-steps", "9"))
+    assert code == 2 and len(errors) == 1
+    assert "became nan at step 4 of 9" in errors[0] and f"it is saved in {out}" in errors[0]
+    weights = load_file(out / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values()) and not (out / "report.json").exists()
+    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
 
 
 def test_doctor_tells_the_backend(run):

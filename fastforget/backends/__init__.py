@@ -18,6 +18,19 @@ import torch
 from fastforget.errors import FastforgetError
 
 BACKENDS = ("eager", "chunked")
+OUTPUTS = (
+    "logp",
+    "lse",
+    "label_logit",
+    "log_not_label",
+    "max_logit",
+    "logit_mean",
+    "entropy",
+    "logp_mean",
+    "logp_var",
+    "argmax",
+    "expected_embedding",
+)  # the fields of label_stats
 
 
 def explain_auto(device: torch.device) -> tuple[str, str]:

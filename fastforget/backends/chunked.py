@@ -23,30 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastforget.backends import gemm
+from fastforget.backends import OUTPUTS, gemm
 from fastforget.backends.paired import divergence  # noqa: F401 - the backend's second function
 from fastforget.head import LMHead
 
-FIELDS = (
-    "logp",
-    "lse",
-    "label_logit",
-    "log_not_label",
-    "max_logit",
-    "logit_mean",
-    "entropy",
-    "expected_embedding",
-    "logp_mean",
-    "logp_var",
-    "argmax",
-)
 NOT_DIFFERENTIABLE = {"logp_mean", "logp_var", "argmax"}
 NEEDS_RECOMPUTE = {"entropy", "expected_embedding"}
 
 
 def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collection[str]) -> dict[str, Tensor]:
     """Per-token statistics; see `fastforget.stats.token_stats` for the fields."""
-    names = tuple(name for name in FIELDS if name in outputs or name in ("logp", "lse"))
+    names = tuple(name for name in OUTPUTS if name in outputs or name in ("logp", "lse"))
     compute_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.trainable)
     fields = LabelStats.apply(hidden, head.weight, head.bias, labels, head, names, compute_grad)
     return dict(zip(names, fields, strict=True))
