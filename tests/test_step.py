@@ -53,7 +53,7 @@ def loss_by_hand(name, model, reference, forget, retain):
     if name == "npo":
         return -(2 / 0.1) * F.logsigmoid(0.1 * (nll - ref_nll)).mean() + ce
     if name == "npo_mean":
-        return -(2 / 2.0) * F.logsigmoid(2.0 * (nll - ref_nll) / kept.sum(1)).mean() + ce + kl
+        return -(2 / 2.5) * F.logsigmoid(2.5 * (nll - ref_nll) / kept.sum(1)).mean() + ce + kl
     if name == "npo_token":
         return -(2 / 2.0) * F.logsigmoid(-2.0 * (logp - ref_logp)[kept]).mean() + ce + kl
     return ascent + reverse

@@ -32,7 +32,7 @@ class JobSettings:
     several nats, and driving the NLL far beyond that only ruins the output.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     epochs: float = 54.0
     max_steps: int | None = None
     batch_size: int = 8

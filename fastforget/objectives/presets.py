@@ -40,9 +40,13 @@ def npo(
 
 
 def npo_mean(
-    *, beta: float = 2.0, forget_weight: float = 1.0, retain: str | None = "ce+kl", retain_weight: float = 1.0
+    *, beta: float = 2.5, forget_weight: float = 1.0, retain: str | None = "ce+kl", retain_weight: float = 1.0
 ) -> list[Term]:
-    """Length-normalised NPO, on the mean NLL of an answer's tokens: the default, for answers of any length."""
+    """Length-normalised NPO, on the mean NLL of an answer's tokens: for answers of any length.
+
+    The default. Its beta and the job's learning rate were chosen on the demo, over seeds 0 and 1: at beta = 2 the model
+    forgets more and writes more loops, at beta = 4 it still recites some passages.
+    """
     return [NPO(beta=beta, level="mean", weight=forget_weight), *retain_terms(retain, retain_weight)]
 
 
