@@ -112,12 +112,14 @@ def content_key(batch: Batch, row: int) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(batch):
         value = batch[key][row]
-        if key == "labels":
-            value = value != IGNORE_INDEX  # which tokens are kept; their ids are among input_ids
-        if key in ("input_ids", "attention_mask", "labels"):
+        if key == "labels":  # by their places from the first token on: a label may stand on padding, or be any id
+            kept = (value != IGNORE_INDEX).nonzero()[:, 0]
+            digest.update((kept - span.start).numpy().tobytes())
+            value = value[kept]
+        elif key in ("input_ids", "attention_mask"):
             value = value[span]
         digest.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 

@@ -55,6 +55,11 @@ def load(
     if (Path(name_or_path) / "adapter_config.json").is_file():
         stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
+    if stacked is not None and adapter is not None:
+        raise FastforgetError(
+            f"{name_or_path} is itself an adapter, and training of a saved adapter on top of one cannot be resumed: "
+            "merge it into its base first"
+        )
     model = load_base(base_path, bits, device)
     if adapter is not None:
         with readable_errors(f"the adapter {adapter}"):

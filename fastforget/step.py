@@ -88,13 +88,16 @@ class UnlearnLoss:
             forget, retain = split_roles(forget)
         batches = {"forget": forget, "retain": retain}
         sides = [side for side in SIDES if self.terms_on(side)]
+        batches = {side: batches[side] for side in sides}
         for side in sides:
+            if batches[side] is None and counts is not None and counts.of(side)[0]:
+                continue  # this part of a larger batch has none of that side
             if batches[side] is None:
                 names = ", ".join(name for name, _ in self.terms_on(side))
                 raise FastforgetError(f"these terms need a {side} batch, and there is none: {names}")
             if "labels" not in batches[side] or "input_ids" not in batches[side]:
                 raise FastforgetError(f"the {side} batch needs input_ids, attention_mask and labels")
-        counts = counts or count_labels([(forget, retain)])
+        counts = counts or count_labels([(batches.get("forget"), batches.get("retain"))])
         for side in sides:
             if counts.of(side)[0] == 0:
                 raise FastforgetError(
@@ -102,10 +105,12 @@ class UnlearnLoss:
                     "never predicted), so there is nothing to compute a loss on"
                 )
         for side in sides:
+            if batches[side] is None:
+                continue
             whole = batches[side]
             for part in split_rows(whole, micro_batch) if micro_batch else [whole]:
                 prepared = prepare(part, side, self.backbone.device, self.backbone.vocabulary)
-                if prepared is not None:
+                if prepared is not None:  # else no label in this part of a larger batch
                     yield self.one_pass(side, prepared, counts)
 
     def terms_on(self, side: str) -> list[tuple[str, Term]]:
@@ -158,6 +163,8 @@ def named_terms(terms: Sequence[Term]) -> dict[str, Term]:
 
 def add_outputs(parts: Sequence[UnlearnOutput]) -> UnlearnOutput:
     """The sum of parts whose denominators are those of the whole."""
+    if not parts:  # a part of a larger batch, without a label of its own
+        return UnlearnOutput(loss=torch.zeros(()), terms={}, stats={})
     total = UnlearnOutput(loss=parts[0].loss, terms=dict(parts[0].terms), stats=dict(parts[0].stats))
     for part in parts[1:]:
         total.loss = total.loss + part.loss
@@ -211,6 +218,9 @@ class UnlearnStep(torch.optim.Optimizer):
         self._options = {"backend": backend, "reference_cache_bytes": reference_cache_bytes}
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
         self._start()
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(parameter) in own for parameter in self._held()):
+            raise FastforgetError("none of the optimizer's parameters belong to the model: a step would train nothing")
         self.attach(model)
 
     def _start(self) -> None:
@@ -233,7 +243,28 @@ class UnlearnStep(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> None:
         """Give a step its model: at the start, or after copying or unpickling it."""
         refuse_several_processes()
+        self._adopt(model)
         self._loss = UnlearnLoss(model, self._terms, **self._options)
+
+    def _held(self) -> list[Tensor]:
+        """The parameters of all groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _adopt(self, model: nn.Module) -> None:
+        """A copied step holds copies of the parameters: put the model's own in their places, with their state."""
+        own = {id(parameter) for parameter in model.parameters()}
+        held = self._held()
+        if any(id(parameter) in own for parameter in held):
+            return
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if [parameter.shape for parameter in held] != [parameter.shape for parameter in trainable]:
+            raise FastforgetError("the model's trainable parameters do not match those of the copied step")
+        new = dict(zip(map(id, held), trainable, strict=True))
+        state = [(new.get(id(key), key), value) for key, value in self.state.items()]
+        self.state.clear()
+        self.state.update(state)
+        for group in self.param_groups:
+            group["params"] = [new[id(parameter)] for parameter in group["params"]]
 
     @property
     def loss(self) -> UnlearnLoss:

@@ -1,8 +1,10 @@
 """The user's files: every token labelled once, and one clear line for what cannot be read."""
 
+import copy
 import json
 
 import pytest
+from tokenizers import processors
 
 import fastforget as ff
 from fastforget.data.examples import collate, cycle
@@ -88,3 +90,17 @@ def test_collate_masks_by_length_and_cycle_shows_everything_each_pass(write, tok
 
 def rows_of(batch):
     return list(zip(batch["input_ids"], batch["attention_mask"], strict=True))
+
+
+def test_every_token_is_labelled_once_without_a_begin_token(write, tokenizer):
+    """Many tokenizers (GPT-2, Qwen) begin with no token: only the very first one of a text cannot be predicted."""
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    ids = bare.encode(text)
+    examples = read_examples(write("a.txt", text), bare, 32)
+    assert len(examples) > 3 and all(len(example.input_ids) <= 32 for example in examples)
+    assert [token for example in examples for token in labelled(example)] == ids[1:]
+    path = write("a.jsonl", json.dumps({"prompt": "", "response": text}))
+    response = [token for example in read_examples(path, bare, 32) for token in labelled(example)]
+    assert response == [*ids[1:], bare.eos_token_id]

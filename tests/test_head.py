@@ -51,14 +51,15 @@ def test_head_gives_the_models_own_logits(name, recwarn):
     assert backbone.head.scale == (0.25 if name in ("cohere", "granite") else 1.0)
 
 
-def test_unknown_changes_of_logits_fall_back_to_the_models_own(tiny):
+@pytest.mark.parametrize("factor", [1.5, 1.003])
+def test_unknown_changes_of_logits_fall_back_to_the_models_own(tiny, factor):
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4}).train()
     inner = model.get_base_model()
     forward = inner.forward
 
     def louder(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.logits = output.logits * 1.5
+        output.logits = output.logits * factor
         return output
 
     inner.forward = louder

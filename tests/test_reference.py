@@ -80,14 +80,44 @@ def test_cache_is_keyed_by_content_within_its_limit(tiny, batch):
     fewer["labels"][1, :10] = -100
     kept = prepare(fewer, "forget", CPU)
     assert reference.of(kept, LOGP)["logp"].shape == kept.labels.shape and reference.forwards == 2
+    other = one | {"labels": torch.where(one["labels"] == -100, -100, (one["labels"] + 7) % 320)}
+    uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
+    side = prepare(other, "forget", CPU)
+    assert torch.equal(reference.of(side, LOGP)["logp"], uncached.of(side, LOGP)["logp"]), "labels may be any ids"
 
     # partly cached: rows 1 and 2 are known, row 0 is new
     mixed = {key: torch.cat([batch(1, 7)[key], one[key][1:]]) for key in one}
     side = prepare(mixed, "forget", CPU)
     ours = reference.of(side, LOGP)["logp"]
-    uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
     assert torch.allclose(ours, uncached.of(side, LOGP)["logp"], rtol=1e-5, atol=1e-6)
     assert torch.equal(ours[-len(truth) + 9 :], truth[9:])
+
+
+def test_rows_without_labels_do_not_shift_what_is_recomputed(tiny, batch):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    loss = ff.UnlearnLoss(model, "npo")
+    uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
+    one = batch(4, 1)
+    one["labels"][[0, 2]] = -100
+    loss.reference.of(prepare({key: value[1:2] for key, value in one.items()}, "forget", CPU), LOGP)
+    side = prepare(one, "forget", CPU)
+    ours, truth = loss.reference.of(side, LOGP)["logp"], uncached.of(side, LOGP)["logp"]
+    assert torch.allclose(ours, truth, rtol=1e-5, atol=1e-6) and loss.reference.forwards == 2
+
+
+def test_labels_on_padding_are_part_of_an_example(tiny, batch):
+    """labels = input_ids.clone() with padding unmasked: wider padding has more label tokens."""
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    loss = ff.UnlearnLoss(model, "npo")
+    one = batch(2, 1) | {"labels": batch(2, 1)["input_ids"]}
+    for right in (0, 3):
+        wide = {key: F.pad(value, (0, right)) for key, value in one.items()}
+        assert float(loss(wide, batch(2, 2)).terms["npo"]) == pytest.approx(2 * 0.6931472 / 0.1, rel=1e-6)
+
+
+def test_an_input_of_one_number_a_row_is_part_of_the_key(batch):
+    one, other = (prepare(batch(2, 1) | {"weight": torch.tensor([1.0, w])}, "forget", CPU).keys for w in (2.0, 3.0))
+    assert one[0] == other[0] and one[1] != other[1]
 
 
 def test_least_recently_used_goes_and_a_miss_is_recomputed(tiny, batch):
@@ -151,3 +181,5 @@ def test_the_reference_of_a_stacked_adapter_is_the_adapter_below(tiny, batch, tm
     with reference_mode(model):
         assert torch.allclose(model(input_ids=batch(2, 1)["input_ids"]).logits, expected, atol=1e-5)
     assert list(model.active_adapters) == ["default", "unlearn"]
+    with pytest.raises(ff.FastforgetError, match="is itself an adapter"):
+        ff.load(tmp_path / "first", bits=32, adapter=tmp_path / "first")

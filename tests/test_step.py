@@ -56,11 +56,17 @@ def loss_by_hand(name, model, reference, forget, retain):
         return -(2 / 2.5) * F.logsigmoid(2.5 * (nll - ref_nll) / kept.sum(1)).mean() + ce + kl
     if name == "npo_token":
         return -(2 / 2.0) * F.logsigmoid(-2.0 * (logp - ref_logp)[kept]).mean() + ce + kl
-    return ascent + reverse
+    if name == "reverse_kl":
+        return ascent + reverse
+    mixture = ((retain_all.exp() + ref_retain.exp()) / 2).log()
+    jsd = sum((one.exp() * (one - mixture)).sum(-1)[retain_kept].mean() / 2 for one in (retain_all, ref_retain))
+    return ascent + 0.5 * jsd
 
 
 def terms_of(name):
-    return [ff.NegatedCE(), ff.KL(direction="reverse_kl")] if name == "reverse_kl" else ff.preset(name)
+    if name == "reverse_kl":
+        return [ff.NegatedCE(), ff.KL(direction="reverse_kl")]
+    return [ff.NegatedCE(), ff.KL(direction="jsd", weight=0.5)] if name == "jsd" else ff.preset(name)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -70,7 +76,7 @@ def test_every_lora_gradient_equals_a_full_logits_loop(tiny, batch, kind, bits):
     reference = copy.deepcopy(model)
     reference.base_model.disable_adapter_layers()
     forget, retain = batch(4, 1), batch(3, 2, width=17)
-    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "reverse_kl"):
+    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "reverse_kl", "jsd"):
         model.zero_grad()
         expected_loss = loss_by_hand(name, model, reference, forget, retain)
         expected_loss.backward()
@@ -79,13 +85,11 @@ def test_every_lora_gradient_equals_a_full_logits_loop(tiny, batch, kind, bits):
         out = ff.UnlearnStep(model, torch.optim.SGD, terms=terms_of(name), lr=0.1).backward(forget, retain)
         ours = gradients(model)
         assert float(out.loss) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
-        assert ours.keys() == expected.keys() and len(ours) == 2 * 6 * 2 if kind == "opt" else True
-        # bitsandbytes' 8-bit product rounds its operands to half precision, so that two orders of addition differ more
-        tolerance = 2e-5 if bits == 32 else 2e-3
+        assert ours.keys() == expected.keys() and len(ours) == 2 * 2 * {"opt": 6, "llama": 7}[kind]
         for key, gradient in expected.items():
             assert float(gradient.norm()) > 0
             error = float((ours[key] - gradient).norm() / gradient.norm())
-            assert error < tolerance, (name, key, error)
+            assert error < 1e-5, (name, key, error)  # measured: 1e-6, in 8 bit too
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -197,7 +201,85 @@ def test_copies_have_no_model_until_attached(tiny, batch):
         with pytest.raises(ff.FastforgetError, match="attach"):
             other(batch(2, 1), batch(2, 2))
         other.attach(model)
-        assert other.backward(batch(2, 1), batch(2, 2)).loss.isfinite()
+        before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+        other(batch(2, 1), batch(2, 2))
+        after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True)), "it trains this model"
+        assert all(parameter.grad is None for parameter in after), "and clears its gradients"
+
+
+def test_a_copy_made_together_with_its_model_goes_on_as_the_original(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
+    step(batch(2, 1), batch(2, 2))
+    other_model, other = copy.deepcopy((model, step))
+    other.attach(other_model)
+    alone = pickle.loads(pickle.dumps(step))
+    third_model = copy.deepcopy(model)
+    alone.attach(third_model)
+    for each in (step, other, alone):
+        each(batch(2, 3), batch(2, 4))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other_model.get_parameter(name)), name
+        assert torch.equal(parameter, third_model.get_parameter(name)), name
+
+
+def test_parameters_of_another_model_are_refused(tiny):
+    model, stranger = load_perturbed(tiny["llama"]), load_perturbed(tiny["opt"])
+    optimizer = torch.optim.SGD([p for p in stranger.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ff.FastforgetError, match="belong to the model"):
+        ff.UnlearnStep(model, optimizer, terms="npo")
+    step = copy.deepcopy(ff.UnlearnStep(stranger, optimizer, terms="npo"))
+    with pytest.raises(ff.FastforgetError, match="do not match"):
+        step.attach(model)
+
+
+def test_parts_of_an_accumulated_batch_may_lack_a_side_or_labels(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1)
+    forget, retain = batch(2, 1), batch(3, 2)
+    step.backward(forget, retain)
+    whole = gradients(model)
+    model.zero_grad()
+    unlabelled = batch(1, 3) | {"labels": torch.full((1, 20), -100)}
+    flat = [
+        part | {"role": torch.full((len(part["labels"]),), role)}
+        for part, role in ((retain, 1), (forget, 0), (unlabelled, 0))
+    ]
+    counts = ff.count_labels(flat)
+    losses = [step.backward(part, counts=counts).loss for part in flat]
+    assert float(losses[2]) == 0.0
+    for key, gradient in gradients(model).items():
+        assert torch.allclose(gradient, whole[key], rtol=1e-4, atol=1e-7), key
+
+
+def test_a_side_without_terms_is_not_looked_at(tiny, batch):
+    loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), "grad_ascent")
+    assert torch.equal(loss(batch(2, 1), {"input_ids": torch.ones(1, 3)}).loss, loss(batch(2, 1)).loss)
+
+
+def test_nan_is_not_hidden(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    next(p for name, p in model.named_parameters() if "lora_A" in name).data[0, 0] = torch.nan
+    for name in ("grad_diff", "npo", "npo_mean", "npo_token", "jsd"):
+        loss = ff.UnlearnLoss(model, terms_of(name))
+        loss.backbone.checked = True  # else the model itself is found broken, with an error
+        assert loss(batch(2, 1), batch(2, 2)).loss.isnan(), name
+    with pytest.raises(ff.FastforgetError, match="not finite on the first batch"):
+        ff.UnlearnLoss(model, "grad_diff")(batch(2, 1), batch(2, 2))
+
+
+def test_closure_that_computes_the_loss(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.LBFGS, terms="grad_diff", lr=1e-3, max_iter=2)
+
+    def closure():
+        step.zero_grad()
+        return step.backward(batch(2, 1), batch(2, 2)).loss
+
+    first = float(step.step(closure))
+    assert float(closure()) < first
+    assert step.param_groups[0]["unlearn_steps"] == 1
 
 
 def test_takes_over_optimizers_that_exist_and_bitsandbytes_ones(tiny, batch):

@@ -11,7 +11,8 @@ The label row that is written is
     unit = softmax over the *other* tokens - onehot(label)        so that   p - onehot = (1 - p_y) * unit
 
 One row thus serves the NLL (times 1 - p_y), log(1 - p_y) (times p_y) and unlikelihood, and stays O(1) on memorised
-tokens, where p - onehot itself would underflow.
+tokens, where p - onehot itself would underflow. Its -1 is one row of the head, and is added after the product: inside
+it, the small terms of the other tokens would be rounded against it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
 
 
 def label_rows(logits: Tensor, labels: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """The row pass: statistics of each row, which is overwritten with softmax over the other tokens - onehot(label)."""
+    """The row pass: statistics of each row, overwritten with softmax over the other tokens (0 at the label)."""
     fields: dict[str, Tensor] = {}
     column = labels[:, None]
     label_logit = logits.gather(1, column)[:, 0]
@@ -66,7 +67,6 @@ def label_rows(logits: Tensor, labels: Tensor, names: Collection[str]) -> dict[s
     logits.div_(torch.where(total > 0, total, 1.0)[:, None])
     if offsets is not None:
         fields |= moments_of_logp(logits, offsets, total, logp, log_not)
-    logits.scatter_(1, column, -1.0)
     return fields
 
 
@@ -91,24 +91,31 @@ class LabelStats(torch.autograd.Function):
         vocabulary = hidden.shape[1] if head.is_identity else weight.shape[0]
         want_unit = compute_grad or "expected_embedding" in names
         unit_grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if want_unit else None
+        expected = torch.empty_like(unit_grad) if "expected_embedding" in names else None
         fields: dict[str, list[Tensor]] = {}
         buffer = gemm.chunk_buffer(count, vocabulary, hidden)
         for rows in gemm.row_chunks(count, vocabulary, dtype):
             logits = buffer[: rows.stop - rows.start]
             gemm.logits_into(logits, hidden[rows], head)
             slope = gemm.softcap_slope(logits, head) if want_unit else None
-            for name, value in label_rows(logits, labels[rows], names).items():
+            row_fields = label_rows(logits, labels[rows], names)
+            for name, value in row_fields.items():
                 fields.setdefault(name, []).append(value)
             if want_unit:
+                label_slope = torch.ones_like(row_fields["lse"])
                 if slope is not None:
                     logits.mul_(slope)
+                    label_slope = slope.gather(1, labels[rows, None])[:, 0]
                 gemm.rows_to_hidden(logits, head, out=unit_grad[rows])
+                if expected is not None:
+                    torch.mul(unit_grad[rows], row_fields["log_not_label"].exp()[:, None], out=expected[rows])
+                gemm.add_head_rows(unit_grad[rows], labels[rows], -label_slope, head)
         stats = {name: torch.cat(parts) if parts else hidden.new_empty(0) for name, parts in fields.items()}
         if count == 0:
             stats = empty_fields(names, dtype, hidden.device)
-        if "expected_embedding" in names:
-            stats["expected_embedding"] = expected = stats["log_not_label"].exp()[:, None] * unit_grad
-            gemm.add_head_rows(expected, labels, torch.ones_like(stats["lse"]), head)
+        if expected is not None:
+            stats["expected_embedding"] = expected
+            gemm.add_head_rows(expected, labels, stats["logp"].exp(), head)
         ctx.head, ctx.names = head, names
         ctx.set_materialize_grads(False)
         if compute_grad:
@@ -156,7 +163,7 @@ def add_direct_gradients(
     """Add the gradients that are single rows of the head (label_logit, lse's label part, max_logit) or their mean."""
     single = [(labels, upstream.get("lse")), (labels, upstream.get("label_logit")), (argmax, upstream.get("max_logit"))]
     for index, coefficient in single:
-        if coefficient is None:
+        if coefficient is None or len(grad) == 0:
             continue
         if head.softcap is not None:
             logit = head_logit(head, hidden, index)
@@ -197,7 +204,7 @@ def recompute(
     grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if weight_trains else None
     grad_bias = torch.zeros(vocabulary, dtype=dtype, device=hidden.device) if bias_trains else None
     embedding_grad = upstream.get("expected_embedding")
-    coefficient = unit_coefficient(upstream, logp, log_not)
+    coefficient = unit_coefficient({**upstream, "lse": torch.zeros_like(logp)}, logp, log_not)
     buffer = gemm.chunk_buffer(hidden.shape[0], vocabulary, hidden)
     weighted = torch.empty_like(buffer) if embedding_grad is not None else None
     for rows in gemm.row_chunks(hidden.shape[0], vocabulary, dtype):
@@ -205,23 +212,26 @@ def recompute(
         gemm.logits_into(logits, hidden[rows], head)
         slope = gemm.softcap_slope(logits, head)
         column = labels[rows, None]
-        log_probs = gemm.log_softmax_(logits)
-        probs = log_probs.exp()
+        offsets = logits.sub_(logits.amax(dim=1, keepdim=True))
+        probs = offsets.exp()
+        probs.div_(probs.sum(dim=1, keepdim=True))
         row = torch.zeros_like(probs)
-        if "entropy" in upstream:
-            entropy = -(probs * log_probs).sum(dim=1, keepdim=True)
-            row -= upstream["entropy"][rows, None] * probs * (log_probs + entropy)
+        if "entropy" in upstream:  # centred: log p + entropy would carry the rounding of log V
+            mean = (probs * offsets).sum(dim=1, keepdim=True)
+            row -= upstream["entropy"][rows, None] * probs * (offsets - mean)
         if embedding_grad is not None:
             projected = weighted[: rows.stop - rows.start]
             gemm.logits_into(projected, embedding_grad[rows].to(dtype), LMHead(head.weight, None, head.scale))
             row += probs * (projected - (probs * projected).sum(dim=1, keepdim=True))
             if grad_weight is not None:  # tau is itself a product with the weight
                 grad_weight.addmm_(probs.T, embedding_grad[rows].to(dtype), alpha=head.scale)
-        unit = probs.div_(log_not[rows].exp().clamp_min(torch.finfo(dtype).tiny)[:, None]).scatter_(1, column, -1.0)
+        if "lse" in upstream:
+            row += upstream["lse"][rows, None] * probs
+        # softmax over the other tokens from their own logits: p / (1 - p_y) is 0 / 0 on a memorised token
+        unit = torch.softmax(offsets.scatter_(1, column, -torch.inf), dim=1).scatter_(1, column, -1.0)
         row += coefficient[rows, None] * unit
-        for name in ("lse", "label_logit"):
-            if name in upstream:
-                row.scatter_add_(1, column, upstream[name][rows, None])
+        if "label_logit" in upstream:
+            row.scatter_add_(1, column, upstream["label_logit"][rows, None])
         if "max_logit" in upstream:
             row.scatter_add_(1, argmax[rows, None], upstream["max_logit"][rows, None])
         if "logit_mean" in upstream:

@@ -88,7 +88,7 @@ def row_examples(row: dict[str, Any], tokenizer: Any, max_length: int, source: s
     if tokenizer.eos_token_id is not None:
         response.append(tokenizer.eos_token_id)
     whole = prompt + response
-    context = min(len(prompt), max_length // 2)
+    context = min(max(len(prompt), 1), max_length // 2)
     examples = []
     for begin, end in pieces(len(response), max_length - context):
         first = max(0, len(prompt) + begin - context)
@@ -104,9 +104,12 @@ def text_examples(text: str, tokenizer: Any, max_length: int, source: str) -> li
     start = begin_tokens(tokenizer)
     # verbose=False: a whole file is longer than the model's context, and is cut below
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    return [
-        Example((*start, *ids[begin:end]), source=source) for begin, end in pieces(len(ids), max_length - len(start))
-    ]
+    if start:
+        cuts = pieces(len(ids), max_length - len(start))
+        return [Example((*start, *ids[begin:end]), source=source) for begin, end in cuts]
+    # nothing stands before a piece's first token, so it would never be predicted: the token before it comes along
+    cuts = pieces(len(ids), max_length - 1)
+    return [Example(tuple(ids[max(0, begin - 1) : end]), min(begin, 1), source) for begin, end in cuts]
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
