@@ -65,6 +65,10 @@ def read_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise FastforgetError(f"{path}:{number} is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
+            raise FastforgetError(
+                f"{path}:{number} is JSON that cannot be read: too large a number or too deep"
+            ) from None
         if not isinstance(row, dict):
             raise FastforgetError(f"{path}:{number} is not a JSON object with 'text', or 'prompt' and 'response'")
         yield number, row
