@@ -58,6 +58,8 @@ def test_prompt_and_response_label_the_response_once(write, tokenizer):
         ("a.txt", "  \n ", "is empty"),
         ("a.txt", b"caf\xe9", "is not UTF-8 .byte 3"),
         ("a.jsonl", '{"text": "x"}\n{"text": ', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl:1 is JSON that cannot be read"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "a.jsonl:1 is JSON that cannot be read"),
         ("a.jsonl", "[1]", "a.jsonl:1 is not a JSON object"),
         ("a.jsonl", '{"prompt": "x"}', "needs 'text', or 'prompt' and 'response'"),
         ("a.jsonl", '{"prompt": "x", "response": ""}', "empty response"),
