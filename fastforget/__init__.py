@@ -1,14 +1,33 @@
 """fastforget: make causal language models forget chosen text, fast and in little memory."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from fastforget.batch import LabelCounts, count_labels
+from fastforget.clusters import cluster_centres, load_centres
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
+from fastforget.jobs.unlearn import unlearn
 from fastforget.models import load, save_adapter
-from fastforget.objectives import CE, KL, NPO, NegatedCE, Term, preset
-from fastforget.stats import TokenStats, divergence, token_stats, token_stats_from_logits
+from fastforget.objectives import CE, KL, NPO, ClusterPull, EmbeddingDistance, NegatedCE, SimNPO, Term, preset
+from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnLoss, UnlearnOutput, UnlearnStep
+
+if TYPE_CHECKING:
+    from fastforget.jobs.demo import demo
+else:
+    _LATE = {"demo": "fastforget.jobs.demo"}  # slow to import (transformers, rich): done at their first use
+
+    def __getattr__(name):
+        if name not in _LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(_LATE[name]), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_LATE})
+
 
 try:
     __version__ = version("fastforget")
@@ -19,21 +38,29 @@ __all__ = [
     "CE",
     "KL",
     "NPO",
+    "ClusterPull",
+    "EmbeddingDistance",
     "FastforgetError",
     "LMHead",
     "LabelCounts",
     "NegatedCE",
     "NonFiniteLossError",
+    "SimNPO",
     "Term",
     "TokenStats",
     "UnlearnLoss",
     "UnlearnOutput",
     "UnlearnStep",
+    "cluster_centres",
     "count_labels",
+    "demo",
     "divergence",
+    "hidden_stats",
     "load",
+    "load_centres",
     "preset",
     "save_adapter",
     "token_stats",
     "token_stats_from_logits",
+    "unlearn",
 ]

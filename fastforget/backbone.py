@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def keep_output(captured: dict[int | None, Tensor], layer: int | None) -> Callable[..., None]:
+    """A forward hook that keeps what a layer puts out."""
+
+    def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+        captured[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
 class Backbone:
     """The model up to its head, and the head as an `LMHead`.
 
@@ -42,7 +52,7 @@ class Backbone:
     model's own logits are used (`LMHead(None)`): slower and larger, still right.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.head = LMHead.from_model(model)
         self.checked = False
@@ -57,15 +67,42 @@ class Backbone:
         """The number of logits."""
         return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
 
-    def states(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """(n, D) hidden states (or, after a failed check, (n, V) logits) at positions of the flattened batch."""
+    def states(
+        self, inputs: dict[str, Tensor], positions: Tensor, layers: Collection[int | None] = (None,)
+    ) -> dict[int | None, Tensor]:
+        """Hidden states (n, D) at positions of the flattened batch, by layer.
+
+        Args:
+            layers: None is what enters the head, and always there (after a failed check: logits (n, V)); a number is
+                what that decoder layer puts out, counted as in the model's own list of layers, -1 the last.
+
+        Raises:
+            FastforgetError: a layer that the model does not have.
+        """
         if not self.checked:
             self.check(inputs)
-        if self.head.is_identity:
-            states = base_causal_lm(self.model)(**inputs, use_cache=False).logits
-        else:
-            states = base_causal_lm(self.model).base_model(**inputs, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[positions]
+        causal_lm = base_causal_lm(self.model)
+        wanted = {layer: self.layer(layer) for layer in layers if layer is not None}
+        captured: dict[int | None, Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for layer, module in wanted.items():
+                hooks.callback(module.register_forward_hook(keep_output(captured, layer)).remove)
+            if self.head.is_identity:
+                captured[None] = causal_lm(**inputs, use_cache=False).logits
+            else:
+                captured[None] = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+        return {layer: state.flatten(0, 1)[positions] for layer, state in captured.items()}
+
+    def layer(self, number: int) -> nn.Module:
+        """One decoder layer, by its number in the model's own list of layers."""
+        causal_lm = base_causal_lm(self.model)
+        count = causal_lm.config.get_text_config().num_hidden_layers
+        stacks = [m for m in causal_lm.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if not stacks:
+            raise FastforgetError(f"{type(causal_lm).__name__} has no list of {count} layers, so none can be taken")
+        if not -count <= number < count:
+            raise FastforgetError(f"the model has no layer {number}: its layers are 0 to {count - 1}")
+        return stacks[0][number]
 
     def check(self, inputs: dict[str, Tensor]) -> None:
         """Compare the head with the model's own logits, on the first row's last tokens; costs two short forwards."""
@@ -80,7 +117,11 @@ class Backbone:
             output = causal_lm.base_model(**short, use_cache=False)
             hidden = getattr(output, "last_hidden_state", None)
             fits = hidden is not None and hidden.shape[-1] == self.head.weight.shape[1]
-            ours = self.head.logits(hidden[..., -own.shape[1] :, :]) if fits else torch.full_like(own, torch.nan)
+            ours = (
+                self.head.logits(hidden[..., -own.shape[1] :, :])
+                if fits and hidden is not None
+                else torch.full_like(own, torch.nan)
+            )
         precision = {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.head.weight.dtype, 2e-2)
         if not own.isfinite().all():
             raise FastforgetError(

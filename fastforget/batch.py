@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ def prepare(batch: Batch, side: str, device: torch.device, vocabulary: int | Non
     )
 
 
-def move(value: object, device: torch.device) -> object:
-    """To the device, without waiting."""
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor to the device, without waiting; anything else as it is."""
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
@@ -152,7 +153,7 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
     ]
 
 
-def count_labels(micro_batches: Iterable[Batch | tuple[Batch, Batch | None]]) -> LabelCounts:
+def count_labels(micro_batches: Iterable[Batch | tuple[Batch | None, Batch | None]]) -> LabelCounts:
     """Denominators of a batch that is accumulated over several calls; pass them to each as `counts=`.
 
     Args:

@@ -5,6 +5,7 @@ Every finding stands alone: a package that is missing or broken is said in its r
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -85,8 +86,13 @@ def _cuda_devices() -> list[Row]:
         return [("cuda", "no device found" if built else "none: this torch is built without CUDA")]
     rows = []
     for index in range(torch.cuda.device_count()):
-        rows += _guarded(f"cuda:{index}", lambda index=index: [(f"cuda:{index}", _cuda_device(index))])
+        name = f"cuda:{index}"
+        rows += _guarded(name, functools.partial(_cuda_row, name, index))
     return rows
+
+
+def _cuda_row(name: str, index: int) -> list[Row]:
+    return [(name, _cuda_device(index))]
 
 
 def _cuda_device(index: int) -> str:

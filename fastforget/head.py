@@ -41,7 +41,7 @@ class LMHead:
             raise FastforgetError("an identity head (weight=None) takes no bias, scale or softcap")
         if softcap is not None and not softcap > 0:
             raise FastforgetError(f"softcap must be positive, not {softcap}")
-        self.weight = weight
+        self.weight: Any = weight  # None where the head is the identity
         self.bias = bias
         self.scale = float(scale)
         self.softcap = None if softcap is None else float(softcap)
@@ -75,7 +75,7 @@ class LMHead:
         return LMHead(weight, bias, self.scale, self.softcap)
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> LMHead:
+    def from_model(cls, model: Any) -> LMHead:
         """Read weight, bias, scale and softcap off a causal LM (wrapped by PEFT or not).
 
         What is read is checked against the model's own logits on the first batch (see `fastforget.step`), because a
@@ -96,7 +96,7 @@ class LMHead:
         return cls(embeddings.weight, bias, scale, softcap)
 
 
-def base_causal_lm(model: nn.Module) -> Any:
+def base_causal_lm(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper, adapters still injected."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

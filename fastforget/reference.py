@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastforget.backbone import Backbone, without_dropout
 from fastforget.batch import PreparedSide
@@ -19,9 +20,21 @@ from fastforget.errors import FastforgetError
 from fastforget.stats import kept_token_stats
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
+STATES = "states:"
 
 
-def check_reference(model: nn.Module) -> None:
+def states_of(layer: int | None) -> str:
+    """The name under which the reference gives and caches a layer's states; None: those that enter the head."""
+    return f"{STATES}{'head' if layer is None else layer}"
+
+
+def state_layer(name: str) -> int | None:
+    """The layer that `states_of` was told."""
+    layer = name.removeprefix(STATES)
+    return None if layer == "head" else int(layer)
+
+
+def check_reference(model: Any) -> None:
     """Raise where switching the adapter off would not give the frozen model.
 
     Raises:
@@ -48,7 +61,7 @@ def check_reference(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def reference_mode(model: nn.Module) -> Iterator[None]:
+def reference_mode(model: Any) -> Iterator[None]:
     """The model as its own frozen reference: our adapter off, dropout off, no gradients; all of it restored.
 
     Adapters that are active but frozen belong to the model to be unlearned and stay on (stacked); those that train are
@@ -74,7 +87,7 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def adapter_trains(model: nn.Module, adapter: str) -> bool:
+def adapter_trains(model: Any, adapter: str) -> bool:
     """Whether any weight of this adapter wants a gradient."""
     return any(parameter.requires_grad for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}.")
 
@@ -99,17 +112,19 @@ class Reference:
         """The reference's statistics of a side's kept tokens, on the model's device.
 
         Args:
-            wanted: of "hidden" (n, D) in the model's dtype, and "logp" (n,) float32, log p_y in nats.
+            wanted: "logp" (n,) float32, log p_y in nats; `states_of(None)`, (n, D) what enters the head, and
+                `states_of(layer)`, what a layer puts out, in the model's dtype.
         """
-        found = [self._get(key, wanted) for key in side.keys] if side.keys else [None] * side.sequence_count
-        missing = [index for index, entry in enumerate(found) if entry is None]
+        cached = [self._get(key, wanted) for key in side.keys] if side.keys else [None] * side.sequence_count
+        missing = [index for index, entry in enumerate(cached) if entry is None]
+        entries = {index: entry for index, entry in enumerate(cached) if entry is not None}
         if missing:
             for index, entry in zip(missing, self._compute(side, missing, wanted, backend), strict=True):
-                found[index] = entry
+                entries[index] = entry
                 if side.keys:
                     self._put(side.keys[index], entry)
-        device = side.labels.device
-        return {name: torch.cat([entry[name].to(device, non_blocking=True) for entry in found]) for name in wanted}
+        device, order = side.labels.device, range(side.sequence_count)
+        return {name: torch.cat([entries[i][name].to(device, non_blocking=True) for i in order]) for name in wanted}
 
     def _compute(
         self, side: PreparedSide, missing: list[int], wanted: frozenset[str], backend: str
@@ -119,11 +134,12 @@ class Reference:
         size, width = inputs["input_ids"].shape
         if len(missing) < size and side.keys:
             inputs, positions, labels = subset(side, missing, size, width)
+        layers = {state_layer(name) for name in wanted if name.startswith(STATES)}
         with reference_mode(self.backbone.model):
-            hidden = self.backbone.states(inputs, positions)
-            values = {"hidden": hidden}
+            states = self.backbone.states(inputs, positions, layers)
+            values = {states_of(layer): state for layer, state in states.items()}
             if "logp" in wanted:
-                values["logp"] = kept_token_stats(hidden, self.backbone.head, labels, backend=backend)["logp"]
+                values["logp"] = kept_token_stats(states[None], self.backbone.head, labels, backend=backend)["logp"]
         self.forwards += 1
         lengths = [side.lengths[index] for index in missing]
         parts = {name: values[name].detach().split(lengths) for name in wanted}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastforget.backbone import Backbone
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, prepare, split_roles, split_rows
 from fastforget.errors import FastforgetError
-from fastforget.objectives import SideStats, Term, preset
-from fastforget.reference import DEFAULT_CACHE_BYTES, Reference
-from fastforget.stats import DIVERGENCES, kept_divergence, kept_token_stats
+from fastforget.objectives import SideStats, StateDistances, StateRequest, Term, preset
+from fastforget.reference import DEFAULT_CACHE_BYTES, Reference, states_of
+from fastforget.stats import DIVERGENCES, hidden_stats, kept_divergence, kept_token_stats, label_anchor
 
 SIDES = ("forget", "retain")
 
@@ -57,8 +57,11 @@ class UnlearnLoss:
         self.terms = named_terms(preset(terms) if isinstance(terms, str) else terms)
         self.backend = backend
         self.backbone = Backbone(model)
-        needed = frozenset().union(*(term.needs for term in self.terms.values()))
+        for term in self.terms.values():
+            term.check_ready()
+        needed = frozenset().union(*(reference_needs(term) for term in self.terms.values()))
         self.reference = Reference(self.backbone, reference_cache_bytes) if needed else None
+        self._constants: dict[int, Tensor] = {}  # anchors and centres on the model's device, by the id of the user's
 
     def __call__(self, forget: Batch, retain: Batch | None = None, counts: LabelCounts | None = None) -> UnlearnOutput:
         """The loss of one batch, with its graph.
@@ -86,17 +89,19 @@ class UnlearnLoss:
         """The loss in parts that add up to it, one forward each: a side, or a micro-batch of it."""
         if "role" in forget and retain is None:
             forget, retain = split_roles(forget)
-        batches = {"forget": forget, "retain": retain}
         sides = [side for side in SIDES if self.terms_on(side)]
-        batches = {side: batches[side] for side in sides}
+        given = {"forget": forget, "retain": retain}
+        batches: dict[str, Batch] = {}
         for side in sides:
-            if batches[side] is None and counts is not None and counts.of(side)[0]:
+            batch = given[side]
+            if batch is None and counts is not None and counts.of(side)[0]:
                 continue  # this part of a larger batch has none of that side
-            if batches[side] is None:
+            if batch is None:
                 names = ", ".join(name for name, _ in self.terms_on(side))
                 raise FastforgetError(f"these terms need a {side} batch, and there is none: {names}")
-            if "labels" not in batches[side] or "input_ids" not in batches[side]:
+            if "labels" not in batch or "input_ids" not in batch:
                 raise FastforgetError(f"the {side} batch needs input_ids, attention_mask and labels")
+            batches[side] = batch
         counts = counts or count_labels([(batches.get("forget"), batches.get("retain"))])
         for side in sides:
             if counts.of(side)[0] == 0:
@@ -104,10 +109,7 @@ class UnlearnLoss:
                     f"the {side} batch has no label: every token is -100 (or stands first in its sequence, where it is "
                     "never predicted), so there is nothing to compute a loss on"
                 )
-        for side in sides:
-            if batches[side] is None:
-                continue
-            whole = batches[side]
+        for side, whole in batches.items():
             for part in split_rows(whole, micro_batch) if micro_batch else [whole]:
                 prepared = prepare(part, side, self.backbone.device, self.backbone.vocabulary)
                 if prepared is not None:  # else no label in this part of a larger batch
@@ -122,10 +124,11 @@ class UnlearnLoss:
         terms = self.terms_on(side)
         needs = frozenset().union(*(term.needs for _, term in terms))
         kinds = [kind for kind in DIVERGENCES if kind in needs]
-        wanted = ({"hidden"} if kinds else set()) | ({"logp"} if "ref_logp" in needs else set())
-        hidden = self.backbone.states(prepared.inputs, prepared.positions)
-        head = self.backbone.head
-        reference = self.reference.of(prepared, frozenset(wanted), self.backend) if wanted else {}
+        requests = [term.state_request for _, term in terms if term.state_request is not None]
+        wanted = frozenset().union(*(reference_needs(term) for _, term in terms))
+        reference = self.reference.of(prepared, wanted, self.backend) if self.reference and wanted else {}
+        states = self.backbone.states(prepared.inputs, prepared.positions, {request.layer for request in requests})
+        hidden, head = states[None], self.backbone.head
         logp = kept_token_stats(hidden, head, prepared.labels, backend=self.backend)["logp"]
         tokens, sequences = counts.of(side)
         stats = SideStats(
@@ -136,16 +139,68 @@ class UnlearnLoss:
             sequence_total=sequences,
             ref_logp=reference.get("logp"),
             divergences={
-                kind: kept_divergence(hidden, reference["hidden"], head, kind, backend=self.backend) for kind in kinds
+                kind: kept_divergence(hidden, reference[states_of(None)], head, kind, backend=self.backend)
+                for kind in kinds
             },
         )
+        for request in requests:
+            stats.states[request] = self.state_distances(request, states[request.layer], reference, prepared, stats)
         values = {name: term.value(stats) for name, term in terms}
-        loss = sum(term.weight * values[name] for name, term in terms)
+        loss = torch.stack([term.weight * values[name] for name, term in terms]).sum()
         return UnlearnOutput(
             loss=loss,
             terms={name: value.detach() for name, value in values.items()},
             stats={f"{side}_nll": -stats.token_mean(logp.detach())},
         )
+
+    def state_distances(
+        self,
+        request: StateRequest,
+        hidden: Tensor,
+        reference: dict[str, Tensor],
+        prepared: PreparedSide,
+        stats: SideStats,
+    ) -> StateDistances:
+        """What a term asked of a layer's hidden states (n, D)."""
+        if self.backbone.head.is_identity and (request.layer is None or request.anchor == "label"):
+            raise FastforgetError(
+                "this model's head cannot be read, so the states that enter it are not known, nor its rows: give the "
+                "term a layer (layer=-1 is the last), and another anchor than 'label'"
+            )
+        anchor: Tensor | None
+        if isinstance(request.anchor, str):
+            if request.anchor == "label":
+                anchor = label_anchor(request.anchor, self.backbone.head, prepared.labels)
+            else:
+                anchor = reference[states_of(request.layer)]
+        else:
+            anchor = self.constant(request.anchor)
+        if request.level == "sequence":
+            hidden = stats.sequence_average(hidden)
+            anchor = stats.sequence_average(anchor) if anchor is not None and anchor.dim() == 2 else anchor
+        centres = self.constant(request.centres)
+        return StateDistances(
+            *hidden_stats(hidden, anchor, centres, request.metric, request.margin, backend=self.backend)
+        )
+
+    def constant(self, tensor: Tensor | None) -> Tensor | None:
+        """A term's own tensor on the model's device, copied there once."""
+        if tensor is None:
+            return None
+        if id(tensor) not in self._constants:
+            self._constants[id(tensor)] = tensor.to(self.backbone.device)
+        return self._constants[id(tensor)]
+
+
+def reference_needs(term: Term) -> frozenset[str]:
+    """What a term needs of the frozen reference, by the names that `Reference.of` knows."""
+    needs = {"logp"} if "ref_logp" in term.needs else set()
+    if term.needs & set(DIVERGENCES):
+        needs.add(states_of(None))
+    request = term.state_request
+    if request is not None and isinstance(request.anchor, str) and request.anchor == "reference":
+        needs.add(states_of(request.layer))
+    return frozenset(needs)
 
 
 def named_terms(terms: Sequence[Term]) -> dict[str, Term]:
@@ -215,7 +270,7 @@ class UnlearnStep(torch.optim.Optimizer):
             if not trainable:
                 raise FastforgetError("no parameter of the model requires a gradient: add an adapter (fastforget.load)")
             self.base = optimizer(trainable, **optimizer_arguments)
-        self._options = {"backend": backend, "reference_cache_bytes": reference_cache_bytes}
+        self._options: dict[str, Any] = {"backend": backend, "reference_cache_bytes": reference_cache_bytes}
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
         self._start()
         own = {id(parameter) for parameter in model.parameters()}
@@ -234,11 +289,11 @@ class UnlearnStep(torch.optim.Optimizer):
 
     param_groups = property(
         lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups)
-    )  # type: ignore[assignment]
-    state = property(lambda self: self.base.state, lambda self, state: setattr(self.base, "state", state))  # type: ignore[assignment]
+    )
+    state = property(lambda self: self.base.state, lambda self, state: setattr(self.base, "state", state))
     defaults = property(
         lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
-    )  # type: ignore[assignment]
+    )
 
     def attach(self, model: nn.Module) -> None:
         """Give a step its model: at the start, or after copying or unpickling it."""

@@ -43,7 +43,7 @@ def test_head_gives_the_models_own_logits(name, recwarn):
     backbone = Backbone(model)
     every = torch.arange(2 * 20)
     with torch.no_grad():
-        ours = backbone.head.logits(backbone.states(inputs, every))
+        ours = backbone.head.logits(backbone.states(inputs, every)[None])
         own = model(**inputs).logits.flatten(0, 1).float()
     assert not backbone.head.is_identity and not [w for w in recwarn if "differ" in str(w.message)]
     assert torch.allclose(ours, own, rtol=1e-4, atol=1e-4)

@@ -45,11 +45,24 @@ def test_values_follow_the_formulas():
         assert float(ff.NPO(beta=0.7, level=level).value(side())) == pytest.approx(npo(ratios, 0.7)), level
 
 
+@pytest.mark.parametrize(("beta", "delta"), [(4.5, 0.0), (0.7, 0.3)])
+def test_simnpo_follows_its_formula(beta, delta):
+    nll = [-sum(row) / len(row) for row in LOGP]
+    expected = -(2 / beta) * sum(log_sigmoid(beta * (value - delta)) for value in nll) / 2
+    assert float(ff.SimNPO(beta=beta, delta=delta).value(side())) == pytest.approx(expected)
+    assert not ff.SimNPO().needs, "no reference"
+
+
 def test_presets():
     assert [type(term).__name__ for term in ff.preset("npo", beta=0.3, retain="kl")] == ["NPO", "KL"]
     assert ff.preset("npo", beta=0.3)[0].beta == 0.3 and ff.preset("npo")[0].level == "sequence"
     assert ff.preset("grad_diff", retain=None, forget_weight=2.0)[0].weight == 2.0
     assert all(ff.preset(name) for name in PRESETS)
+    published = ff.preset("simnpo")[0]
+    assert (published.beta, published.delta, published.weight) == (4.5, 0.0, 0.125)
+    distance, pull, keep = ff.preset("distance_cluster", k=3, margin=0.5, layer=1, level="sequence", retain_weight=2.0)
+    assert (distance.anchor, distance.margin, pull.k, pull.layer, pull.level) == ("reference", 0.5, 3, 1, "sequence")
+    assert isinstance(keep, ff.KL) and keep.weight == 2.0
 
 
 @pytest.mark.parametrize(
@@ -58,6 +71,8 @@ def test_presets():
         (lambda: ff.preset("npoo"), "did you mean 'npo'.*grad_ascent, grad_diff, npo"),
         (lambda: ff.preset("npo", gamma=1), "no parameter 'gamma': it takes beta"),
         (lambda: ff.preset("npo", retain="all"), "retain must be one of"),
+        (lambda: ff.preset("simnpo", beta=0.0), "beta must be positive"),
+        (lambda: ff.SimNPO(delta=math.inf), "delta must be finite"),
         (lambda: ff.CE(weight=-1.0), "weight must be positive"),
         (lambda: ff.CE(weight=math.nan), "weight must be positive"),
         (lambda: ff.CE(on="both"), "on must be"),

@@ -56,6 +56,8 @@ def loss_by_hand(name, model, reference, forget, retain):
         return -(2 / 2.5) * F.logsigmoid(2.5 * (nll - ref_nll) / kept.sum(1)).mean() + ce + kl
     if name == "npo_token":
         return -(2 / 2.0) * F.logsigmoid(-2.0 * (logp - ref_logp)[kept]).mean() + ce + kl
+    if name == "simnpo":
+        return -0.125 * (2 / 4.5) * F.logsigmoid(4.5 * nll / kept.sum(1)).mean() + ce
     if name == "reverse_kl":
         return ascent + reverse
     mixture = ((retain_all.exp() + ref_retain.exp()) / 2).log()
@@ -76,7 +78,7 @@ def test_every_lora_gradient_equals_a_full_logits_loop(tiny, batch, kind, bits):
     reference = copy.deepcopy(model)
     reference.base_model.disable_adapter_layers()
     forget, retain = batch(4, 1), batch(3, 2, width=17)
-    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "reverse_kl", "jsd"):
+    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "simnpo", "reverse_kl", "jsd"):
         model.zero_grad()
         expected_loss = loss_by_hand(name, model, reference, forget, retain)
         expected_loss.backward()

@@ -1,11 +1,12 @@
 """Who computes the statistics: `eager` (the oracle) or `chunked`, and which of them `auto` picks.
 
-A backend is a module with two functions over *kept* rows (no ignored label among them):
+A backend is a module with three functions over *kept* rows (no ignored label among them):
 
     label_stats(hidden (n, D), labels (n,), head, outputs) -> {field: (n,) or (n, D)}
     divergence(hidden (n, D), ref_hidden (n, D), head, kind) -> (n,)
+    state_stats(hidden (n, D), anchor (n, D) or (D,), centres (K, D), metric) -> (distance (n,), pull (n,))
 
-both differentiable with respect to `hidden` and, where it trains, to the head.
+all differentiable with respect to `hidden`, and the first, where it trains, to the head.
 """
 
 from __future__ import annotations

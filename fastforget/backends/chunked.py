@@ -18,6 +18,7 @@ it, the small terms of the other tokens would be rounded against it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from fastforget.backends import OUTPUTS, gemm
 from fastforget.backends.paired import divergence  # noqa: F401 - the backend's second function
+from fastforget.backends.states import state_stats  # noqa: F401 - and its third
 from fastforget.head import LMHead
 
 NOT_DIFFERENTIABLE = {"logp_mean", "logp_var", "argmax"}
@@ -85,13 +87,13 @@ class LabelStats(torch.autograd.Function):
     """Statistics of kept rows; the gradient over hidden states is computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, head, names, compute_grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, bias, labels, head, names, compute_grad):
         dtype = gemm.compute_dtype(hidden)
         count = hidden.shape[0]
         vocabulary = hidden.shape[1] if head.is_identity else weight.shape[0]
         want_unit = compute_grad or "expected_embedding" in names
-        unit_grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if want_unit else None
-        expected = torch.empty_like(unit_grad) if "expected_embedding" in names else None
+        unit_grad: Any = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if want_unit else None
+        expected: Any = torch.empty_like(unit_grad) if "expected_embedding" in names else None
         fields: dict[str, list[Tensor]] = {}
         buffer = gemm.chunk_buffer(count, vocabulary, hidden)
         for rows in gemm.row_chunks(count, vocabulary, dtype):
@@ -127,7 +129,7 @@ class LabelStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):  # type: ignore[override]
+    def backward(ctx, *grads):
         unit_grad, hidden, labels, argmax, logp, log_not = ctx.saved_tensors
         head: LMHead = ctx.head
         upstream = {name: grad for name, grad in zip(ctx.names, grads, strict=True) if grad is not None}
@@ -163,7 +165,7 @@ def add_direct_gradients(
     """Add the gradients that are single rows of the head (label_logit, lse's label part, max_logit) or their mean."""
     single = [(labels, upstream.get("lse")), (labels, upstream.get("label_logit")), (argmax, upstream.get("max_logit"))]
     for index, coefficient in single:
-        if coefficient is None or len(grad) == 0:
+        if coefficient is None or index is None or len(grad) == 0:
             continue
         if head.softcap is not None:
             logit = head_logit(head, hidden, index)
@@ -180,6 +182,7 @@ def add_direct_gradients(
 def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
     """The capped logit (n,) of one token a row."""
     dtype = gemm.compute_dtype(hidden)
+    assert head.softcap is not None
     logit = (hidden.to(dtype) * head.weight[index].to(dtype)).sum(dim=1) * head.scale
     if head.bias is not None:
         logit = logit + head.bias[index].to(dtype)
@@ -206,7 +209,7 @@ def recompute(
     embedding_grad = upstream.get("expected_embedding")
     coefficient = unit_coefficient({**upstream, "lse": torch.zeros_like(logp)}, logp, log_not)
     buffer = gemm.chunk_buffer(hidden.shape[0], vocabulary, hidden)
-    weighted = torch.empty_like(buffer) if embedding_grad is not None else None
+    weighted: Any = torch.empty_like(buffer) if embedding_grad is not None else None
     for rows in gemm.row_chunks(hidden.shape[0], vocabulary, dtype):
         logits = buffer[: rows.stop - rows.start]
         gemm.logits_into(logits, hidden[rows], head)
@@ -232,7 +235,7 @@ def recompute(
         row += coefficient[rows, None] * unit
         if "label_logit" in upstream:
             row.scatter_add_(1, column, upstream["label_logit"][rows, None])
-        if "max_logit" in upstream:
+        if "max_logit" in upstream and argmax is not None:
             row.scatter_add_(1, argmax[rows, None], upstream["max_logit"][rows, None])
         if "logit_mean" in upstream:
             row += upstream["logit_mean"][rows, None] / vocabulary
@@ -245,6 +248,6 @@ def recompute(
             grad_bias += row.sum(dim=0)
     if grad_weight is not None:
         grad_weight = grad_weight.to(head.weight.dtype)
-    if grad_bias is not None:
+    if grad_bias is not None and head.bias is not None:
         grad_bias = grad_bias.to(head.bias.dtype)
     return grad_hidden, grad_weight, grad_bias

@@ -54,6 +54,29 @@ def divergence(hidden: Tensor, ref_hidden: Tensor, head: LMHead, kind: str) -> T
     return 0.5 * (kl(log_p, log_mixture) + kl(log_q, log_mixture))
 
 
+def state_stats(
+    hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(distance (n,) from the anchor, distance (n,) from the nearest centre), as far as they were given."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    distance = pull = None
+    if anchor is not None:
+        distance = between(hidden, anchor.detach().to(hidden.dtype).expand_as(hidden), metric)
+    if centres is not None:
+        each = [between(hidden, centre.expand_as(hidden), metric) for centre in centres.detach().to(hidden.dtype)]
+        pull = torch.stack(each).min(dim=0).values
+    return distance, pull
+
+
+def between(hidden: Tensor, points: Tensor, metric: str) -> Tensor:
+    """|h - a|, or 1 - cos(h, a) (1 where either is 0), by their definitions."""
+    if metric == "l2":
+        return torch.linalg.vector_norm(hidden - points, dim=-1)
+    lengths = torch.linalg.vector_norm(hidden, dim=-1) * torch.linalg.vector_norm(points, dim=-1)
+    cosine = (hidden * points).sum(dim=-1) / torch.where(lengths > 0, lengths, 1.0)
+    return 1.0 - torch.where(lengths > 0, cosine, 0.0)
+
+
 def kl(log_from: Tensor, log_to: Tensor) -> Tensor:
     """KL(from || to), by its definition."""
     return (log_from.exp() * (log_from - log_to)).sum(dim=-1)

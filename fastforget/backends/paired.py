@@ -27,7 +27,7 @@ class Divergence(torch.autograd.Function):
     """Divergence of kept rows from the reference; the gradient over hidden states is computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, ref_hidden, head, kind, compute_grad):  # type: ignore[override]
+    def forward(ctx, hidden, ref_hidden, head, kind, compute_grad):
         dtype = gemm.compute_dtype(hidden)
         count = hidden.shape[0]
         vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
@@ -43,18 +43,18 @@ class Divergence(torch.autograd.Function):
             slope = gemm.softcap_slope(policy, head) if compute_grad else None
             log_p, log_q = gemm.log_softmax_(policy), gemm.log_softmax_(reference)
             value[rows], row = KINDS[kind](log_p, log_q, compute_grad)
-            if compute_grad:
+            if row is not None and grad is not None:
                 if slope is not None:
                     row.mul_(slope)
                 gemm.rows_to_hidden(row, head, out=grad[rows])
-        if compute_grad:
+        if grad is not None:
             ctx.save_for_backward(grad)
         ctx.hidden_dtype = hidden.dtype
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
         return (grad * upstream[:, None]).to(ctx.hidden_dtype), None, None, None, None
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from fastforget.errors import FastforgetError
+
 IGNORE_INDEX = -100
+SHUFFLE_BUFFER = 1024  # examples of a stream in memory at once; a stream no longer than this is shuffled as a list is
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,37 @@ class Example:
     def label_count(self) -> int:
         """How many tokens are predicted: the first token of a sequence never is, nothing stands before it."""
         return len(self.input_ids) - max(self.prompt_length, 1)
+
+
+class ExampleStream:
+    """Examples that are read anew at each iteration, for sets that do not fit in memory; nothing is held between.
+
+    Args:
+        open_examples: called at each iteration; an iterator over the examples, from the first one on.
+        name: what is read ("secrets.txt"), for messages.
+
+    Iterating raises FastforgetError where not one example has a label.
+    """
+
+    def __init__(self, open_examples: Callable[[], Iterator[Example]], name: str) -> None:
+        self.open_examples = open_examples
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"ExampleStream({self.name!r})"
+
+    def __iter__(self) -> Iterator[Example]:
+        empty = True
+        for example in self.open_examples():
+            if example.label_count > 0:
+                empty = False
+                yield example
+        if empty:
+            raise FastforgetError(f"{self.name} holds no text that could be learned or forgotten")
+
+    def head(self, count: int) -> list[Example]:
+        """The first `count` examples, or all where there are fewer."""
+        return list(islice(self, count))
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -44,14 +79,41 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 
 
 def cycle(
-    examples: Sequence[Example], batch_size: int, pad_token_id: int, seed: int
+    examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches, reshuffled at each pass, every example once a pass; the last batch of a pass may be shorter.
 
-    Forget and retain sets are cycled independently of each other, so neither is cut to the other's length.
+    Forget and retain sets are cycled independently of each other, so neither is cut to the other's length. A stream
+    is read again at its end, and shuffled within a buffer of `SHUFFLE_BUFFER` examples: no more are in memory.
+
+    Raises:
+        FastforgetError: at the first batch, where there is no example; or what reading a stream raises.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
-            yield collate([examples[index] for index in order[start : start + batch_size]], pad_token_id)
+        if isinstance(examples, ExampleStream):
+            one_pass = shuffled(examples, generator)
+        else:
+            one_pass = (examples[index] for index in torch.randperm(len(examples), generator=generator).tolist())
+        count = 0
+        while batch := list(islice(one_pass, batch_size)):
+            count += len(batch)
+            yield collate(batch, pad_token_id)
+        if not count:  # or this loop would turn for ever
+            raise FastforgetError("there are no examples to take batches of")
+
+
+def shuffled(
+    examples: ExampleStream, generator: torch.Generator, buffer_size: int = SHUFFLE_BUFFER
+) -> Iterator[Example]:
+    """Every example once, each drawn at random from a buffer of those read last and not yet drawn."""
+    buffer: list[Example] = []
+    for example in examples:
+        if len(buffer) < buffer_size:
+            buffer.append(example)
+            continue
+        index = int(torch.randint(buffer_size, (), generator=generator))
+        yield buffer[index]
+        buffer[index] = example
+    for index in torch.randperm(len(buffer), generator=generator).tolist():
+        yield buffer[index]

@@ -56,7 +56,8 @@ def load_corpus(
     for count in topic_counts:
         parts.append([passage for name in names[:count] for passage in chosen[name]])
         names = names[count:]
-    return Corpus(*parts, tokenizer=tokenizer)
+    forget, retain, unseen = parts
+    return Corpus(forget, retain, unseen, tokenizer)
 
 
 def python_topics() -> dict[str, str]:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -58,7 +59,7 @@ class LeakageReport:
 
 
 def leakage(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
@@ -125,7 +126,7 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, min_char
 
 
 def continue_greedily(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -161,7 +162,7 @@ def continue_greedily(
 
 
 def mean_nll(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 16, progress: Progress | None = None
+    model: Any, examples: Sequence[Example], *, batch_size: int = 16, progress: Progress | None = None
 ) -> float:
     """Negative log-likelihood in nats, mean over the label tokens of all examples (not a mean of batch means)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -226,7 +227,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_greedy_decoding(inner: nn.Module, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
+def _plain_greedy_decoding(inner: Any, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
     """Swap the generation settings that came with the model for plain greedy ones, which keep its end tokens.
 
     Settings passed to `generate` do not do: where they leave something unset, transformers takes it from the model's
@@ -267,7 +268,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
     return input_ids, attention_mask
 
 
-def _room(inner: nn.Module, width: int, wanted: int) -> int:
+def _room(inner: Any, width: int, wanted: int) -> int:
     """How many new tokens fit into the model's context after a prompt of `width` tokens, at most `wanted`."""
     context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or width + wanted
     if width >= context:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforget.data.examples import Example, cycle
+from fastforget.clusters import fit_centres, save_centres
+from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.models import save_adapter
 from fastforget.objectives import Term
+from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import UnlearnOutput, UnlearnStep
 
 WARMUP_STEPS = 10
+STREAM_EXAMPLES_FOR_CENTRES = 1024
 MAX_GRAD_NORM = 1.0
 Progress = Callable[[int, int, UnlearnOutput], None]  # (step, of how many, its output)
 
@@ -47,10 +51,12 @@ class JobSettings:
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise FastforgetError(f"{name.replace('_', '-')} must be positive, not {value}")
 
-    def steps(self, forget_examples: int) -> int:
-        """Steps that the job takes unless it stops early."""
+    def steps(self, forget_examples: int | None) -> int:
+        """Steps that the job takes unless it stops early; None: a stream, whose length nobody knows."""
         if self.max_steps is not None:
             return self.max_steps
+        if forget_examples is None:
+            raise FastforgetError("a streamed forget set has no length to count epochs by: give --max-steps")
         return max(1, round(self.epochs * math.ceil(forget_examples / self.batch_size)))
 
 
@@ -68,8 +74,8 @@ class JobResult:
 def run_job(
     model: Any,
     tokenizer: Any,
-    forget: Sequence[Example],
-    retain: Sequence[Example] | None,
+    forget: Sequence[Example] | ExampleStream,
+    retain: Sequence[Example] | ExampleStream | None,
     terms: Sequence[Term],
     settings: JobSettings,
     *,
@@ -79,7 +85,9 @@ def run_job(
     """Unlearn `forget` in the model's adapter, in place.
 
     Each step takes `batch_size` forget and, where a term wants them, as many retain examples; both sets are shuffled
-    and cycled independently. With `save_steps` checkpoints go to `out/checkpoint-STEP`.
+    and cycled independently. Of streams the reference's cache is off, and only `max_steps` counts. A cluster pull
+    without centres gets its own first, in place, found in the retain set. With `save_steps` checkpoints go to
+    `out/checkpoint-STEP`.
 
     Raises:
         NonFiniteLossError: the loss or its gradient is no finite number. The model then holds the last adapter whose
@@ -87,15 +95,24 @@ def run_job(
         FastforgetError: no terms, terms on the retain set without one, or an adapter that the reference forbids.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    step = UnlearnStep(model, torch.optim.AdamW, terms=list(terms), lr=settings.learning_rate, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
     uses_retain = any(term.on == "retain" for term in terms)
     if uses_retain and not retain:
         raise FastforgetError("these terms keep a retain set, and there is none: give one, or leave the terms out")
+    streamed = isinstance(forget, ExampleStream) or isinstance(retain, ExampleStream)
+    total = settings.steps(None if isinstance(forget, ExampleStream) else len(forget))
     pad = tokenizer.pad_token_id
+    fit_centres(terms, model, expected_outputs(retain, settings.batch_size, pad, settings.seed), settings.seed)
+    step = UnlearnStep(
+        model,
+        torch.optim.AdamW,
+        terms=list(terms),
+        reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
+        lr=settings.learning_rate,
+        weight_decay=0.0,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
     forget_batches = cycle(forget, settings.batch_size, pad, settings.seed)
-    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if uses_retain else None
-    total = settings.steps(len(forget))
+    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     result = JobResult(stopped=f"all {total} steps taken")
     modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
@@ -135,12 +152,25 @@ def run_job(
                 progress(number, total, out_step)
             if out is not None and settings.save_steps and number % settings.save_steps == 0:
                 save_adapter(model, tokenizer, out / f"checkpoint-{number}")
+                save_centres(terms, out / f"checkpoint-{number}")
     finally:
         step.zero_grad()
         for module, training in modes:
             module.training = training
         result.seconds = time.perf_counter() - start
     return result
+
+
+def expected_outputs(
+    retain: Sequence[Example] | ExampleStream | None, batch_size: int, pad_token_id: int, seed: int
+) -> Iterator[dict[str, Tensor]] | None:
+    """The retain set once, shuffled, in batches: what cluster centres are found in."""
+    if not retain:
+        return None
+    if isinstance(retain, ExampleStream):
+        retain = retain.head(STREAM_EXAMPLES_FOR_CENTRES)
+    batches = cycle(retain, batch_size, pad_token_id, seed)
+    return itertools.islice(batches, math.ceil(len(retain) / batch_size))
 
 
 def snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -15,10 +15,11 @@ def measure(model: Any, tokenizer: Any, sets: Mapping[str, Sequence[Example]], l
     total = 2 * sum(len(examples) for examples in sets.values())
     reports, done_before = {}, 0
     with progress_bar(label) as update:
+
+        def advance(done: int, _: int) -> None:
+            update(done_before + done, total)
+
         for name, examples in sets.items():
-            offset = done_before
-            reports[name] = leakage(
-                model, tokenizer, examples, progress=lambda done, _, offset=offset: update(offset + done, total)
-            )
+            reports[name] = leakage(model, tokenizer, examples, progress=advance)
             done_before += 2 * len(examples)
     return reports

@@ -7,15 +7,49 @@ write your own: subclass `Term` as a dataclass and define `value`; a line in `pr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
 
 Side = Literal["forget", "retain"]
+
+
+def present(value: Tensor | None, what: str) -> Tensor:
+    """A statistic that a term asked for; an error where it did not ask."""
+    if value is None:
+        raise FastforgetError(f"a term uses {what} without asking for it: name it in its `needs` or `state_request`")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class StateRequest:
+    """What a term asks of hidden states: their distance from an anchor, and from the nearest of some centres.
+
+    layer: None for the states that enter the head, or a decoder layer's number (-1 the last), for what it puts out.
+    anchor: "reference" (the frozen model's states of the same tokens), "label" (the head's row of each label), (D,), or
+        None for no distance. centres: (K, D), or None for no pull. metric, margin: as in `fastforget.hidden_stats`.
+    level: "token", or "sequence": of the mean state over each answer's label tokens (and the mean anchor).
+    """
+
+    layer: int | None = None
+    anchor: str | Tensor | None = None
+    centres: Tensor | None = None
+    metric: str = "l2"
+    margin: float | None = None
+    level: str = "token"
+
+
+@dataclass(frozen=True)
+class StateDistances:
+    """The answer to a `StateRequest`: (n,) at token level, (b,) at sequence level; None for what was not asked."""
+
+    distance: Tensor | None
+    pull: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +66,8 @@ class SideStats:
     token_total: int  # label tokens of the whole batch
     sequence_total: int  # labelled sequences of the whole batch
     ref_logp: Tensor | None = None  # (n,) log p_y under the frozen reference
-    divergences: dict[str, Tensor] | None = None  # kind -> (n,)
+    divergences: dict[str, Tensor] = field(default_factory=dict)  # kind -> (n,)
+    states: dict[StateRequest, StateDistances] = field(default_factory=dict)  # what terms asked of hidden states
 
     def token_mean(self, per_token: Tensor) -> Tensor:
         """Mean over all label tokens of the whole batch of (n,) values: this part's share of it."""
@@ -43,12 +78,14 @@ class SideStats:
         return per_sequence.sum() / self.sequence_total
 
     def sequence_sum(self, per_token: Tensor) -> Tensor:
-        """(n,) -> (b,): the sum over each sequence's label tokens."""
-        return per_token.new_zeros(self.sequence_count).index_add(0, self.sequence, per_token)
+        """(n, ...) -> (b, ...): the sum over each sequence's label tokens."""
+        return per_token.new_zeros(self.sequence_count, *per_token.shape[1:]).index_add(0, self.sequence, per_token)
 
     def sequence_average(self, per_token: Tensor) -> Tensor:
-        """(n,) -> (b,): the mean over each sequence's label tokens."""
-        return self.sequence_sum(per_token) / self.sequence_sum(per_token.new_ones(per_token.shape))
+        """(n, ...) -> (b, ...): the mean over each sequence's label tokens, in float32 or more."""
+        per_token = per_token.to(self.logp.dtype)
+        counts = self.sequence_sum(torch.ones_like(self.logp))
+        return self.sequence_sum(per_token) / counts.view(-1, *[1] * (per_token.dim() - 1))
 
 
 @dataclass(kw_only=True)
@@ -69,6 +106,14 @@ class Term:
     def needs(self) -> frozenset[str]:
         """What must be there beyond `logp`: "ref_logp", or kinds of divergence from the reference."""
         return frozenset()
+
+    @property
+    def state_request(self) -> StateRequest | None:
+        """What the term asks of hidden states: the same object each time, the key to `SideStats.states`."""
+        return None
+
+    def check_ready(self) -> None:
+        """Raise where the term cannot be computed yet, before the first forward."""
 
     def value(self, stats: SideStats) -> Tensor:
         """The unweighted term, a scalar to be minimised."""
@@ -147,10 +192,34 @@ class NPO(Term):
         return frozenset({"ref_logp"})
 
     def value(self, stats: SideStats) -> Tensor:
-        log_ratio = stats.logp - stats.ref_logp
+        log_ratio = stats.logp - present(stats.ref_logp, "ref_logp")
         if self.level == "token":
             mean = stats.token_mean(F.logsigmoid(-self.beta * log_ratio))
         else:
             reduce = stats.sequence_sum if self.level == "sequence" else stats.sequence_average
             mean = stats.sequence_mean(F.logsigmoid(-self.beta * reduce(log_ratio)))
         return mean * (-2.0 / self.beta)
+
+
+@dataclass(kw_only=True)
+class SimNPO(Term):
+    """NPO without a reference (arXiv 2410.07163, eq. 4): -(2/beta) mean_B log sigmoid(beta (L / T - delta)).
+
+    L / T is the mean NLL of an answer's tokens; `delta` (nats per token) is the paper's margin gamma, and `weight` the
+    weight of its forget loss.
+    """
+
+    name: ClassVar[str] = "simnpo"
+    beta: float = 4.5
+    delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise FastforgetError(f"simnpo: beta must be positive and finite, not {self.beta}")
+        if not math.isfinite(self.delta):
+            raise FastforgetError(f"simnpo: delta must be finite, not {self.delta}")
+
+    def value(self, stats: SideStats) -> Tensor:
+        nll = -stats.sequence_average(stats.logp)
+        return stats.sequence_mean(F.logsigmoid(self.beta * (nll - self.delta))) * (-2.0 / self.beta)

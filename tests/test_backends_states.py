@@ -1,0 +1,183 @@
+"""hidden_stats, and the anchor and centres of token_stats, against formulas in float64.
+
+The rule (DESIGN section 6): error <= 1.5 x eager's error + 4 u scale, u = 2^-24. A distance is formed from differences
+of exact inputs, so its scale is its own size, whatever the size of the states.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastforget as ff
+from fastforget.backends import gemm
+
+DRAWS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+ROUNDING = 2**-24
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(gemm, "CHUNK_BYTES", 600)
+
+
+@st.composite
+def problems(draw):
+    """States, an anchor of each kind (on the states themselves too, and zero states), and 1 to 33 centres."""
+    rows, width, count = draw(st.integers(1, 9)), draw(st.integers(1, 65)), draw(st.integers(1, 33))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    size = draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    hidden = (size * torch.randn(rows, 2 * width, generator=generator)).to(dtype)[:, ::2]  # strided
+    near = draw(st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
+    anchor = (hidden.float() + near * size * torch.randn(rows, width, generator=generator)).to(dtype)
+    if draw(st.booleans()):
+        anchor = anchor[0]
+    centres = size * torch.randn(count, width, generator=generator)
+    if draw(st.booleans()):
+        centres[-1] = hidden[0].float()  # a state that lies on its centre
+    if draw(st.booleans()):
+        hidden = hidden.clone()
+        hidden[-1] = 0
+    margin = draw(st.sampled_from([None, 0.3, 1.0, 1e-4]))
+    return hidden, anchor, centres, draw(st.sampled_from(["l2", "cosine"])), margin
+
+
+def formula(hidden, point, metric):
+    """(distance, gradient) of one state, in float64, from the definition and its derivative."""
+    h, a = hidden.double(), point.double()
+    if metric == "l2":
+        distance = (h - a).square().sum().sqrt()
+        return distance, torch.zeros_like(h) if distance == 0 else (h - a) / distance
+    if h.norm() == 0 or a.norm() == 0:
+        return torch.ones((), dtype=torch.float64), torch.zeros_like(h)
+    cosine = (h @ a) / (h.norm() * a.norm())
+    return 1 - cosine, -(a / a.norm() - cosine * h / h.norm()) / h.norm()
+
+
+def evaluate(problem, backend):
+    """Values, and the gradient of their sums; each state is in one row only, so rows stay apart."""
+    hidden, anchor, centres, metric, margin = problem
+    hidden = hidden.detach().requires_grad_()
+    values = ff.hidden_stats(hidden, anchor, centres, metric, margin, backend=backend)
+    upstream = torch.linspace(-2.0, 3.0, len(hidden))
+    grads = [torch.autograd.grad((value * upstream).sum(), hidden, retain_graph=True)[0] for value in values]
+    return [value.detach() for value in values], grads, upstream.double()
+
+
+def check(problem):
+    hidden, anchor, centres, metric, margin = problem
+    (values, grads, upstream), (eager_values, eager_grads, _) = evaluate(problem, "chunked"), evaluate(problem, "eager")
+    half = 0.0 if hidden.dtype == torch.float32 else torch.finfo(hidden.dtype).eps / 2
+    for row, state in enumerate(hidden):
+        distance, direction = formula(state, anchor[row] if anchor.dim() == 2 else anchor, metric)
+        beyond = margin is not None and distance > margin
+        if margin is not None and abs(float(distance) - margin) < 1e-5:
+            continue  # on the margin itself either side is right
+        expected = [(torch.tensor(margin, dtype=torch.float64) if beyond else distance, direction * (not beyond))]
+        each = sorted((formula(state, centre, metric) for centre in centres), key=lambda pair: float(pair[0]))
+        tie = len(each) > 1 and float(each[1][0] - each[0][0]) < 1e-5 * max(1.0, float(each[0][0]))
+        expected.append((each[0][0], None if tie else each[0][1]))
+        for which, (value, gradient) in enumerate(expected):
+            error, theirs = (abs(float(v[which][row].double() - value)) for v in (values, eager_values))
+            assert error <= 1.5 * theirs + 4 * ROUNDING * max(1.0, float(value)), (which, error, theirs)
+            assert values[which].dtype == torch.float32 and grads[which].dtype == hidden.dtype
+            assert grads[which].isfinite().all(), "finite also at distance 0 and for a state of length 0"
+            if gradient is None:
+                continue
+            gradient = gradient * upstream[row]
+            error, theirs = (float((g[which][row].double() - gradient).abs().max()) for g in (grads, eager_grads))
+            length = float(state.double().norm())
+            scale = 1.0 if metric == "l2" or length == 0 else max(1.0, 1 / length)
+            scale *= float(upstream[row].abs())
+            tolerance = 1.5 * theirs + 4 * ROUNDING * scale + half * float(gradient.abs().max()) + (half > 0) * 2**-24
+            assert error <= tolerance, (which, error, theirs, scale)
+
+
+@given(problems())
+@DRAWS
+def test_hidden_stats_against_float64(problem):
+    check(problem)
+
+
+@given(problem=problems())
+@DRAWS
+def test_hidden_stats_in_many_chunks_against_float64(small_chunks, problem):
+    check(problem)
+
+
+@pytest.mark.parametrize(("metric", "noise", "bound"), [("l2", 1e-6, 1e-6), ("l2", 1e-3, 1e-6), ("cosine", 1e-3, 1e-4)])
+def test_a_state_almost_on_its_anchor_is_not_drowned_by_its_own_size(metric, noise, bound):
+    """At the start of a LoRA run states are almost their references: the expanded forms return mostly rounding."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = 100 * torch.randn(256, 128, generator=generator)
+    hidden = anchor * (1 + noise * torch.randn(anchor.shape, generator=generator))
+    expected = torch.stack([formula(h, a, metric)[0] for h, a in zip(hidden, anchor, strict=True)])
+    if metric == "l2":
+        squares = hidden.square().sum(1) + anchor.square().sum(1) - 2 * (hidden * anchor).sum(1)
+        expanded = squares.clamp_min(0).sqrt()
+    else:
+        expanded = 1 - torch.cosine_similarity(hidden, anchor)
+    ours = ff.hidden_stats(hidden, anchor, metric=metric)[0]
+    error, drowned = (float((value.double() - expected).norm() / expected.norm()) for value in (ours, expanded))
+    assert error < bound and drowned > 0.01, (error, drowned)
+
+
+def test_token_stats_take_anchor_and_centres_along():
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 12, generator=generator).requires_grad_()
+    head = ff.LMHead(torch.randn(31, 12, generator=generator))
+    labels = torch.tensor([3, -100, 5, 30, -100, 0, 7])
+    kept = (labels != -100).nonzero()[:, 0]
+    centres, anchor = torch.randn(4, 12, generator=generator), torch.randn(7, 12, generator=generator)
+    for given_anchor, rows in ((anchor, anchor), ("label", head.weight[labels.clamp(min=0)]), (anchor[0], anchor[0])):
+        stats = ff.token_stats(hidden, head, labels, anchor=given_anchor, centres=centres, metric="cosine", margin=0.9)
+        distance, pull = ff.hidden_stats(hidden, rows, centres, "cosine", 0.9)
+        for value, full in ((stats.distance, distance), (stats.pull, pull)):
+            assert torch.equal(value[kept], full[kept]) and value[labels == -100].eq(0).all()
+        assert torch.equal(stats.logp, ff.token_stats(hidden, head, labels).logp)
+        total = stats.logp.sum() + 2 * stats.distance.sum() - 3 * stats.pull.sum()
+        grad = torch.autograd.grad(total, hidden)[0]
+        parts = ff.token_stats(hidden, head, labels).logp.sum() + (2 * distance - 3 * pull)[kept].sum()
+        assert torch.allclose(grad, torch.autograd.grad(parts, hidden)[0], atol=1e-6)
+        assert grad[labels == -100].eq(0).all()
+    logits = head.logits(hidden).detach().requires_grad_()
+    stats = ff.token_stats_from_logits(logits, labels, hidden, anchor=anchor, centres=centres)
+    assert torch.allclose(stats.distance, ff.token_stats(hidden, head, labels, anchor=anchor).distance)
+    assert torch.autograd.grad(stats.pull.sum(), hidden)[0].abs().sum() > 0
+    assert ff.token_stats(hidden, head, labels).distance is None
+
+
+def test_only_what_was_given_comes_back_and_nothing_large_is_kept():
+    hidden = torch.randn(5, 8, requires_grad=True)
+    distance, pull = ff.hidden_stats(hidden, torch.randn(8))
+    assert distance.shape == (5,) and pull is None
+    distance, pull = ff.hidden_stats(hidden, centres=torch.randn(3, 8))
+    assert distance is None and pull.shape == (5,)
+    anchor = torch.randn(5, 8, requires_grad=True)
+    ff.hidden_stats(hidden, anchor)[0].sum().backward()
+    assert anchor.grad is None, "an anchor is a constant"
+    empty = ff.hidden_stats(torch.randn(0, 8, requires_grad=True), torch.randn(0, 8), torch.randn(2, 8))
+    assert empty[0].shape == empty[1].shape == (0,)
+    nan = ff.hidden_stats(torch.full((1, 2), torch.nan), torch.zeros(2), torch.zeros(1, 2), margin=1.0)
+    assert nan[0].isnan().all() and nan[1].isnan().all(), "NaN is not hidden, by the margin either"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: ff.hidden_stats(h), "needs an anchor, centres, or both"),
+        (lambda h: ff.hidden_stats(h, torch.zeros(3, 8)), r"anchor must be \(5, 8\) or \(8,\)"),
+        (lambda h: ff.hidden_stats(h, centres=torch.zeros(3, 7)), r"centres must be \(K, 8\)"),
+        (lambda h: ff.hidden_stats(h, centres=torch.zeros(0, 8)), "K >= 1"),
+        (lambda h: ff.hidden_stats(h, h, metric="l1"), "unknown metric 'l1': choose one of l2, cosine"),
+        (lambda h: ff.hidden_stats(h, h, margin=0.0), "margin must be positive"),
+        (lambda h: ff.hidden_stats(h[0], h[0]), r"hidden must be a floating-point \(N, D\)"),
+        (lambda h: ff.token_stats_from_logits(h, torch.zeros(5).long(), anchor=h), "give hidden"),
+        (lambda h: ff.token_stats(h, ff.LMHead(h), torch.zeros(5).long(), anchor="labels"), "must be 'label'"),
+        (lambda h: ff.token_stats(h, ff.LMHead(None), torch.zeros(5).long(), anchor="label"), "only logits"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ff.FastforgetError, match=message):
+        call(torch.randn(5, 8))

@@ -1,0 +1,193 @@
+"""EmbeddingDistance and ClusterPull: values against formulas, LoRA gradients against a loop with full hidden states."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_step import gradients, load_perturbed, token_log_probs
+
+import fastforget as ff
+
+
+def hidden_states(model, batch, layer):
+    """(B, T-1, D) states of the tokens whose next token is predicted, as transformers itself returns them."""
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    return out.hidden_states[-1 if layer is None else layer + 1][:, :-1]
+
+
+def distance(states, points, metric):
+    """By definition; states and points (n, D)."""
+    if metric == "l2":
+        return (states - points).square().sum(-1).sqrt()
+    return 1 - (states * points).sum(-1) / (states.norm(dim=-1) * points.norm(dim=-1))
+
+
+def loss_by_hand(model, reference, forget, retain, centres, anchor, *, metric, margin, level, layer):
+    """2 distance terms + 3 pulls + cross-entropy on the retain set, written from the formulas."""
+    labels = forget["labels"][:, 1:]
+    kept = labels != -100
+    states = hidden_states(model, forget, layer)
+    with torch.no_grad():
+        if anchor == "reference":
+            points = hidden_states(reference, forget, layer)
+        elif anchor == "label":
+            points = model.get_output_embeddings().weight[labels.clamp(min=0)].detach()
+        else:
+            points = anchor.expand_as(states)
+    if level == "sequence":
+        counts = kept.sum(1, keepdim=True)
+        states, points = ((value * kept[..., None]).sum(1) / counts for value in (states, points))
+    else:
+        states, points = states[kept], points[kept]
+    away = distance(states, points, metric)
+    push = -away.mean() if margin is None else (margin - away).clamp(min=0).mean()
+    nearest = torch.stack([distance(states, centre.expand_as(states), metric) for centre in centres])
+    _, retain_logp, retain_kept = token_log_probs(model, retain)
+    return 2 * push + 3 * nearest.min(dim=0).values.mean() - retain_logp[retain_kept].mean()
+
+
+def centres_for(model, count=5):
+    return 0.5 * torch.randn(count, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+
+
+def terms_for(centres, anchor, *, margin, **where):
+    return [
+        ff.EmbeddingDistance(weight=2.0, anchor=anchor, margin=margin, **where),
+        ff.ClusterPull(centres, weight=3.0, **where),
+        ff.CE(),
+    ]
+
+
+CASES = [
+    ("reference", {"metric": "l2", "margin": None, "level": "token", "layer": None}),
+    ("reference", {"metric": "cosine", "margin": 0.05, "level": "token", "layer": None}),
+    ("reference", {"metric": "l2", "margin": 1.0, "level": "sequence", "layer": 0}),
+    ("reference", {"metric": "cosine", "margin": None, "level": "sequence", "layer": None}),
+    ("label", {"metric": "cosine", "margin": None, "level": "token", "layer": None}),
+    ("label", {"metric": "l2", "margin": 20.0, "level": "sequence", "layer": None}),
+    ("vector", {"metric": "l2", "margin": None, "level": "token", "layer": 0}),
+]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_every_lora_gradient_equals_a_loop_with_all_states(tiny, batch, kind, bits):
+    model = load_perturbed(tiny[kind], bits)
+    reference = copy.deepcopy(model)
+    reference.base_model.disable_adapter_layers()
+    forget, retain = batch(4, 1), batch(3, 2, width=17)
+    centres = centres_for(model)
+    for anchor, options in CASES:
+        anchor = torch.linspace(-1, 1, model.config.hidden_size) if anchor == "vector" else anchor
+        model.zero_grad()
+        expected_loss = loss_by_hand(model, reference, forget, retain, centres, anchor, **options)
+        expected_loss.backward()
+        expected = gradients(model)
+        for micro_batch in (None, 2):
+            model.zero_grad()
+            step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms_for(centres, anchor, **options), lr=0.1)
+            out = step.backward(forget, retain, micro_batch=micro_batch)
+            ours = gradients(model)
+            assert float(out.loss) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+            assert ours.keys() == expected.keys()
+            for key, gradient in expected.items():
+                error = float((ours[key] - gradient).norm() / gradient.norm())
+                assert error < 2e-5, (anchor, options, key, error)
+
+
+def test_at_the_start_the_distance_is_zero_with_a_finite_gradient_and_the_pull_moves_it(tiny, batch):
+    model = ff.load(tiny["llama"], bits=8, lora={"r": 4, "target_modules": "all-linear"}).train()
+    forget = batch(4, 1)
+    for metric in ("l2", "cosine"):
+        alone = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.EmbeddingDistance(metric=metric)], lr=0.1)
+        assert float(alone.backward(forget).loss) == 0.0
+        assert all(gradient.eq(0).all() for gradient in gradients(model).values()), "zero, and not NaN"
+        model.zero_grad()
+    terms = [ff.EmbeddingDistance(metric="cosine", margin=1.0), ff.ClusterPull(centres_for(model), metric="cosine")]
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-2)
+    first, *_, last = [step(forget).terms for _ in range(15)]
+    assert float(first["embedding_distance"]) == 1.0 > float(last["embedding_distance"]) + 0.05
+    assert float(last["cluster_pull"]) < float(first["cluster_pull"])
+
+
+def test_reference_states_are_cached_by_layer(tiny, batch):
+    model = load_perturbed(tiny["opt"])
+    forget, retain = batch(3, 1), batch(3, 2)
+    terms = [ff.EmbeddingDistance(layer=0, margin=1.0), ff.EmbeddingDistance(weight=0.5), ff.KL()]
+    loss = ff.UnlearnLoss(model, terms)
+    first = loss(forget, retain)
+    count = loss.reference.forwards
+    assert float(loss(forget, retain).loss) == float(first.loss) and loss.reference.forwards == count == 2
+    assert loss.backbone.layer(-1) is loss.backbone.layer(1)
+
+
+def test_a_step_with_centres_is_copied_and_pickled(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms_for(centres_for(model), "reference", **CASES[0][1]), lr=0)
+    expected = step.backward(batch(3, 1), batch(2, 2)).loss
+    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        other.attach(model)
+        assert torch.equal(other.backward(batch(3, 1), batch(2, 2)).loss, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny, batch, reentrant):
+    model = load_perturbed(tiny["llama"])
+    terms = [ff.EmbeddingDistance(layer=0, metric="cosine"), ff.NegatedCE()]
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1)
+    step.backward(batch(3, 1))
+    plain = gradients(model)
+    model.zero_grad()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    step.backward(batch(3, 1))
+    again = gradients(model)
+    assert again.keys() == plain.keys()
+    assert all(torch.allclose(again[key], plain[key], rtol=1e-4, atol=1e-7) for key in plain)
+
+
+def test_heads_that_cannot_be_read_need_a_layer(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    for terms, message in (
+        ([ff.EmbeddingDistance()], "give the term a layer"),
+        ([ff.EmbeddingDistance(anchor="label", layer=0)], "another anchor than 'label'"),
+    ):
+        loss = ff.UnlearnLoss(model, terms)
+        loss.backbone.head, loss.backbone.checked = ff.LMHead(None), True
+        with pytest.raises(ff.FastforgetError, match=message):
+            loss(batch(2, 1))
+    loss = ff.UnlearnLoss(model, [ff.EmbeddingDistance(layer=-1)])
+    expected = loss(batch(2, 1)).loss
+    loss.backbone.head = ff.LMHead(None)
+    assert float(loss(batch(2, 1)).loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ff.EmbeddingDistance(anchor="labels"), "anchor must be 'reference', 'label' or a tensor"),
+        (lambda: ff.EmbeddingDistance(anchor=torch.zeros(2, 2)), r"one vector \(D,\)"),
+        (lambda: ff.EmbeddingDistance(margin=-1.0), "margin must be positive"),
+        (lambda: ff.EmbeddingDistance(metric="dot"), "unknown metric 'dot'"),
+        (lambda: ff.EmbeddingDistance(level="word"), "level must be token or sequence"),
+        (lambda: ff.EmbeddingDistance(layer=1.5), "layer must be a whole number"),
+        (lambda: ff.ClusterPull(torch.zeros(3)), r"centres must be a tensor \(K, D\)"),
+        (lambda: ff.ClusterPull(torch.full((1, 3), torch.nan)), "not all finite"),
+        (lambda: ff.ClusterPull(k=0), "k must be a whole number"),
+        (lambda: ff.preset("distance_cluster", k=2.5), "k must be a whole number"),
+    ],
+)
+def test_bad_parameters_are_refused(make, message):
+    with pytest.raises(ff.FastforgetError, match=message):
+        make()
+
+
+def test_what_is_missing_is_said_before_the_first_forward(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    with pytest.raises(ff.FastforgetError, match=r"no centres yet: ClusterPull\(fastforget.cluster_centres"):
+        ff.UnlearnStep(model, torch.optim.SGD, terms="distance_cluster", lr=0.1)
+    with pytest.raises(ff.FastforgetError, match="no layer 2: its layers are 0 to 1"):
+        ff.UnlearnLoss(model, [ff.EmbeddingDistance(layer=2)])(batch(2, 1))
+    with pytest.raises(ff.FastforgetError, match=r"anchor must be .* not \(3,\)"):
+        ff.UnlearnLoss(model, [ff.EmbeddingDistance(anchor=torch.zeros(3))])(batch(2, 1))
