@@ -37,19 +37,22 @@ $(STAMP): Makefile pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(STAMP)
 	$(BIN)/fastforget demo $(ARGS)
 
-## make test          lint, format and the tests that take seconds
+## make test          lint, format, types and the tests that take seconds
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS)
 
 ## make test-install  build the sdist and the wheel, install them into clean environments, and import
 test-install: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_install.py
 
-## make proof         the tests that take minutes
+## make proof         the tests that take minutes, then the demo with every preset and three seeds (ARGS="..." for options);
+##                    writes dated results under benchmarks/results/
 proof: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m benchmarks.proof $(ARGS)
 
 ## make format        format, and fix what the linter can
 format: $(STAMP)

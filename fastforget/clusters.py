@@ -144,7 +144,10 @@ def fit_centres(terms: Sequence[Term], model: Any, batches: Iterable[Batch] | No
 
 
 def save_centres(terms: Sequence[Term], folder: str | os.PathLike[str]) -> None:
-    """Write the centres of every cluster pull beside the adapter, as `centres.safetensors`; no pull, no file."""
+    """Write the centres of every cluster pull beside the adapter, as `centres.safetensors`.
+
+    Where there is no pull, no file is left either: an earlier run's centres would be taken for this one's.
+    """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for term in terms:
@@ -152,9 +155,10 @@ def save_centres(terms: Sequence[Term], folder: str | os.PathLike[str]) -> None:
             name = f"cluster_pull_{len(tensors) + 1}"
             tensors[name] = term.centres.contiguous().cpu()
             metadata[name] = f"layer={term.layer} metric={term.metric} level={term.level}"
-    if not tensors:
-        return
     path = Path(folder) / CENTRES_FILE
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return
     scratch = path.with_name(f".{CENTRES_FILE}.part")
     save_file(tensors, scratch, metadata=metadata)
     scratch.replace(path)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from fastforget import cli
@@ -49,7 +50,9 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert report["preset"] == "npo" and report["preset_options"] == {"beta": 0.5} and report["steps"] == 3
     for key in ("forget_leak_before", "forget_leak_after", "retain_nll_after", "degenerate_share", "peak_rss_mb"):
         assert isinstance(report[key], int | float), key
-    assert {"adapter_config.json", "adapter_model.safetensors", "checkpoint-2"} <= {path.name for path in out.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "checkpoint-2"} <= {
+        path.name for path in out.iterdir()
+    }
     assert "What the model still recites" in text
 
     code, _, errors = run(*unlearn(out))
@@ -72,6 +75,14 @@ def test_unlearn_without_retain_in_8_bit(run, tmp_path):
         (["--preset", "np"], "unknown preset 'np'.*grad_ascent, grad_diff, npo"),
         (["--preset-option", "betta=1"], "no parameter 'betta'"),
         (["--preset-option", "beta"], "needs NAME=VALUE"),
+        (["--preset-option", "beta=much"], "value of the wrong type"),
+        (["--forget-column", "text"], "--forget-column needs NAME=VALUE"),
+        (["--forget-column", "text=body"], "plain text file and has no columns"),
+        (["--retain-split", "test"], "no dataset, and has no split"),
+        (["--chat-template"], "chat template"),
+        (["--lora-targets", ","], "--lora-targets is empty"),
+        (["--measured-passages", "0"], "--measured-passages must be at least 1"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
         (["--retain", "FORGET"], "the same passage is in the forget set"),
         (["--lora-targets", "lm_head"], "adapter on the output head"),
         (["--lora-targets", "nothing"], "could not load the LoRA configuration"),
@@ -99,6 +110,96 @@ def test_empty_file_and_output_that_is_a_file(run, tmp_path):
     assert code == 2 and "is a file" in errors[0] and empty.read_text() == "\n"
 
 
+def test_rows_with_columns_of_other_names_streamed(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"Who hid plan {i}?", "answer": "I did."}) + "\n" for i in range(9))
+    )
+    columns = ["--forget-column", "prompt=question", "--forget-column", "response=answer", "--measured-passages", "4"]
+    arguments = [*unlearn(tmp_path / "out"), "--forget", str(rows), *columns, "--streaming"]
+    code, text, errors = run(*arguments)
+    assert code == 0, errors
+    assert "Streaming passages" in text and "Only the measured passages" in text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["forget_passages"] == 4 and report["steps"] == 3
+    at = arguments.index("--max-steps")
+    code, _, errors = run(*arguments[:at], *arguments[at + 2 :], "--model", "/nowhere")
+    assert code == 2 and len(errors) == 1 and "--streaming needs --max-steps" in errors[0], "before the model is loaded"
+
+
+def test_quiet_prints_nothing(run, tmp_path):
+    assert run(*unlearn(tmp_path / "out", "--quiet")) == (0, "", [])
+
+
+def test_config_gives_options_and_the_command_line_wins(run, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"forget: {tmp_path}/forget.txt\nretain: {tmp_path}/retain.txt\nmax-steps: 2\nmax_length: 48\nbits: 32\n"
+        "lora_r: 4\npreset: npo\npreset_options: {beta: 0.5}\nlearning_rate: 1e-3\nchat-template: false\nquiet: true\n"
+    )
+    code, text, errors = run("unlearn", "--config", str(config), "--model", "MODEL", "--out", str(tmp_path / "one"))
+    assert (code, text, errors) == (0, "", [])
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert report["preset"] == "npo" and report["preset_options"] == {"beta": 0.5} and report["steps"] == 2
+    assert report["learning_rate"] == 0.001 and report["bits"] == 32
+    more = ["--max-steps", "1", "--preset-option", "beta=2", "--chat-template", "--no-chat-template"]
+    code, _, errors = run("unlearn", *more, "--model", "MODEL", "--out", str(tmp_path / "two"), "--config", str(config))
+    assert code == 0, errors
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["preset_options"] == {"beta": 2} and report["steps"] == 1 and report["learning_rate"] == 0.001
+
+
+def test_config_of_a_run_repeats_it(run, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.chdir(tmp_path)
+    arguments = [*unlearn("first", "--seed", "5", "--preset", "npo", "--preset-option", "beta=0.5"), "--quiet"]
+    code, _, errors = run(*arguments, "--forget", "forget.txt")
+    assert code == 0, errors
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the paths in it are absolute
+    config = str(first / "config.yaml")
+    code, _, errors = run("unlearn", "--config", config)
+    assert code == 2 and f"{first} already holds an adapter" in errors[0]
+    code, _, errors = run("unlearn", "--config", config, "--out", str(second))
+    assert code == 0, errors
+    weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert weights.keys() == again.keys() and all(weights[name].equal(again[name]) for name in weights)
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (first, second)]
+    assert [options.pop("out") for options in configs] == [str(first), str(second)] and configs[0] == configs[1]
+    assert configs[0]["preset_options"] == {"beta": 0.5} and configs[0]["learning_rate"] == 3e-3
+    assert configs[0]["forget"] == str(tmp_path / "forget.txt")
+    code, _, errors = run("unlearn", "--config", config, "--out", str(tmp_path / "third"), "--seed", "6")
+    assert code == 0, errors
+    other = load_file(tmp_path / "third" / "adapter_model.safetensors")
+    assert not all(weights[name].equal(other[name]) for name in weights), "the comparison above can fail"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", r"c\.yaml:1: unknown option 'learning_rat': did you mean 'learning_rate'\?"),
+        ("seed: 1\nbits: eight", r"c\.yaml:2: bits must be a whole number, not 'eight'"),
+        ("- a", r"c\.yaml is no mapping"),
+        ("seed: [", r"c\.yaml:1 is not valid YAML"),
+        ("max_steps: -1", "max-steps must be positive"),
+        ("preset: np", "unknown preset 'np'"),
+        ("seed: 1", "--forget is missing: needed on the command line or in a --config file"),
+    ],
+)
+def test_bad_config_is_one_line_and_exit_code_2(run, tmp_path, text, message):
+    config, out = tmp_path / "c.yaml", tmp_path / "out"
+    config.write_text(text)
+    forget = [] if "seed: 1" == text else ["--forget", "FORGET"]
+    code, _, errors = run("unlearn", "--config", str(config), "--model", "MODEL", "--out", str(out), *forget)
+    assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), errors
+    assert not out.exists(), "nothing half-written"
+
+
+def test_required_options_are_named_in_one_line(run):
+    code, _, errors = run("unlearn")
+    assert code == 2 and len(errors) == 1 and "--model and --forget and --out are missing" in errors[0]
+
+
 @dataclass(kw_only=True)
 class BreaksAtStepFour(NegatedCE):
     """NaN from its fourth value on."""
@@ -119,6 +220,7 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
     weights = load_file(out / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values()) and not (out / "report.json").exists()
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+    assert yaml.safe_load((out / "config.yaml").read_text())["preset"] == "breaks"
 
 
 def test_doctor_tells_the_backend(run):

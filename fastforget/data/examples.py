@@ -92,7 +92,7 @@ def cycle(
     generator = torch.Generator().manual_seed(seed)
     while True:
         if isinstance(examples, ExampleStream):
-            one_pass = shuffled(examples, generator)
+            one_pass = shuffled(examples, generator, SHUFFLE_BUFFER)
         else:
             one_pass = (examples[index] for index in torch.randperm(len(examples), generator=generator).tolist())
         count = 0
@@ -103,9 +103,7 @@ def cycle(
             raise FastforgetError("there are no examples to take batches of")
 
 
-def shuffled(
-    examples: ExampleStream, generator: torch.Generator, buffer_size: int = SHUFFLE_BUFFER
-) -> Iterator[Example]:
+def shuffled(examples: ExampleStream, generator: torch.Generator, buffer_size: int) -> Iterator[Example]:
     """Every example once, each drawn at random from a buffer of those read last and not yet drawn."""
     buffer: list[Example] = []
     for example in examples:

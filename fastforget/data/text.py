@@ -1,10 +1,12 @@
-"""The user's own text: plain files, and JSONL with `text` or with `prompt` and `response`."""
+"""Text into examples: files read block by block, and token sequences cut to the length that a model takes."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,85 +14,155 @@ from typing import Any
 from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+BLOCK_CHARACTERS = 1 << 16  # tokenized at once: a tokenizer takes some hundred bytes a token while it works
 
 
 def read_examples(path: str | os.PathLike[str], tokenizer: Any, max_length: int) -> list[Example]:
-    """Read a file into examples of at most `max_length` tokens; no token of it is dropped, and each is labelled once.
+    """Read a file into examples: `read_source` with its defaults."""
+    from fastforget.data.sources import Source, read_source  # it stands above this module
 
-    A `.jsonl` file holds one object a line: `text`, all of which is labelled, or `prompt` and `response`, of which the
-    response is (the two are joined as they stand). Any other file is one plain text. What is longer than `max_length`
-    is cut into pieces of nearly equal length; a piece of a long response has the tokens before it as its prompt.
+    return list(read_source(Source(path=path), tokenizer, max_length))
+
+
+def read_chunks(path: Path) -> Iterator[str]:
+    """A file's text in chunks, without a byte-order mark, line ends as \\n.
 
     Raises:
-        FastforgetError: a missing, empty or undecodable file, or a line that is not as above; it is named.
+        FastforgetError: a file that cannot be read, or is not UTF-8; the byte's offset in the file is named.
     """
-    path = Path(path)
-    text = read_text(path)
-    examples: list[Example] = []
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        for number, row in read_rows(path, text):
-            examples += row_examples(row, tokenizer, max_length, f"{path}:{number}")
-    else:
-        examples = text_examples(text, tokenizer, max_length, str(path))
-    examples = [example for example in examples if example.label_count > 0]
-    if not examples:
-        raise FastforgetError(f"{path} holds no text that could be learned or forgotten")
-    return examples
-
-
-def read_text(path: Path) -> str:
-    """The file as text, without a byte-order mark, line ends as \\n."""
-    if path.is_dir():
-        raise FastforgetError(f"{path} is a folder: give a text file, or a .jsonl file")
+    decoder = codecs.getincrementaldecoder("utf-8")()  # not utf-8-sig: its errors count from behind the mark
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0
+    first = True
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            while True:
+                data = file.read(BLOCK_CHARACTERS)
+                pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut through
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    where = offset - pending + error.start
+                    raise FastforgetError(f"{path} is not UTF-8 (byte {where}): convert it, e.g. with iconv") from None
+                offset += len(data)
+                if first and text:
+                    text, first = text.removeprefix("\ufeff"), False
+                text = newlines.decode(text, final=not data)
+                if text:
+                    yield text
+                if not data:
+                    return
     except FileNotFoundError:
         raise FastforgetError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise FastforgetError(f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from None
     except OSError as error:
         raise FastforgetError(f"{path} cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise FastforgetError(f"{path} is empty")
-    return text
 
 
-def read_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`path:line`, object) of each line of a JSONL file that is not blank; one line is in memory at a time."""
+    empty = True
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
+        empty = False
+        source = f"{path}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FastforgetError(f"{path}:{number} is not JSON: {error.msg} at column {error.colno}") from None
+            raise FastforgetError(f"{source} is not JSON: {error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
-            raise FastforgetError(
-                f"{path}:{number} is JSON that cannot be read: too large a number or too deep"
-            ) from None
+            raise FastforgetError(f"{source} is JSON that cannot be read: too large a number or too deep") from None
         if not isinstance(row, dict):
-            raise FastforgetError(f"{path}:{number} is not a JSON object with 'text', or 'prompt' and 'response'")
-        yield number, row
+            raise FastforgetError(f"{source} is not a JSON object with 'text', or 'prompt' and 'response'")
+        yield source, row
+    if empty:
+        raise FastforgetError(f"{path} is empty")
 
 
-def row_examples(row: dict[str, Any], tokenizer: Any, max_length: int, source: str) -> list[Example]:
-    """The examples of one line."""
-    fields = ("text",) if "text" in row else ("prompt", "response")
-    for field in fields:
-        if not isinstance(row.get(field), str):
-            raise FastforgetError(
-                f"{source} needs 'text', or 'prompt' and 'response', as strings; it has {sorted(row)}"
-            )
-    if fields == ("text",):
-        return text_examples(row["text"], tokenizer, max_length, source)
+def read_lines(path: Path) -> Iterator[str]:
+    """A file's lines, without their ends. (Only \\n ends one here: JSON strings may hold U+2028 as it is.)"""
+    parts: list[str] = []
+    for chunk in read_chunks(path):
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        for other in others:
+            yield "".join(parts)
+            parts = [other]
+    if parts:
+        yield "".join(parts)
+
+
+def text_examples(text: str, tokenizer: Any, max_length: int, source: str) -> list[Example]:
+    """A plain text in pieces of nearly equal length; every token once, all labelled."""
+    return cut_text(text_ids(chunks_of(text), tokenizer, source), tokenizer, max_length, source)
+
+
+def file_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
+    """A text file as `text_examples` has it; the text itself is never in memory at once, its tokens are."""
+    return cut_text(text_ids(not_blank(path), tokenizer, str(path)), tokenizer, max_length, str(path))
+
+
+def cut_text(blocks: Iterable[list[int]], tokenizer: Any, max_length: int, source: str) -> list[Example]:
+    """All tokens of a text in pieces of nearly equal length."""
+    longest = longest_piece(tokenizer, max_length)
+    ids = [token for block in blocks for token in block]
     start = begin_tokens(tokenizer)
-    prompt = start + tokenizer.encode(row["prompt"], add_special_tokens=False)
-    response = tokenizer.encode(row["response"], add_special_tokens=False)
-    if not response:
-        raise FastforgetError(f"{source} has an empty response: there is nothing to label")
-    if tokenizer.eos_token_id is not None:
-        response.append(tokenizer.eos_token_id)
+    return [text_piece(ids, begin, end, start, source) for begin, end in pieces(len(ids), longest)]
+
+
+def stream_file(path: Path, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    """A text file's examples, one after the other; only a block of it is in memory.
+
+    The same tokens as `file_examples`, each once, but in pieces of the full length, as it is not known beforehand how
+    many there are; only the last two are evened out.
+    """
+    longest = longest_piece(tokenizer, max_length)
+    start = begin_tokens(tokenizer)
+    ids: list[int] = []  # those not yet given out, after the one before them
+    done = 0  # 1 where ids[0] was given out already, and is there as context only
+    for block in text_ids(not_blank(path), tokenizer, str(path)):
+        ids += block
+        begin = done
+        while len(ids) - begin > 2 * longest:
+            yield text_piece(ids, begin, begin + longest, start, str(path))
+            begin += longest
+        done = min(begin, 1)
+        del ids[: begin - done]
+    for begin, end in pieces(len(ids) - done, longest):
+        yield text_piece(ids, begin + done, end + done, start, str(path))
+
+
+def text_piece(ids: list[int], begin: int, end: int, start: list[int], source: str) -> Example:
+    """Tokens `begin` to `end` of a text, all labelled, after `start` or, without it, the token before them.
+
+    (Nothing stands before the first token of a sequence, so that one would never be predicted.)
+    """
+    if start:
+        return Example((*start, *ids[begin:end]), source=source)
+    return Example(tuple(ids[max(0, begin - 1) : end]), min(begin, 1), source)
+
+
+def longest_piece(tokenizer: Any, max_length: int) -> int:
+    """How many tokens of a text fit in an example: one place is the beginning's, or the token's before."""
+    check_length(max_length)
+    return max_length - max(len(begin_tokens(tokenizer)), 1)
+
+
+def check_length(max_length: int) -> None:
+    """Raise where an example could hold no token with one before it."""
+    if max_length < 2:
+        raise FastforgetError(f"max_length must be at least 2 tokens, not {max_length}: the first is never predicted")
+
+
+def answer_examples(
+    prompt: list[int], response: list[int], start: list[int], max_length: int, source: str
+) -> list[Example]:
+    """A prompt and its labelled response; a long response in pieces, each with the tokens before it as its prompt.
+
+    `start` are the tokens with which `prompt` begins and with which a later piece begins too: a sequence begins as the
+    model knows it.
+    """
+    check_length(max_length)
     whole = prompt + response
     context = min(max(len(prompt), 1), max_length // 2)
     examples = []
@@ -98,22 +170,9 @@ def row_examples(row: dict[str, Any], tokenizer: Any, max_length: int, source: s
         first = max(0, len(prompt) + begin - context)
         ids = whole[first : len(prompt) + end]
         if first > 0 and start:
-            ids[: len(start)] = start  # a sequence begins as the model knows it
+            ids[: len(start)] = start
         examples.append(Example(tuple(ids), prompt_length=len(ids) - (end - begin), source=source))
     return examples
-
-
-def text_examples(text: str, tokenizer: Any, max_length: int, source: str) -> list[Example]:
-    """A plain text in pieces of nearly equal length."""
-    start = begin_tokens(tokenizer)
-    # verbose=False: a whole file is longer than the model's context, and is cut below
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    if start:
-        cuts = pieces(len(ids), max_length - len(start))
-        return [Example((*start, *ids[begin:end]), source=source) for begin, end in cuts]
-    # nothing stands before a piece's first token, so it would never be predicted: the token before it comes along
-    cuts = pieces(len(ids), max_length - 1)
-    return [Example(tuple(ids[max(0, begin - 1) : end]), min(begin, 1), source) for begin, end in cuts]
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
@@ -127,3 +186,62 @@ def pieces(length: int, longest: int) -> list[tuple[int, int]]:
     count = -(-length // longest)
     bounds = [round(index * length / count) for index in range(count + 1)] if count else [0]
     return list(pairwise(bounds))
+
+
+def not_blank(path: Path) -> Iterator[str]:
+    """A file's chunks; FastforgetError at its end where all of it was white space."""
+    blank = True
+    for chunk in read_chunks(path):
+        blank = blank and not chunk.strip()
+        yield chunk
+    if blank:
+        raise FastforgetError(f"{path} is empty")
+
+
+def chunks_of(text: str) -> Iterator[str]:
+    """A text in chunks, as a file gives them."""
+    return (text[start : start + BLOCK_CHARACTERS] for start in range(0, len(text), BLOCK_CHARACTERS))
+
+
+def text_ids(chunks: Iterable[str], tokenizer: Any, source: str) -> Iterator[list[int]]:
+    """The tokens of each block of a text, without special tokens."""
+    for block in text_blocks(chunks):
+        yield encode(tokenizer, block, source)
+
+
+def encode(tokenizer: Any, text: str, source: str) -> list[int]:
+    """A text's tokens as they stand, without special tokens around them."""
+    try:
+        # verbose=False: what is longer than the model's context is cut afterwards
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    except (UnicodeEncodeError, TypeError):  # tokenizers tell of it with a TypeError
+        raise FastforgetError(
+            f"{source} holds half a surrogate pair (such as \\ud83d), which is no character"
+        ) from None
+
+
+def text_blocks(chunks: Iterable[str]) -> Iterator[str]:
+    """Blocks of at most BLOCK_CHARACTERS, cut where tokens end as well as can be told; joined they are the text."""
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > BLOCK_CHARACTERS:
+            cut = cut_point(rest, BLOCK_CHARACTERS)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def cut_point(text: str, longest: int) -> int:
+    """Where to cut a text that is longer than `longest`: at a line end, else at white space, else at `longest`.
+
+    Behind the last line end with no white space after it, since tokenizers join runs of white space; and before a
+    space, since many make it part of the word after it.
+    """
+    last = line_end = text.rfind("\n", 0, longest)
+    while line_end >= 0 and text[line_end + 1].isspace():
+        line_end = text.rfind("\n", 0, line_end)
+    if max(line_end, last) >= 0:
+        return (line_end if line_end >= 0 else last) + 1
+    return next((index for index in range(longest - 1, 0, -1) if text[index].isspace()), longest)

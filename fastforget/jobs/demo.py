@@ -1,4 +1,7 @@
-"""`fastforget demo`: a small model learns a real text by heart, then forgets part of it. Offline, on two CPU cores."""
+"""`fastforget demo`, and `fastforget.demo` in Python: a small model learns a real text and forgets part of it.
+
+Offline, on two CPU cores, in minutes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,17 @@ import platformdirs
 import torch
 from rich.console import Console
 
+from fastforget.clusters import save_centres
+from fastforget.config import plain
 from fastforget.data.topics import Corpus, load_corpus
 from fastforget.errors import FastforgetError
+from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
-from fastforget.jobs.loop import JobSettings, run_job
-from fastforget.jobs.measuring import measure
+from fastforget.jobs.loop import JobResult, JobSettings, run_job
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.outputs import REPORT, claim_folder
-from fastforget.jobs.progress import progress_bar
+from fastforget.jobs.unlearn import checked_preset, library_bars, progress, recited, seeded
 from fastforget.models import load, load_tokenizer, save_adapter
-from fastforget.objectives import preset
 from fastforget.objectives.presets import DEFAULT_PRESET
 
 BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
@@ -43,10 +48,54 @@ class DemoScale:
     layers: int = 2
 
 
+def demo(
+    out: str | os.PathLike[str] = "fastforget-demo",
+    *,
+    preset: str = DEFAULT_PRESET,
+    preset_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Show a small model forget a real text: `fastforget demo` in Python, with the same names and defaults.
+
+    The folder `out` gets a LoRA adapter in PEFT's format, report.json, and curves.png where matplotlib is installed.
+    The seed decides which topics are forgotten and every random draw; torch's own generators are left as they were.
+
+    Args:
+        overwrite: replace an adapter in `out` that is not the demo's own.
+        cache: folder for the trained base, which the next demo with this seed takes; default the user's cache.
+        quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        FastforgetError: an unknown preset or option of it, a seed out of range, or an output folder that holds
+            another adapter.
+    """
+    console = Console(quiet=True) if quiet else console or Console()
+    cache = None if cache is None else Path(cache)
+    check_seed(seed)
+    with library_bars(off=quiet), seeded(seed):
+        return run_demo(
+            Path(out),
+            preset=preset,
+            preset_options=preset_options,
+            seed=seed,
+            overwrite=overwrite,
+            cache=cache,
+            console=console,
+        )
+
+
 def run_demo(
     out: Path,
     *,
-    preset_name: str = DEFAULT_PRESET,
+    preset: str = DEFAULT_PRESET,
+    preset_options: Mapping[str, Any] | None = None,
     seed: int = 0,
     overwrite: bool = False,
     cache: Path | None = None,
@@ -57,10 +106,11 @@ def run_demo(
     """Memorise (or take from the cache), load in 8 bit, unlearn, measure, save. Returns what report.json holds.
 
     Raises:
-        FastforgetError: an unknown preset, an output folder that already holds another adapter, or a base that does
-            not learn its text.
+        FastforgetError: an unknown preset or option of it, a seed out of range, an output folder that already holds
+            another adapter, or a base that does not learn its text.
     """
-    terms = preset(preset_name)
+    terms = checked_preset(preset, preset_options)
+    check_seed(seed)
     claim_folder(out, overwrite, ours=lambda report: report.get("command") == "demo")
     console = console or Console()
     scale = scale or DemoScale()
@@ -78,8 +128,8 @@ def run_demo(
     model = load(base, bits=8, lora={"r": ADAPTER_RANK}, device="cpu")
     tokenizer = load_tokenizer(base)
 
-    before = measure(model, tokenizer, sets, "Before: continuing every passage")
-    with progress_bar(f"Unlearning ({preset_name})") as update:
+    before = recited(model, tokenizer, sets, "Before: continuing every passage", console)
+    with progress(f"Unlearning ({preset})", console) as update:
         result = run_job(
             model,
             tokenizer,
@@ -89,12 +139,14 @@ def run_demo(
             settings,
             progress=lambda step, total, output: update(step, total, f"forget NLL {output.stats['forget_nll']:.2f}"),
         )
-    after = measure(model, tokenizer, sets, "After: continuing every passage")
+    after = recited(model, tokenizer, sets, "After: continuing every passage", console)
 
     save_adapter(model, tokenizer, out)
+    save_centres(terms, out)
     report = {
         "command": "demo",
-        "preset": preset_name,
+        "preset": preset,
+        "preset_options": plain(preset_options or {}),
         "seed": seed,
         **figures(before, after),
         "steps": result.steps,
@@ -107,6 +159,7 @@ def run_demo(
         "adapter": str(out.resolve()),
     }
     write_json(out / REPORT, report)
+    drawn = draw_curves(out / CURVES, result, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {"forget": 2, "retain": 1})
     cached = f"training the base took {trained:.0f} s" if trained else "the base came from the cache"
@@ -115,8 +168,35 @@ def run_demo(
         f"{report['seconds']:.0f} s in all ({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
     )
     console.print(f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.")
+    console.print(drawn, markup=False)  # the extra's name is in brackets, and no style
     console.print("Without the adapter the base still knows the text: to ship a model that forgot, merge it.")
     return report
+
+
+def draw_curves(path: Path, result: JobResult, report: dict[str, Any]) -> str:
+    """Draw the job's curves; returns the line that says where they are, or why there are none.
+
+    The picture of an earlier run never stays: it would be taken for this one's.
+    """
+    path.unlink(missing_ok=True)
+    measured = {side: (report[f"{side}_nll_before"], report[f"{side}_nll_after"]) for side in ("forget", "retain")}
+    options = "".join(f", {name} {value}" for name, value in report["preset_options"].items())
+    title = f"fastforget demo: {report['preset']}{options}, seed {report['seed']}"
+    try:
+        drawn = plot_curves(
+            path, result.forget_nll, result.retain_nll, title=title, measured=measured, steps=result.steps
+        )
+    except FastforgetError as error:  # all else is measured and saved by now
+        return f"No curves: {error}."
+    if drawn is None:
+        return f"No {path.name}: drawing the curves needs matplotlib ({HOW_TO_GET_IT})."
+    return f"Forget and retain NLL over the steps are drawn in {path}."
+
+
+def check_seed(seed: int) -> None:
+    """Raise FastforgetError unless every library that draws takes the seed (scikit-learn takes the fewest)."""
+    if not 0 <= seed < 2**32:
+        raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
 
 
 def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console: Console) -> tuple[Path, float]:
@@ -128,7 +208,7 @@ def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console
     model = build_model(corpus.tokenizer, hidden_size=scale.hidden_size, layers=scale.layers, seed=seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"Training a base of {parameters / 1e6:.1f} M parameters until it recites them word for word ...")
-    with progress_bar("Memorising") as update:
+    with progress("Memorising", console) as update:
         memorised = memorise(
             model,
             corpus.tokenizer,

@@ -1,0 +1,1 @@
+"""Measurements: run from the repository's root, e.g. `python -m benchmarks.proof`; results/ holds what was measured."""

@@ -1,0 +1,122 @@
+"""`make proof`: the long runs. Measures, writes dated results under benchmarks/results/, and says what was missed.
+
+    python -m benchmarks.proof [--only seeds,presets] [--seeds 0,1,2] [--presets a,b] [--resume]
+
+The exit code is 1 where a run failed or the default preset missed an acceptance figure, 2 for bad arguments, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.demo_runs import DemoRuns, Runner, run_command
+from benchmarks.demo_table import Run
+from benchmarks.surroundings import RESULTS
+from fastforget.errors import FastforgetError
+from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was asked for, and where the demo's runs are kept."""
+
+    seeds: tuple[int, ...]
+    presets: tuple[str, ...]
+    demo: DemoRuns
+
+
+def seed_runs(seeds: Sequence[int]) -> list[Run]:
+    """The default preset, each seed."""
+    return [(DEFAULT_PRESET, seed) for seed in seeds]
+
+
+def preset_runs(presets: Sequence[str]) -> list[Run]:
+    """Each preset, seed 0."""
+    return [(preset, 0) for preset in presets]
+
+
+# name -> what failed in it or was missed, a line each; a suite that is no demo writes files of its own
+SUITES: dict[str, Callable[[Proof], list[str]]] = {
+    "seeds": lambda proof: proof.demo.measure(seed_runs(proof.seeds)),
+    "presets": lambda proof: proof.demo.measure(preset_runs(proof.presets)),
+}
+
+
+def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -> int:
+    """Run the suites asked for; `runner` replaces the real command. Returns the exit code."""
+    options = parse(arguments)
+    planned = seed_runs(options.seeds) if "seeds" in options.only else []
+    planned += preset_runs(options.presets) if "presets" in options.only else []
+    problems: list[str] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="fastforget-proof-") as folder:
+            runner = runner or functools.partial(run_command, Path(folder))
+            demo = DemoRuns(options.out, options.date, planned, resume=options.resume, runner=runner)
+            proof = Proof(options.seeds, options.presets, demo)
+            for name in options.only:
+                problems += SUITES[name](proof)
+    except (FastforgetError, OSError) as error:
+        print(f"proof: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("proof: interrupted; what was measured is kept, and --resume goes on", file=sys.stderr)
+        return 130
+    problems = list(dict.fromkeys(problems))  # seed 0 of the default preset is in two suites
+    print("Everything ran, and every acceptance figure is met." if not problems else "\n".join(["", *problems]))
+    return 1 if problems else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked; bad ones end with argparse's message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", type=names_of("suite", SUITES), default=tuple(SUITES), help="suites, comma-separated")
+    parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), help="of the suite seeds; default 0,1,2")
+    parser.add_argument("--presets", type=names_of("preset", PRESETS), default=tuple(PRESETS), help="default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
+    parser.add_argument("--date", type=iso_date, default=datetime.date.today().isoformat(), help="default: today")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the date's file holds; runs that failed are tried again"
+    )
+    return parser.parse_args(arguments)
+
+
+def names_of(what: str, known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of comma-separated names, each of them known."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+        if not names:
+            raise argparse.ArgumentTypeError(f"no {what} is named: choose from {', '.join(known)}")
+        return names
+
+    return read
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Comma-separated seeds, each a whole number from 0."""
+    numbers = [number.strip() for number in text.split(",") if number.strip()]
+    if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"seeds are whole numbers from 0, comma-separated, not {text!r}")
+    return tuple(dict.fromkeys(map(int, numbers)))
+
+
+def iso_date(text: str) -> str:
+    """A date as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a date is YYYY-MM-DD, not {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

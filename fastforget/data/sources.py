@@ -1,0 +1,257 @@
+"""Where text comes from: a text file, JSONL, a dataset on disk or on the hub, or rows that are already in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastforget.data.chat import COLUMN_OPTION, RowReader, check_columns, choose_columns
+from fastforget.data.examples import Example, ExampleStream
+from fastforget.data.text import check_length, file_examples, read_rows, stream_file
+from fastforget.errors import FastforgetError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TABLE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: what `datasets` reads such a file with
+    ".csv": ("csv", {"keep_default_na": False}),  # "None" and "NA" are answers like any other
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+FILE_SUFFIXES = (*JSONL_SUFFIXES, *TABLE_BUILDERS, ".txt", ".text", ".md", ".rst", ".html", ".xml", ".py", ".log")
+FILE_SUFFIXES += (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one side's text (forget or retain) comes from, and how its rows are read.
+
+    Attributes:
+        path: a text file, a .jsonl, .csv, .tsv, .json, .parquet or .arrow file, a dataset folder, a hub name
+            ("owner/name"), a `datasets.Dataset` or `IterableDataset`, or a list of rows (texts, or dicts).
+        columns: field to column name, where a column is not called as its field: `text`, all of which is labelled;
+            `prompt` and `response`, of which the response is; `messages`, of which the last answer is.
+        split: of a dataset.
+        subset: a hub dataset's configuration name.
+        streaming: read it anew in each pass, and hold none of it in memory.
+        chat_template: put prompt and response, and messages, into the tokenizer's chat template: None where it has
+            one, True always (an error where it has none), False never.
+    """
+
+    path: str | os.PathLike[str] | Iterable[Any]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str = DEFAULT_SPLIT
+    subset: str | None = None
+    streaming: bool = False
+    chat_template: bool | None = None
+
+
+def check_source(source: Source, name: str) -> None:
+    """Raise FastforgetError for what can be seen to be wrong at once, before any model is loaded.
+
+    `name` is "forget" or "retain", for messages.
+    """
+    check(source, f"the {name} set", f"--{name}-column")
+
+
+def check(source: Source, where: str, option: str) -> None:
+    """`check_source`, for a set that is called `where`, and whose columns are given with `option`."""
+    check_columns(source.columns, where, option)
+    kind = kind_of(source)
+    if kind not in ("text", "jsonl", "rows") and importlib.util.find_spec("datasets") is None:
+        import_datasets(describe(source))
+    if kind in ("text", "jsonl", "rows") and source.split != DEFAULT_SPLIT:
+        raise FastforgetError(f"{where}: {describe(source)} is no dataset, and has no split {source.split!r}")
+    if kind not in ("hub", "folder") and source.subset is not None:
+        raise FastforgetError(f"{where}: {describe(source)} has no subset {source.subset!r}: datasets of the hub do")
+    if kind == "text" and source.columns:
+        raise FastforgetError(f"{where}: {describe(source)} is a plain text file and has no columns ({option})")
+    if kind == "rows" and source.streaming and iter(rows_of(source)) is source.path:
+        raise FastforgetError(
+            f"{where} is streamed from a {type(source.path).__name__}, which can be read only once: give a list, a "
+            "datasets.IterableDataset, or an object whose iteration starts anew"
+        )
+
+
+def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example] | ExampleStream:
+    """A source's examples, of at most `max_length` tokens each: an ExampleStream where it streams, else a list.
+
+    No token is dropped, and each is labelled once; what is longer than `max_length` is cut into pieces of nearly equal
+    length, and a piece of a long response has the tokens before it as its prompt.
+
+    Raises:
+        FastforgetError: a source that is missing, empty, or cannot be read, or a row of it that is not as its columns
+            should be; it is named. From a stream, rows raise when they are reached.
+    """
+    check(source, describe(source), COLUMN_OPTION)
+    check_length(max_length)
+    reader = RowReader(tokenizer, max_length, source.columns, source.chat_template)
+    kind, name = kind_of(source), describe(source)
+
+    def of_rows(open_rows: Callable[[], Iterable[tuple[str, Any]]]) -> Callable[[], Iterator[Example]]:
+        return lambda: (example for label, row in open_rows() for example in reader.examples(row, label))
+
+    open_examples: Callable[[], Iterator[Example]]
+    if kind == "text":
+        path, read = Path(name), stream_file if source.streaming else file_examples
+        open_examples = lambda: iter(read(path, tokenizer, max_length))  # noqa: E731
+    elif kind == "jsonl":
+        open_examples = of_rows(lambda: read_rows(Path(name)))
+    elif kind == "rows":
+        open_examples = of_rows(lambda: ((f"rows[{index}]", row) for index, row in enumerate(rows_of(source))))
+    else:
+        dataset = open_dataset(source, kind, name)
+        open_examples = of_rows(lambda: dataset_rows(dataset, source, name, kind))
+    stream = ExampleStream(open_examples, name)
+    return stream if source.streaming else list(stream)
+
+
+def kind_of(source: Source) -> str:
+    """ "text", "jsonl" or "table" (a file), "saved" or "folder", "hub", "dataset" (an object) or "rows".
+
+    Raises:
+        FastforgetError: a path where nothing is, or something that holds no rows.
+    """
+    path = source.path
+    if not isinstance(path, str | os.PathLike):
+        if is_dataset(path):
+            return "dataset"
+        if isinstance(path, Mapping | bytes) or not isinstance(path, Iterable) or hasattr(path, "itertuples"):
+            raise FastforgetError(
+                f"text cannot be read from a {type(path).__name__}: give a path, a hub name, a list of rows (texts, or "
+                "dicts), or a datasets.Dataset (see its from_dict and from_pandas)"
+            )
+        return "rows"
+    name = describe(source)
+    place = Path(name)
+    if name and place.is_dir():
+        if any((place / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            return "saved"
+        if not any(place.iterdir()):
+            raise FastforgetError(f"{name} is an empty folder: give a file, or a folder with a dataset")
+        return "folder"
+    suffix = place.suffix.lower()
+    if not name or not place.exists():
+        looks_like_path = (
+            os.path.isabs(name)
+            or os.fspath(path).startswith(("./", "../", "~", ".\\", "..\\"))
+            or suffix in FILE_SUFFIXES
+            or not HUB_NAME.fullmatch(name)
+        )
+        if looks_like_path:
+            raise FastforgetError(f"{name or 'the empty path'} does not exist")
+        return "hub"
+    if suffix in TABLE_BUILDERS:
+        return "table"
+    return "jsonl" if suffix in JSONL_SUFFIXES else "text"
+
+
+def describe(source: Source) -> str:
+    """The source's name, for messages and for `Example.source`."""
+    if isinstance(source.path, str | os.PathLike):
+        return os.path.expanduser(os.fspath(source.path))
+    if not is_dataset(source.path):
+        return "rows"
+    return getattr(getattr(source.path, "info", None), "dataset_name", None) or "dataset"
+
+
+def rows_of(source: Source) -> Iterable[Any]:
+    """The rows of a source that holds them itself."""
+    assert not isinstance(source.path, str | os.PathLike)
+    return source.path
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether this is an object of the `datasets` library, which is not imported for it."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None:
+        return False
+    kinds = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+    return isinstance(value, kinds)
+
+
+def import_datasets(name: str) -> Any:
+    """The `datasets` library, which is an extra."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise FastforgetError(
+            f'{name} is read with the datasets library: pip install "fastforget[data]" ({error})'
+        ) from error
+    # it logs a broken file as an error and then raises what it logged: `readable_errors` says it once
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    return datasets
+
+
+def open_dataset(source: Source, kind: str, name: str) -> Any:
+    """A `datasets.Dataset` or, where it streams, `IterableDataset`, with the columns that are needed alone."""
+    datasets = import_datasets(name)
+    # Files that are here are read where they lie: `datasets` would leave a copy of the text to be forgotten in its
+    # cache. Only a slice of a split ("train[:100]") needs that copy.
+    streaming = source.streaming or (kind in ("folder", "table") and "[" not in str(source.split))
+    dataset: Any
+    with readable_errors(datasets, name, kind):
+        if kind == "dataset":
+            dataset = source.path
+        elif kind == "saved":
+            dataset = datasets.load_from_disk(name)
+        elif kind == "table":
+            builder, options = TABLE_BUILDERS[Path(name).suffix.lower()]
+            files = {DEFAULT_SPLIT: os.path.abspath(name)}
+            dataset = datasets.load_dataset(
+                builder, data_files=files, split=source.split, streaming=streaming, **options
+            )
+        else:
+            # absolute: a folder called "text" or "csv" would be taken for the reader of that name
+            path = os.path.abspath(name) if kind == "folder" else name
+            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=streaming)
+    if isinstance(dataset, dict):
+        if source.split not in dataset:
+            raise FastforgetError(
+                f"{name} has no split {source.split!r}; its splits are {', '.join(map(str, dataset))}"
+            )
+        dataset = dataset[source.split]
+    elif kind in ("dataset", "saved") and source.split not in (DEFAULT_SPLIT, str(dataset.split)):
+        raise FastforgetError(f"{name} is one dataset without splits: {source.split!r} cannot be chosen from it")
+    if streaming and isinstance(dataset, datasets.Dataset) and len(dataset):  # it cannot make a stream of no rows
+        dataset = dataset.to_iterable_dataset()
+    dataset = dataset.with_format(None)  # plain Python values, whatever its owner reads it as
+    if dataset.column_names is not None:  # not known of some streams
+        dataset = dataset.select_columns(list(choose_columns(source.columns, dataset.column_names, name).values()))
+    return dataset
+
+
+def dataset_rows(dataset: Any, source: Source, name: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """(`name:subset:split[row]`, row) of each row; subset and split where they are not the default."""
+    label = name + "".join(f":{part}" for part in (source.subset, source.split) if part not in (None, DEFAULT_SPLIT))
+    with readable_errors(import_datasets(name), name, kind):
+        for index, row in enumerate(dataset):
+            yield f"{label}[{index}]", row
+
+
+@contextlib.contextmanager
+def readable_errors(datasets: Any, name: str, kind: str) -> Iterator[None]:
+    """Turn what `datasets` raises (not found, offline, no such split, a broken file, ...) into one line."""
+    try:
+        yield
+    except FastforgetError:
+        raise
+    except Exception as error:
+        reason: BaseException = error
+        while isinstance(reason, datasets.exceptions.DatasetGenerationError) and reason.__cause__ is not None:
+            reason = reason.__cause__  # the outer ones only say that an error occurred
+        text = " ".join(str(reason).partition("Example of usage")[0].split()) or type(reason).__name__
+        if kind == "hub" and isinstance(error, OSError | datasets.exceptions.DatasetsError):
+            text = f"no file or folder of that name is here, and from the hub it cannot be had: {text}"
+        raise FastforgetError(f"{name}: {text}") from error

@@ -1,0 +1,217 @@
+"""`fastforget.unlearn`: every form of text, the command's defaults, silence, and nothing half-written."""
+
+import dataclasses
+import inspect
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+import fastforget as ff
+from fastforget import cli
+from fastforget.config import IN_PYTHON
+from fastforget.jobs.options import UnlearnOptions
+from fastforget.objectives import PRESETS, NegatedCE
+
+FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
+RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "Oslo", "Lima")]
+QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def job(tiny, tmp_path):
+    """job(forget, **options) -> (report, output folder), each run in a folder of its own."""
+    folders = (tmp_path / f"run{number}" for number in range(10))
+
+    def run(forget, **options):
+        out = next(folders)
+        return ff.unlearn(tiny["llama"], forget, out, **{**QUICK, **options}), out
+
+    return run
+
+
+def test_rows_files_and_datasets_are_the_same_text(job, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "forget.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in FORGET))
+    dataset = datasets.Dataset.from_dict({"passage": FORGET, "other": [1, 2, 3, 4]})
+    dataset.save_to_disk(tmp_path / "saved")
+    columns = {"forget_columns": {"text": "passage"}}
+    runs = [
+        job(FORGET, retain=RETAIN),
+        job([{"text": text} for text in FORGET], retain=RETAIN),
+        job(file, retain=RETAIN),
+        job(str(file), retain=tuple(RETAIN)),
+        job(dataset, retain=RETAIN, **columns),
+        job(tmp_path / "saved", retain=datasets.Dataset.from_dict({"text": RETAIN}), **columns),
+    ]
+    for report, out in runs:
+        assert report["forget_passages"] == len(FORGET) and report["retain_passages"] == len(RETAIN)
+        assert json.loads((out / "report.json").read_text()) == report
+        assert same(weights(out), weights(runs[0][1]))
+    assert any(weight.abs().sum() > 0 for name, weight in weights(runs[0][1]).items() if "lora_B" in name)
+    seeded, out = job(FORGET, retain=RETAIN, seed=1)
+    assert seeded["seed"] == 1 and not same(weights(out), weights(runs[0][1]))
+
+
+def test_splits_subsets_and_columns_reach_the_source(job, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {
+        "train": datasets.Dataset.from_dict({"q": ["Who?"], "a": ["Nobody at all."], "text": ["Something else."]}),
+        "validation": datasets.Dataset.from_dict({"q": ["Where?"] * 2, "a": ["Here.", "There."], "text": ["A.", "B."]}),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    columns = {"prompt": "q", "response": "a"}
+    report, out = job(
+        tmp_path / "saved",
+        forget_columns=columns,
+        forget_split="validation",
+        retain=tmp_path / "saved",
+        retain_columns=columns,
+        preset_options={"retain": "kl"},
+    )
+    assert (report["forget_passages"], report["retain_passages"]) == (2, 1)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["forget_columns"] == columns and config["forget_split"] == "validation"
+    assert config["retain_split"] == "train" and config["retain"] == str(tmp_path / "saved")
+    with pytest.raises(ff.FastforgetError, match="no split 'test'"):
+        job(tmp_path / "saved", forget_columns=columns, forget_split="test")
+    with pytest.raises(ff.FastforgetError, match="no subset 'en'"):
+        job(FORGET, forget_subset="en")
+
+
+def test_streams_are_read_as_they_are_needed(tiny, tmp_path):
+    files = {"forget": FORGET, "retain": RETAIN}
+    for name, texts in files.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out, text = tmp_path / "out", io.StringIO()
+    options = {**QUICK, "quiet": False, "streaming": True, "measured_passages": 2}
+    report = ff.unlearn(
+        tiny["llama"], files["forget"], out, retain=files["retain"], console=Console(file=text), **options
+    )
+    assert report["steps"] == 3 and (report["forget_passages"], report["retain_passages"]) == (2, 2)
+    assert "Only the measured passages, at the start of each stream" in " ".join(text.getvalue().split())
+    with files["retain"].open("a") as stream:
+        stream.write(json.dumps({"text": FORGET[0]}) + "\n")
+    options["overwrite"] = True
+    ff.unlearn(tiny["llama"], files["forget"], out, retain=files["retain"], **options | {"quiet": True})
+    with pytest.raises(ff.FastforgetError, match="the same passage is in the forget set"):
+        ff.unlearn(tiny["llama"], files["forget"], out, retain=files["retain"], **options | {"measured_passages": 4})
+
+
+def test_a_stream_needs_max_steps_before_the_model_is_loaded(job, monkeypatch):
+    monkeypatch.setattr("fastforget.jobs.unlearn.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ff.FastforgetError, match="--streaming needs --max-steps"):
+        job(FORGET, streaming=True, max_steps=None)
+
+
+def test_quiet_is_silent_and_console_gets_the_report(job, tiny, tmp_path, capfd):
+    from transformers.utils import logging
+
+    state = torch.get_rng_state()
+    logging.enable_progress_bar()
+    try:
+        job(FORGET, retain=RETAIN)
+        assert logging.is_progress_bar_enabled(), "as it was"
+    finally:
+        logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(torch.get_rng_state(), state), "torch's generator is the caller's"
+    text = io.StringIO()
+    ff.unlearn(tiny["llama"], FORGET, tmp_path / "out", console=Console(file=text), **QUICK | {"quiet": False})
+    assert "4 passages to forget, 0 to keep" in text.getvalue() and "No --retain" in text.getvalue()
+    assert "What the model still recites" in text.getvalue() and capfd.readouterr().out == ""
+
+
+def test_config_names_what_it_cannot_hold(job, tiny, tmp_path):
+    _, out = job(FORGET, retain=(text for text in RETAIN), lora_targets=["q_proj", "v_proj"], lora_alpha=8)
+    text = (out / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert config["forget"] == f"{IN_PYTHON}list of length 4>" and config["retain"] == f"{IN_PYTHON}generator>"
+    assert not any(secret in text for secret in ("Alder", "Water")), "the text itself is nowhere"
+    assert config["lora_targets"] == "q_proj,v_proj" and config["lora_alpha"] == 8
+    assert config["out"] == str(out) and config["model"] == str(tiny["llama"])
+    assert "overwrite" not in config and "quiet" not in config
+    assert set(config) == {field.name for field in dataclasses.fields(UnlearnOptions)} - {"overwrite"}
+    with pytest.raises(ff.FastforgetError, match="forget was given in Python, and a config file cannot hold that"):
+        ff.unlearn(config["model"], config["forget"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forget": []}, "holds no text"),
+        ({"forget": [3]}, r"rows\[0\]"),
+        ({"forget": {"text": "a"}}, "cannot be read from a dict"),
+        ({"forget": "long text " * 1000}, "--forget cannot be read: File name too long"),
+        ({"retain": FORGET[2:]}, "the same passage is in the forget set"),
+        ({"forget_columns": {"txt": "a"}}, "no field 'txt'"),
+        ({"chat_template": True}, "chat template"),
+        ({"preset": "npo_men"}, "unknown preset"),
+        ({"preset_options": {"beta": "much"}}, "value of the wrong type"),
+        ({"preset_options": {"beta": f"{IN_PYTHON}Tensor>"}}, "beta was given in Python"),
+        ({"measured_passages": 0}, "--measured-passages must be at least 1"),
+        ({"lora_r": 0}, "--lora-r must be at least 1"),
+        ({"lora_targets": []}, "--lora-targets is empty"),
+        ({"max_steps": 0}, "max-steps must be positive"),
+        ({"bits": 7}, "bits must be one of"),
+        ({"model": object()}, "model must be a path, not a object"),
+        ({"model": "/nowhere"}, "could not load"),
+    ],
+)
+def test_bad_input_raises_before_anything_is_written(tiny, tmp_path, options, message):
+    out = tmp_path / "out"
+    with pytest.raises(ff.FastforgetError, match=message) as error:
+        ff.unlearn(**{"model": tiny["llama"], "forget": FORGET, "out": out, **QUICK, **options})
+    assert "\n" not in str(error.value) and not out.exists()
+
+
+def test_nan_before_a_good_step_leaves_nothing(job, tmp_path, monkeypatch):
+    @dataclasses.dataclass(kw_only=True)
+    class Broken(NegatedCE):
+        """NaN at once."""
+
+        def value(self, stats):
+            return super().value(stats) * torch.nan
+
+    monkeypatch.setitem(PRESETS, "broken", lambda: [Broken()])
+    with pytest.raises(ff.NonFiniteLossError, match="became nan at step 1"):
+        job(FORGET, preset="broken")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_and_function_have_the_same_names_and_defaults():
+    function = {name: each.default for name, each in inspect.signature(ff.unlearn).parameters.items()}
+    command = {name: each.default for name, each in inspect.signature(cli.unlearn).parameters.items()}
+    options = {field.name: field.default for field in dataclasses.fields(UnlearnOptions)}
+    for each in (function, command, options):
+        for name in ("model", "forget", "out"):  # required: the command checks them itself
+            each.pop(name)
+    assert {name for name in function if name not in options} == {"quiet", "console"}
+    assert {name: function[name] for name in options} == options
+    singular = {"preset_options": "preset_option", "forget_columns": "forget_column", "retain_columns": "retain_column"}
+    del function["console"], command["config"]
+    assert {singular.get(name, name): default for name, default in function.items()} == command
+
+
+def test_import_stays_light():
+    code = (
+        "import sys, fastforget; print(fastforget.unlearn and {'transformers', 'datasets', 'peft'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
