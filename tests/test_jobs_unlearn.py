@@ -94,6 +94,17 @@ def test_splits_subsets_and_columns_reach_the_source(job, tmp_path):
         job(FORGET, forget_subset="en")
 
 
+def test_cluster_centres_lie_beside_the_adapter_that_they_belong_to(tiny, tmp_path):
+    out = tmp_path / "out"
+    options = {**QUICK, "retain": RETAIN, "overwrite": True}
+    ff.unlearn(tiny["llama"], FORGET, out, preset="distance_cluster", preset_options={"k": 2}, **options)
+    (centres,) = ff.load_centres(out)
+    assert centres.shape[0] == 2 and torch.isfinite(centres).all()
+    ff.unlearn(tiny["llama"], FORGET, out, preset="grad_diff", **options)
+    with pytest.raises(ff.FastforgetError):
+        ff.load_centres(out)
+
+
 def test_streams_are_read_as_they_are_needed(tiny, tmp_path):
     files = {"forget": FORGET, "retain": RETAIN}
     for name, texts in files.items():
