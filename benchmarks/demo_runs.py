@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,10 @@ from fastforget.objectives.presets import DEFAULT_PRESET
 LONGEST_RUN = 1800.0  # seconds; a run takes about two minutes, and one that hangs must not hold up the others
 RECORD_FIELDS = {"preset", "seed", "measured", "commit", "error", "report"}
 
-Runner = Callable[[str, int], Mapping[str, Any]]  # (preset, seed) -> its report.json; raises RunFailed
+LONGEST_NAME = 100  # characters of an output folder's name that come from the preset and its options
+BOX = " \t─│╭╮╰╯"  # typer draws its own errors into a box: the last line is its lower edge
+
+Runner = Callable[[str, int], Mapping[str, Any]]  # (preset with options, seed) -> its report.json; raises RunFailed
 
 
 class RunFailed(Exception):
@@ -75,7 +79,7 @@ class DemoRuns:
             if run not in self.records:
                 print(f"{name}: running ...", flush=True)
                 self.records[run] = self.record(run)
-                self.write()
+            self.write()  # also for a record that was kept: the tables may be of an older form, or lost
             found = findings(self.records[run])
             print(f"{name}: {'; '.join(found) or 'done'}", flush=True)
             problems += [f"{name}: {finding}" for finding in found]
@@ -109,7 +113,7 @@ def findings(record: Mapping[str, Any]) -> list[str]:
 
 
 def run_command(folder: Path, preset: str, seed: int) -> Mapping[str, Any]:
-    """The report of the real command, run below `folder`.
+    """The report of the real command, run below `folder`; the preset's options follow its name, as NAME=VALUE.
 
     Its cache lies there too (on Linux, where XDG_CACHE_HOME names it): the first run with a seed trains the base, as
     it does for a new user, and the seconds do not depend on what earlier runs have left behind.
@@ -117,10 +121,13 @@ def run_command(folder: Path, preset: str, seed: int) -> Mapping[str, Any]:
     Raises:
         RunFailed: it ended with an error, without a report, or not at all.
     """
-    out = folder / f"{preset}-seed{seed}"
+    name, *options = preset.split()
+    out = folder / f"{re.sub(r'[^A-Za-z0-9_.=+-]', '_', preset)[:LONGEST_NAME]}-seed{seed}"
     script = Path(sys.executable).with_name("fastforget")
     command = [str(script)] if script.is_file() else [sys.executable, "-m", "fastforget.cli"]
-    command += ["demo", "--preset", preset, "--seed", str(seed), "--out", str(out), "--overwrite"]
+    command += ["demo", "--preset", name, "--seed", str(seed), "--out", str(out), "--overwrite"]
+    for option in options:
+        command += ["--preset-option", option]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "XDG_CACHE_HOME": str(folder / "cache")}
     try:
         ended = subprocess.run(
@@ -131,10 +138,13 @@ def run_command(folder: Path, preset: str, seed: int) -> Mapping[str, Any]:
     except OSError as error:
         raise RunFailed(f"it could not be started: {error.strerror}") from error
     if ended.returncode != 0:
-        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+        lines = [line.strip(BOX) for line in ended.stderr.splitlines() if line.strip(BOX)]
         why = f"killed by signal {-ended.returncode}" if ended.returncode < 0 else f"exit code {ended.returncode}"
         raise RunFailed(f"{lines[-1]} ({why})" if lines else why)
     try:
-        return dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RunFailed(f"it ended well, but its report.json cannot be read: {error}") from error
+    if not isinstance(report, dict):
+        raise RunFailed(f"it ended well, but its report.json holds a {type(report).__name__}")
+    return report

@@ -1,6 +1,6 @@
 """`make proof`: the long runs. Measures, writes dated results under benchmarks/results/, and says what was missed.
 
-    python -m benchmarks.proof [--only seeds,presets] [--seeds 0,1,2] [--presets a,b] [--resume]
+    python -m benchmarks.proof [--only seeds,presets] [--seeds 0,1,2] [--presets "npo,npo_mean beta=4"] [--resume]
 
 The exit code is 1 where a run failed or the default preset missed an acceptance figure, 2 for bad arguments, else 0.
 """
@@ -19,8 +19,15 @@ from pathlib import Path
 from benchmarks.demo_runs import DemoRuns, Runner, run_command
 from benchmarks.demo_table import Run
 from benchmarks.surroundings import RESULTS
+from fastforget.config import parse_pairs, parse_value
 from fastforget.errors import FastforgetError
+from fastforget.jobs.unlearn import checked_preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
+
+# SimNPO's published forget weight, 0.125, is tuned for large models with long answers: in the demo's 162 steps it
+# forgets too slowly to say whether the objective works, so it is measured with weight 1 too
+DEFAULT_RUNS = (*PRESETS, "simnpo forget_weight=1")
+PRESETS_HELP = f"comma-separated, each with NAME=VALUE after it as you like; default {', '.join(DEFAULT_RUNS)}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ def seed_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def preset_runs(presets: Sequence[str]) -> list[Run]:
-    """Each preset, seed 0."""
+    """Each preset, perhaps with options, seed 0."""
     return [(preset, 0) for preset in presets]
 
 
@@ -69,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -
         print("proof: interrupted; what was measured is kept, and --resume goes on", file=sys.stderr)
         return 130
     problems = list(dict.fromkeys(problems))  # seed 0 of the default preset is in two suites
-    print("Everything ran, and every acceptance figure is met." if not problems else "\n".join(["", *problems]))
+    print("Everything ran, and no acceptance figure was missed." if not problems else "\n".join(["", *problems]))
     return 1 if problems else 0
 
 
@@ -78,7 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", type=names_of("suite", SUITES), default=tuple(SUITES), help="suites, comma-separated")
     parser.add_argument("--seeds", type=seeds, default=(0, 1, 2), help="of the suite seeds; default 0,1,2")
-    parser.add_argument("--presets", type=names_of("preset", PRESETS), default=tuple(PRESETS), help="default: all")
+    parser.add_argument("--presets", type=presets, default=DEFAULT_RUNS, help=PRESETS_HELP)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
     parser.add_argument("--date", type=iso_date, default=datetime.date.today().isoformat(), help="default: today")
     parser.add_argument(
@@ -100,6 +107,20 @@ def names_of(what: str, known: Collection[str]) -> Callable[[str], tuple[str, ..
         return names
 
     return read
+
+
+def presets(text: str) -> tuple[str, ...]:
+    """Comma-separated presets, each perhaps with NAME=VALUE after it; built once, so that no bad one costs a run."""
+    chosen = tuple(dict.fromkeys(" ".join(part.split()) for part in text.split(",") if part.strip()))
+    for preset in chosen:
+        name, *options = preset.split()
+        try:
+            checked_preset(name, parse_pairs(options, f"an option of {name!r}", parse_value))
+        except FastforgetError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    if not chosen:
+        raise argparse.ArgumentTypeError(f"no preset is named: choose from {', '.join(PRESETS)}")
+    return chosen
 
 
 def seeds(text: str) -> tuple[int, ...]:

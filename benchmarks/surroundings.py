@@ -11,19 +11,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastforget import doctor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "fastforget")
-ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])/(?:[^\s/'\":,;()]+/)+")  # up to its last name; not the path of a URL
+# up to its last name, also where that is the only one; not the path of a URL
+ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])/(?:(?:[^\s/'\":,;()]+/)+|(?=\w))")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """The device that was measured on, the CPU's name, and how many cores this process may use."""
+    """The device that was measured on, the CPU's name, how many cores this process may use, and how many torch uses."""
     cpu = dict(doctor.report()).get("cpu", "unknown CPU").partition(";")[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"device": device, "cpu": cpu, "cores": cores}
+    return {"device": device, "cpu": cpu, "cores": cores, "torch_threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:

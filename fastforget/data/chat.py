@@ -26,7 +26,7 @@ def check_columns(columns: Mapping[str, str], where: str, option: str = COLUMN_O
             near = get_close_matches(str(field), FIELDS, n=1, cutoff=0.4)
             raise FastforgetError(
                 f"{where} has no field {field!r} to read from a column"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f"; did you mean {near[0]!r}?" if near else ".")
                 + f" The fields are {', '.join(FIELDS)} ({option} FIELD=COLUMN)"
             )
         if not isinstance(column, str) or not column:

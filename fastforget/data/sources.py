@@ -14,21 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastforget.data.chat import COLUMN_OPTION, RowReader, check_columns, choose_columns
+from fastforget.data.chat import COLUMN_OPTION, FIELDS, RowReader, check_columns, choose_columns
 from fastforget.data.examples import Example, ExampleStream
-from fastforget.data.text import check_length, file_examples, read_rows, stream_file
+from fastforget.data.text import check_length, file_examples, read_chunks, read_rows, stream_file
 from fastforget.errors import FastforgetError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: what `datasets` reads such a file with
-    ".csv": ("csv", {"keep_default_na": False}),  # "None" and "NA" are answers like any other
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
 FILE_SUFFIXES = (*JSONL_SUFFIXES, *TABLE_BUILDERS, ".txt", ".text", ".md", ".rst", ".html", ".xml", ".py", ".log")
-FILE_SUFFIXES += (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar")
+COMPRESSED_SUFFIXES = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar")
+UTF8_SUFFIXES = (*JSONL_SUFFIXES, ".csv", ".tsv", ".json", ".txt")  # what `datasets` too reads as UTF-8
+PATTERN_SIGNS = ("*", "?", "[", "]", "::")  # in a path, `datasets` takes them for a pattern: for other files, or none
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 DEFAULT_SPLIT = "train"
 
@@ -71,6 +73,11 @@ def check(source: Source, where: str, option: str) -> None:
     kind = kind_of(source)
     if kind not in ("text", "jsonl", "rows") and importlib.util.find_spec("datasets") is None:
         import_datasets(describe(source))
+    if kind in ("folder", "table") and any(sign in os.path.abspath(describe(source)) for sign in PATTERN_SIGNS):
+        raise FastforgetError(
+            f"{where}: {describe(source)} has one of {' '.join(PATTERN_SIGNS)} in its path, which the datasets library "
+            "takes for a pattern: rename it"
+        )
     if kind in ("text", "jsonl", "rows") and source.split != DEFAULT_SPLIT:
         raise FastforgetError(f"{where}: {describe(source)} is no dataset, and has no split {source.split!r}")
     if kind not in ("hub", "folder") and source.subset is not None:
@@ -144,14 +151,17 @@ def kind_of(source: Source) -> str:
     suffix = place.suffix.lower()
     if not name or not place.exists():
         looks_like_path = (
-            os.path.isabs(name)
-            or os.fspath(path).startswith(("./", "../", "~", ".\\", "..\\"))
-            or suffix in FILE_SUFFIXES
+            not isinstance(path, str)
+            or os.path.isabs(name)
+            or path.startswith(("./", "../", "~", ".\\", "..\\"))
+            or suffix in (*FILE_SUFFIXES, *COMPRESSED_SUFFIXES)
             or not HUB_NAME.fullmatch(name)
         )
         if looks_like_path:
             raise FastforgetError(f"{name or 'the empty path'} does not exist")
         return "hub"
+    if suffix in COMPRESSED_SUFFIXES:
+        raise FastforgetError(f"{name} is compressed: unpack it first")
     if suffix in TABLE_BUILDERS:
         return "table"
     return "jsonl" if suffix in JSONL_SUFFIXES else "text"
@@ -208,14 +218,18 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
             dataset = datasets.load_from_disk(name)
         elif kind == "table":
             builder, options = TABLE_BUILDERS[Path(name).suffix.lower()]
+            options = options | builder_options(builder, source.columns)
             files = {DEFAULT_SPLIT: os.path.abspath(name)}
             dataset = datasets.load_dataset(
                 builder, data_files=files, split=source.split, streaming=streaming, **options
             )
+        elif kind == "folder":
+            path = os.path.abspath(name)  # a folder called "text" or "csv" would be taken for the reader of that name
+            builder = type(datasets.load_dataset_builder(path, source.subset)).__module__.rpartition(".")[2]
+            options = builder_options(builder, source.columns)
+            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=streaming, **options)
         else:
-            # absolute: a folder called "text" or "csv" would be taken for the reader of that name
-            path = os.path.abspath(name) if kind == "folder" else name
-            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=streaming)
+            dataset = datasets.load_dataset(name, source.subset, split=source.split, streaming=streaming)
     if isinstance(dataset, dict):
         if source.split not in dataset:
             raise FastforgetError(
@@ -230,6 +244,21 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
     if dataset.column_names is not None:  # not known of some streams
         dataset = dataset.select_columns(list(choose_columns(source.columns, dataset.column_names, name).values()))
     return dataset
+
+
+def builder_options(builder: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """With what else a reader of `datasets` reads a file's text as it stands there."""
+    if builder == "csv":  # "None" and "NA" are answers like any other, and 007 is not 7
+        names = (columns.get(field, field) for field in FIELDS)
+        return {"keep_default_na": False, "converters": dict.fromkeys(names, cell_text)}
+    if builder == "text":  # as a text file by itself is read: whole, not a row for each line; no byte-order mark
+        return {"sample_by": "document", "encoding": "utf-8-sig"}
+    return {}
+
+
+def cell_text(cell: str) -> str:
+    """A cell of a CSV file as it stands there, but for Windows line ends."""
+    return cell.replace("\r\n", "\n")
 
 
 def dataset_rows(dataset: Any, source: Source, name: str, kind: str) -> Iterator[tuple[str, Any]]:
@@ -251,7 +280,17 @@ def readable_errors(datasets: Any, name: str, kind: str) -> Iterator[None]:
         reason: BaseException = error
         while isinstance(reason, datasets.exceptions.DatasetGenerationError) and reason.__cause__ is not None:
             reason = reason.__cause__  # the outer ones only say that an error occurred
+        if kind in ("folder", "table") and "utf-8" in str(reason).lower():
+            refuse_other_encodings(Path(name))
         text = " ".join(str(reason).partition("Example of usage")[0].split()) or type(reason).__name__
         if kind == "hub" and isinstance(error, OSError | datasets.exceptions.DatasetsError):
             text = f"no file or folder of that name is here, and from the hub it cannot be had: {text}"
         raise FastforgetError(f"{name}: {text}") from error
+
+
+def refuse_other_encodings(place: Path) -> None:
+    """Raise FastforgetError for the first file here that is not UTF-8, with the offset: `datasets` knows neither."""
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.suffix.lower() in UTF8_SUFFIXES and path.is_file():
+            for _ in read_chunks(path):
+                pass
