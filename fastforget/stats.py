@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastforget import backends
-from fastforget.backends import OUTPUTS
+from fastforget.backends import OUTPUTS, eager, ops
+from fastforget.backends.driver import Against
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
@@ -44,6 +46,7 @@ class TokenStats:
     expected_embedding: Tensor | None = None  # (N, D): scale * E_p[W_v]
     distance: Tensor | None = None  # of the state from its anchor, at most the margin
     pull: Tensor | None = None  # distance of the state from the nearest centre
+    dropped_mass: Tensor | None = None  # with tail_mass > 0: sum of |gradient of logp over z| that was left out
 
 
 def token_stats(
@@ -58,6 +61,7 @@ def token_stats(
     metric: str = "l2",
     margin: float | None = None,
     backend: str = "auto",
+    tail_mass: float = 0.0,
 ) -> TokenStats:
     """Statistics of the next-token distribution of each kept token (DESIGN section 1).
 
@@ -70,38 +74,99 @@ def token_stats(
         outputs: names of the fields wanted.
         anchor, centres, metric, margin: as in `hidden_stats`, for the same states; "label" takes the head's row of each
             token's label as its anchor.
-        backend: "auto", "chunked" or "eager".
+        backend: "auto", "triton", "chunked" or "eager".
+
+        tail_mass: how much of each token's gradient over the vocabulary (its absolute sum) the backend may leave out
+            of the product with the head, where that saves time; what it did leave out is `dropped_mass`. 0 is exact.
+
+    Under `torch.compile` without `positions`, ignored rows are computed too and masked: their number is not known when
+    the graph is built.
 
     Raises:
         FastforgetError: shapes that do not fit, a label outside the vocabulary (seen where labels are on the CPU), an
             unknown output or backend, or `expected_embedding` of a head with a softcap.
     """
-    check_hidden(hidden, head)
-    if labels.shape != hidden.shape[:1]:
-        raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
-    unknown = set(outputs) - set(OUTPUTS)
-    if unknown:
-        raise FastforgetError(f"unknown output {sorted(unknown)[0]!r}: choose from {', '.join(OUTPUTS)}")
-    if "expected_embedding" in outputs and (head.softcap is not None or head.is_identity):
-        raise FastforgetError("expected_embedding is defined for heads with a weight and without a softcap only")
-    positions = positions_of(labels, positions, hidden)
-    kept_labels = labels.to(hidden.device)[positions]
-    check_labels(kept_labels, hidden.shape[1] if head.is_identity else head.weight.shape[0])
-    fields = kept_token_stats(hidden[positions], head, kept_labels, outputs=outputs, backend=backend)
-    fields = {name: spread(value, positions, hidden.shape[0], name) for name, value in fields.items()}
+    check_token_arguments(hidden, head, labels, outputs, tail_mass)
     if isinstance(anchor, str):
         anchor = label_anchor(anchor, head, labels.to(hidden.device))
-    if anchor is not None or centres is not None:
-        fields |= state_fields(hidden, positions, anchor, centres, metric, margin, backend)
-    return TokenStats(**fields)
+    against = checked_against(hidden, anchor, centres, metric, margin)
+    return stats_of(hidden, head, labels, positions, outputs, against, margin, tail_mass, backend)
+
+
+def stats_of(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    positions: Tensor | None,
+    outputs: Collection[str],
+    against: Against,
+    margin: float | None,
+    tail_mass: float,
+    backend: str,
+) -> TokenStats:
+    """`token_stats` of arguments that have been checked."""
+    labels = labels.to(hidden.device)
+    masked = positions is None and torch.compiler.is_compiling()
+    if masked:  # how many rows are kept is not known when the graph is built: all are computed, and masked afterwards
+        kept_labels = labels.clamp(min=0)
+    else:
+        positions = positions_of(labels, positions, hidden)
+        kept_labels = labels[positions]
+        check_labels(kept_labels, hidden.shape[1] if head.is_identity else head.weight.shape[0])
+    fields = kept_token_stats(
+        hidden,
+        head,
+        kept_labels,
+        positions=positions,
+        outputs=outputs,
+        against=against,
+        tail_mass=tail_mass,
+        backend=backend,
+    )
+    if "distance" in fields and margin is not None:
+        fields["distance"] = fields["distance"].clamp(max=margin)
+    if masked:
+        return TokenStats(**{name: masked_rows(value, labels, name) for name, value in fields.items()})
+    assert positions is not None
+    return TokenStats(**{name: spread(value, positions, len(hidden), name) for name, value in fields.items()})
 
 
 def kept_token_stats(
-    hidden: Tensor, head: LMHead, labels: Tensor, *, outputs: Collection[str] = ("logp",), backend: str = "auto"
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    *,
+    positions: Tensor | None = None,
+    outputs: Collection[str] = ("logp",),
+    against: Against | None = None,
+    tail_mass: float = 0.0,
+    backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """The same over rows that are all kept: no check, no search, fields without gaps. What the step uses."""
-    fields = backends.pick(backend, hidden.device).label_stats(hidden, labels, head, outputs)
-    return {name: value for name, value in fields.items() if name in outputs or name in ("logp", "lse")}
+    """The same over kept rows alone: no check, no search, fields without gaps. What the step uses.
+
+    labels (n,) are those of the kept rows; without `positions` every row of hidden is one.
+    """
+    name = backends.pick(backend, hidden.device)
+    against = against or Against()
+    if name == "eager":
+        rows = slice(None) if positions is None else positions
+        fields = eager.label_stats(hidden[rows], labels, head, outputs)
+        if against:
+            states = (hidden if against.states is None else against.states)[rows]
+            anchor = against.anchor
+            anchor = anchor[rows] if anchor is not None and anchor.dim() == 2 else anchor
+            found = zip(
+                ("distance", "pull"), eager.state_stats(states, anchor, against.centres, against.metric), strict=True
+            )
+            fields |= {name: value for name, value in found if value is not None}
+        if tail_mass > 0:
+            fields["dropped_mass"] = torch.zeros_like(fields["logp"])
+    else:
+        fields = ops.label_stats(
+            hidden, labels, head, outputs, positions=positions, against=against, tail_mass=tail_mass, backend=name
+        )
+    unasked = {"log_not_label", "argmax"} - set(outputs)
+    return {name: value for name, value in fields.items() if name not in unasked}
 
 
 def token_stats_from_logits(
@@ -125,15 +190,15 @@ def token_stats_from_logits(
     Raises:
         FastforgetError: as in `token_stats`, or an anchor or centres without `hidden`.
     """
-    stats = token_stats(logits, LMHead(None), labels, positions=positions, outputs=outputs, backend=backend)
-    if anchor is None and centres is None:
-        return stats
-    if hidden is None:
+    if hidden is None and (anchor is not None or centres is not None):
         raise FastforgetError("an anchor or centres need the hidden states: give hidden (N, D) beside the logits")
-    if hidden.dim() != 2 or len(hidden) != len(logits):
+    if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
         raise FastforgetError(f"hidden must be ({len(logits)}, D) to go with the logits, not {tuple(hidden.shape)}")
-    states = state_fields(hidden, positions_of(labels, positions, hidden), anchor, centres, metric, margin, backend)
-    return replace(stats, **states)
+    head = LMHead(None)
+    check_token_arguments(logits, head, labels, outputs, 0.0)
+    against = Against() if hidden is None else checked_against(hidden, anchor, centres, metric, margin)
+    against.states = hidden
+    return stats_of(logits, head, labels, positions, outputs, against, margin, 0.0, backend)
 
 
 def positions_of(labels: Tensor, positions: Tensor | None, hidden: Tensor) -> Tensor:
@@ -143,23 +208,19 @@ def positions_of(labels: Tensor, positions: Tensor | None, hidden: Tensor) -> Te
     return positions.to(hidden.device)
 
 
-def state_fields(
-    hidden: Tensor,
-    positions: Tensor,
-    anchor: Tensor | None,
-    centres: Tensor | None,
-    metric: str,
-    margin: float | None,
-    backend: str,
-) -> dict[str, Tensor]:
-    """`distance` and `pull` (N,) of kept rows, 0 elsewhere, as far as an anchor and centres were given."""
+def checked_against(
+    hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, margin: float | None
+) -> Against:
+    """Anchor and centres, checked, as constants on the device of the states."""
+    check_metric(metric, margin)
     if anchor is not None:
         check_anchor(anchor, hidden)
-        if anchor.dim() == 2:
-            anchor = anchor.to(hidden.device)[positions]
-    distance, pull = hidden_stats(hidden[positions], anchor, centres, metric, margin, backend=backend)
-    values = {"distance": distance, "pull": pull}
-    return {name: spread(value, positions, len(hidden)) for name, value in values.items() if value is not None}
+        anchor = anchor.detach().to(hidden.device)
+    if centres is not None:
+        if centres.dim() != 2 or len(centres) == 0 or centres.shape[1] != hidden.shape[1]:
+            raise FastforgetError(f"centres must be (K, {hidden.shape[1]}) with K >= 1, not {tuple(centres.shape)}")
+        centres = centres.detach().to(hidden.device)
+    return Against(None, anchor, centres, metric)
 
 
 def hidden_stats(
@@ -183,7 +244,7 @@ def hidden_stats(
         centres: (K, D).
         metric: "l2" is |h - a|; "cosine" is 1 - cos(h, a), and 1 where either is 0.
         margin: positive, in units of the metric.
-        backend: "auto", "chunked" or "eager".
+        backend: "auto", "triton", "chunked" or "eager".
 
     Returns:
         (distance (N,), pull (N,)), float32 (float64 for float64 states); None for what was not given.
@@ -196,15 +257,12 @@ def hidden_stats(
         raise FastforgetError(f"hidden must be a floating-point (N, D), not {hidden.dtype} {tuple(hidden.shape)}")
     if anchor is None and centres is None:
         raise FastforgetError("hidden_stats needs an anchor, centres, or both")
-    check_metric(metric, margin)
-    if anchor is not None:
-        check_anchor(anchor, hidden)
-        anchor = anchor.to(hidden.device)
-    if centres is not None:
-        if centres.dim() != 2 or len(centres) == 0 or centres.shape[1] != hidden.shape[1]:
-            raise FastforgetError(f"centres must be (K, {hidden.shape[1]}) with K >= 1, not {tuple(centres.shape)}")
-        centres = centres.to(hidden.device)
-    distance, pull = backends.pick(backend, hidden.device).state_stats(hidden, anchor, centres, metric)
+    against = checked_against(hidden, anchor, centres, metric, margin)
+    name = backends.pick(backend, hidden.device)
+    if name == "eager":
+        distance, pull = eager.state_stats(hidden, against.anchor, against.centres, metric)
+    else:
+        distance, pull = ops.state_stats(hidden, against.anchor, against.centres, metric, backend=name)
     if distance is not None and margin is not None:
         distance = distance.clamp(max=margin)
     return distance, pull
@@ -236,7 +294,7 @@ def divergence(
         head: frozen: a head that trains is not the reference's.
         kind: "forward_kl" KL(q||p), "reverse_kl" KL(p||q) or "jsd".
         positions: int64, the rows wanted; the others are 0. Without it, all.
-        backend: "auto", "chunked" or "eager".
+        backend: "auto", "triton", "chunked" or "eager".
 
     Raises:
         FastforgetError: shapes that do not fit, an unknown kind or backend, or a head that trains.
@@ -246,27 +304,60 @@ def divergence(
         raise FastforgetError(f"ref_hidden is {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}: they must agree")
     if kind not in DIVERGENCES:
         raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
-    if positions is None:
-        return kept_divergence(hidden, ref_hidden, head, kind, backend=backend)
-    positions = positions.to(hidden.device)
-    value = kept_divergence(hidden[positions], ref_hidden[positions], head, kind, backend=backend)
-    return spread(value, positions, hidden.shape[0])
+    if positions is not None:
+        positions = positions.to(hidden.device)
+    value = kept_divergence(hidden, ref_hidden, head, kind, positions=positions, backend=backend)
+    return value if positions is None else spread(value, positions, len(hidden))
 
 
-def kept_divergence(hidden: Tensor, ref_hidden: Tensor, head: LMHead, kind: str, *, backend: str = "auto") -> Tensor:
-    """The same over rows that are all kept."""
+def kept_divergence(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head: LMHead,
+    kind: str,
+    *,
+    positions: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same over kept rows alone; without `positions` every row is one."""
     if head.trainable:
         raise FastforgetError(
             "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
             "gone; freeze it (model.get_output_embeddings().requires_grad_(False))"
         )
-    return backends.pick(backend, hidden.device).divergence(hidden, ref_hidden.detach(), head, kind)
+    name = backends.pick(backend, hidden.device)
+    if name == "eager":
+        rows = slice(None) if positions is None else positions
+        return eager.divergence(hidden[rows], ref_hidden[rows].detach(), head, kind)
+    return ops.divergence(hidden, ref_hidden, head, kind, positions=positions, backend=name)
+
+
+def masked_rows(value: Tensor, labels: Tensor, name: str = "") -> Tensor:
+    """Values (N, ...) of all rows, 0 (argmax: -1) where the label is ignored."""
+    kept = (labels != IGNORE_INDEX).view(-1, *[1] * (value.dim() - 1))
+    return torch.where(kept, value, -1 if name == "argmax" else 0)
 
 
 def spread(value: Tensor, positions: Tensor, count: int, name: str = "") -> Tensor:
     """Kept values (n, ...) at their positions among `count` rows, 0 elsewhere (argmax: -1)."""
     empty = value.new_full((count, *value.shape[1:]), -1 if name == "argmax" else 0)
     return empty.index_copy(0, positions, value)
+
+
+def check_token_arguments(
+    hidden: Tensor, head: LMHead, labels: Tensor, outputs: Collection[str], tail_mass: float
+) -> None:
+    """Raise where the arguments of `token_stats` do not fit."""
+    check_hidden(hidden, head)
+    if labels.shape != hidden.shape[:1]:
+        raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
+    unknown = set(outputs) - set(OUTPUTS)
+    if unknown:
+        raise FastforgetError(f"unknown output {sorted(unknown)[0]!r}: choose from {', '.join(OUTPUTS)}")
+    if "expected_embedding" in outputs and (head.softcap is not None or head.is_identity):
+        raise FastforgetError("expected_embedding is defined for heads with a weight and without a softcap only")
+    if not 0.0 <= tail_mass < 1.0:
+        raise FastforgetError(f"tail_mass must be from 0 (exact) to less than 1, not {tail_mass}")
 
 
 def check_hidden(hidden: Tensor, head: LMHead) -> None:
@@ -296,6 +387,8 @@ def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
     """Raise for a label outside the vocabulary. Only on the CPU: on a device looking would synchronise."""
+    if torch.compiler.is_compiling():
+        return
     if labels.is_cpu and labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < vocabulary):
         wrong = labels[(labels < 0) | (labels >= vocabulary)][0]
         raise FastforgetError(f"label {int(wrong)} is outside the vocabulary of {vocabulary} (ignored labels are -100)")

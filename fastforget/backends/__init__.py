@@ -1,24 +1,19 @@
-"""Who computes the statistics: `eager` (the oracle) or `chunked`, and which of them `auto` picks.
+"""Who computes the statistics: `eager` (the oracle), `chunked` (torch) or `triton` (kernels), and which `auto` picks.
 
-A backend is a module with three functions over *kept* rows (no ignored label among them):
-
-    label_stats(hidden (n, D), labels (n,), head, outputs) -> {field: (n,) or (n, D)}
-    divergence(hidden (n, D), ref_hidden (n, D), head, kind) -> (n,)
-    state_stats(hidden (n, D), anchor (n, D) or (D,), centres (K, D), metric) -> (distance (n,), pull (n,))
-
-all differentiable with respect to `hidden`, and the first, where it trains, to the head.
+`eager` holds all logits and leaves gradients to autograd. The others are row passes under one driver (`driver.py`),
+behind torch.library ops (`ops.py`).
 """
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import importlib.util
+import os
 
 import torch
 
 from fastforget.errors import FastforgetError
 
-BACKENDS = ("eager", "chunked")
+BACKENDS = ("eager", "chunked", "triton")
 OUTPUTS = (
     "logp",
     "lse",
@@ -32,23 +27,42 @@ OUTPUTS = (
     "argmax",
     "expected_embedding",
 )  # the fields of label_stats
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
 def explain_auto(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` picks on a device, and why."""
-    return (
-        "chunked",
-        f"GEMM, rows, GEMM in plain torch; the only backend for {device.type} that never holds N x V logits",
-    )
+    if device.type == "cpu":  # interpreted kernels are for tests: only who names them gets them
+        return "chunked", "products and rows in plain torch, never N x V logits"
+    missing = why_not_triton(device)
+    if missing is None:
+        return "triton", "one fused pass over each row of logits, between two products with the head"
+    return "chunked", f"products and rows in plain torch, never N x V logits; no Triton kernels: {missing}"
 
 
-def pick(backend: str, device: torch.device) -> ModuleType:
-    """The module of a backend named by the user.
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, or None where they can."""
+    if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"they need a GPU, not {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "fastforget[gpu]")'
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need compute capability 8.0 or newer"
+    return None
+
+
+def pick(backend: str, device: torch.device) -> str:
+    """The name of the backend that runs where the user named `backend`.
 
     Raises:
-        FastforgetError: an unknown name; the known ones are listed.
+        FastforgetError: an unknown name (the known ones are listed), or Triton where it cannot run.
     """
-    name = explain_auto(device)[0] if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend == "auto":
+        return explain_auto(device)[0]
+    if backend not in BACKENDS:
         raise FastforgetError(f"unknown backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-    return importlib.import_module(f"fastforget.backends.{name}")
+    if backend == "triton":
+        missing = why_not_triton(device)
+        if missing is not None:
+            raise FastforgetError(f"backend 'triton' cannot run here: {missing}; choose auto or chunked")
+    return backend

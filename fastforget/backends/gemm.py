@@ -15,6 +15,7 @@ from torch import Tensor
 from fastforget.head import LMHead
 
 CHUNK_BYTES = 64 * 2**20  # one logits buffer
+DEVICE_CHUNK_BYTES = 128 * 2**20  # on a GPU, where fewer rows would leave the products short of work
 TILE_BYTES = 32 * 2**20  # one tile of a 16-bit weight, cast to float32
 
 
@@ -23,37 +24,39 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def row_chunks(row_count: int, vocabulary: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of rows whose (rows, V) buffer fits CHUNK_BYTES; at least one row each."""
-    step = max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize))
-    for start in range(0, row_count, step):
-        yield slice(start, min(start + step, row_count))
+def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
+    """How many rows of logits fit the byte budget; at least one."""
+    budget = CHUNK_BYTES if hidden.is_cpu else DEVICE_CHUNK_BYTES
+    return max(1, budget // (vocabulary * compute_dtype(hidden).itemsize))
 
 
-def chunk_buffer(row_count: int, vocabulary: int, hidden: Tensor) -> Tensor:
-    """One buffer for all chunks of `row_chunks`."""
-    dtype = compute_dtype(hidden)
-    rows = min(row_count, max(1, CHUNK_BYTES // (vocabulary * dtype.itemsize)))
-    return torch.empty(rows, vocabulary, dtype=dtype, device=hidden.device)
+def row_chunks(row_count: int, rows: int) -> Iterator[slice]:
+    """Slices of `rows` rows each, the last one perhaps shorter."""
+    for start in range(0, row_count, rows):
+        yield slice(start, min(start + rows, row_count))
 
 
-def logits_into(out: Tensor, hidden: Tensor, head: LMHead) -> None:
-    """Write the logits (n, V) of hidden (n, D) into `out`, float32 or float64."""
+def product_into(out: Tensor, hidden: Tensor, head: LMHead) -> None:
+    """Write h @ W.T (n, V) of hidden (n, D) into `out`, float32 or float64; of an identity head, the logits."""
     if head.is_identity:
         out.copy_(hidden)
-        return
-    if returns_float32(hidden, head.weight):
+    elif returns_float32(hidden, head.weight):
         torch.mm(hidden, head.weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
         for columns, tile in weight_tiles(head.weight, out.dtype):
             torch.mm(wide, tile.T, out=out[:, columns])
+
+
+def finish_logits_(product: Tensor, head: LMHead) -> Tensor:
+    """Logits from products with the head, in place: its scale, bias and softcap."""
     if head.scale != 1.0:
-        out.mul_(head.scale)
+        product.mul_(head.scale)
     if head.bias is not None:
-        out.add_(head.bias)
+        product.add_(head.bias)
     if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
+        product.div_(head.softcap).tanh_().mul_(head.softcap)
+    return product
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
@@ -67,14 +70,19 @@ def rows_to_hidden(rows: Tensor, head: LMHead, out: Tensor) -> None:
     if head.is_identity:
         out.copy_(rows)
         return
+    if returns_float32(rows, head.weight):
+        torch.mm(rows, head.weight, out_dtype=out.dtype, out=out)
+        if head.scale != 1.0:
+            out.mul_(head.scale)
+        return
     out.zero_()
-    for columns, tile in weight_tiles(head.weight, rows.dtype):
-        out.addmm_(rows[:, columns], tile, alpha=head.scale)
+    for columns, tile in weight_tiles(head.weight, out.dtype):
+        out.addmm_(rows[:, columns].to(out.dtype), tile, alpha=head.scale)
 
 
 def rows_to_weight(rows: Tensor, hidden: Tensor, head: LMHead, out: Tensor) -> None:
     """Add `scale * rows.T @ hidden` (V, D) to `out`: the gradient of a head that trains."""
-    out.addmm_(rows.T, hidden.to(rows.dtype), alpha=head.scale)
+    out.addmm_(rows.to(out.dtype).T, hidden.to(out.dtype), alpha=head.scale)
 
 
 def softcap_slope(logits: Tensor, head: LMHead) -> Tensor | None:
@@ -90,9 +98,9 @@ def add_head_rows(out: Tensor, index: Tensor, coefficient: Tensor, head: LMHead)
         out.addcmul_(head.weight[index].to(out.dtype), (coefficient * head.scale)[:, None])
 
 
-def returns_float32(hidden: Tensor, weight: Tensor) -> bool:
+def returns_float32(left: Tensor, weight: Tensor) -> bool:
     """True where one product of two 16-bit operands can return float32."""
-    return hidden.is_cuda and hidden.dtype == weight.dtype and weight.dtype.itemsize == 2
+    return left.is_cuda and left.dtype == weight.dtype and weight.dtype.itemsize == 2
 
 
 def weight_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

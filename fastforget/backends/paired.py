@@ -1,4 +1,4 @@
-"""The paired pass of the `chunked` backend: policy and reference logits of one chunk side by side.
+"""The paired rows of the `chunked` backend: policy and reference log-probabilities of one chunk side by side.
 
 Values are sums of terms that are each >= 0 (the expm1 form), and the row written for the second product is the
 difference itself (p - q), never a difference of two rounded products: at the start of every LoRA run p is almost q,
@@ -11,52 +11,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from fastforget.backends import gemm
-from fastforget.head import LMHead
-
-
-def divergence(hidden: Tensor, ref_hidden: Tensor, head: LMHead, kind: str) -> Tensor:
-    """(n,) forward KL(q||p), reverse KL(p||q) or JSD; q is the reference's distribution, p the model's."""
-    compute_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return Divergence.apply(hidden, ref_hidden, head, kind, compute_grad)
-
-
-class Divergence(torch.autograd.Function):
-    """Divergence of kept rows from the reference; the gradient over hidden states is computed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden, ref_hidden, head, kind, compute_grad):
-        dtype = gemm.compute_dtype(hidden)
-        count = hidden.shape[0]
-        vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
-        value = torch.empty(count, dtype=dtype, device=hidden.device)
-        grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if compute_grad else None
-        policy_buffer = gemm.chunk_buffer(count, vocabulary, hidden)
-        reference_buffer = torch.empty_like(policy_buffer)
-        for rows in gemm.row_chunks(count, vocabulary, dtype):
-            policy = policy_buffer[: rows.stop - rows.start]
-            reference = reference_buffer[: rows.stop - rows.start]
-            gemm.logits_into(policy, hidden[rows], head)
-            gemm.logits_into(reference, ref_hidden[rows], head)
-            slope = gemm.softcap_slope(policy, head) if compute_grad else None
-            log_p, log_q = gemm.log_softmax_(policy), gemm.log_softmax_(reference)
-            value[rows], row = KINDS[kind](log_p, log_q, compute_grad)
-            if row is not None and grad is not None:
-                if slope is not None:
-                    row.mul_(slope)
-                gemm.rows_to_hidden(row, head, out=grad[rows])
-        if grad is not None:
-            ctx.save_for_backward(grad)
-        ctx.hidden_dtype = hidden.dtype
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
-        return (grad * upstream[:, None]).to(ctx.hidden_dtype), None, None, None, None
 
 
 def forward_kl_rows(log_p: Tensor, log_q: Tensor, compute_grad: bool) -> tuple[Tensor, Tensor | None]:

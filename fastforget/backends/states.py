@@ -10,72 +10,94 @@ Nothing (n, D) is kept but the inputs: the gradient is a difference divided by a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastforget.backends import gemm
 
 
-def state_stats(
-    hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """(distance (n,) from the anchor, pull (n,): distance from the nearest centre) of hidden (n, D).
+def measure(
+    hidden: Tensor, positions: Tensor | None, anchor: Tensor | None, centres: Tensor | None, metric: str
+) -> dict[str, Tensor]:
+    """`distance` (n,) of the kept rows of hidden (N, D) from the anchor, and `pull` from the `nearest` centre.
 
-    anchor: (n, D) or (D,); centres: (K, D); both constants, of any floating dtype. What was not given is None.
+    anchor: (N, D), one for each row, or (D,); centres: (K, D); both constants, of any floating dtype.
     """
-    distance = None if anchor is None else Distance.apply(hidden, anchor.detach().expand_as(hidden), None, metric)
-    pull = None
+    fields = {}
+    if anchor is not None:
+        fields["distance"] = distances(hidden, positions, anchor, None, metric)
     if centres is not None:
-        centres = centres.detach()
-        pull = Distance.apply(hidden, centres, nearest_centre(hidden.detach(), centres, metric), metric)
-    return distance, pull
+        fields["nearest"] = nearest = nearest_centre(hidden, positions, centres, metric)
+        fields["pull"] = distances(hidden, positions, centres, nearest, metric)
+    return fields
 
 
-def nearest_centre(hidden: Tensor, centres: Tensor, metric: str) -> Tensor:
-    """(n,) int64, the centre at the smallest distance from each state."""
+def distances(hidden: Tensor, positions: Tensor | None, points: Tensor, index: Tensor | None, metric: str) -> Tensor:
+    """(n,), the distance of each kept row from its own point, or from the one of `points` that `index` (n,) names."""
+    dtype = gemm.compute_dtype(hidden)
+    count = len(hidden if positions is None else positions)
+    found = torch.empty(count, dtype=dtype, device=hidden.device)
+    for rows in state_chunks(count, hidden):
+        points_here = points_of(points, index, positions, rows).to(dtype)
+        found[rows] = METRICS[metric](kept(hidden, positions, rows), points_here)[0]
+    return found
+
+
+def add_gradient(
+    grad: Tensor,
+    hidden: Tensor,
+    positions: Tensor | None,
+    points: Tensor,
+    index: Tensor | None,
+    metric: str,
+    upstream: Tensor,
+) -> None:
+    """Add the gradient of `distances`, times the upstream gradient (n,), to `grad` (N, D)."""
+    for rows in state_chunks(len(upstream), hidden):
+        state = kept(hidden, positions, rows)
+        points_here = points_of(points, index, positions, rows).to(state.dtype)
+        part = METRICS[metric](state, points_here)[1] * upstream[rows, None]
+        if positions is None:
+            grad[rows] += part.to(grad.dtype)
+        else:
+            grad.index_add_(0, positions[rows], part.to(grad.dtype))
+
+
+def state_chunks(count: int, hidden: Tensor) -> Iterator[slice]:
+    """Slices of rows that fit the byte budget in float32."""
+    return gemm.row_chunks(count, gemm.chunk_rows(hidden.shape[1], hidden))
+
+
+def kept(hidden: Tensor, positions: Tensor | None, rows: slice) -> Tensor:
+    """Some of the kept rows, in the dtype that is computed in."""
+    part = hidden[rows] if positions is None else hidden.index_select(0, positions[rows])
+    return part.to(gemm.compute_dtype(hidden))
+
+
+def nearest_centre(hidden: Tensor, positions: Tensor | None, centres: Tensor, metric: str) -> Tensor:
+    """(n,) int64, the centre at the smallest distance from each kept row."""
     dtype = gemm.compute_dtype(hidden)
     points = centres.to(dtype)
     points = unit_vectors(points)[0] if metric == "cosine" else points
-    nearest = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-    for rows in gemm.row_chunks(len(hidden), hidden.shape[1], dtype):
-        chunk = hidden[rows].to(dtype)
+    count = len(hidden if positions is None else positions)
+    nearest = torch.empty(count, dtype=torch.long, device=hidden.device)
+    for rows in state_chunks(count, hidden):
+        chunk = kept(hidden, positions, rows)
         chunk = unit_vectors(chunk)[0] if metric == "cosine" else chunk
         between = torch.cdist(chunk, points, compute_mode="donot_use_mm_for_euclid_dist")
         nearest[rows] = between.argmin(dim=1)
     return nearest
 
 
-class Distance(torch.autograd.Function):
-    """Distance (n,) of each state from its own point: row by row of (n, D), or the row that `index` (n,) names."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, points: Tensor, index: Tensor | None, metric: str) -> Tensor:
-        dtype = gemm.compute_dtype(hidden)
-        distance = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        for rows in gemm.row_chunks(len(hidden), hidden.shape[1], dtype):
-            distance[rows] = METRICS[metric](hidden[rows].to(dtype), points_of(points, index, rows).to(dtype))[0]
-        ctx.metric = metric
-        ctx.save_for_backward(hidden, points, index)
-        return distance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, points, index = ctx.saved_tensors
-        dtype = upstream.dtype
-        grad = torch.empty_like(hidden)
-        for rows in gemm.row_chunks(len(hidden), hidden.shape[1], dtype):
-            direction = METRICS[ctx.metric](hidden[rows].to(dtype), points_of(points, index, rows).to(dtype))[1]
-            grad[rows] = (direction * upstream[rows, None]).to(grad.dtype)
-        return grad, None, None, None
-
-
-def points_of(points: Tensor, index: Tensor | None, rows: slice) -> Tensor:
-    """The points of some rows, (r, D)."""
-    return points[rows] if index is None else points[index[rows]]
+def points_of(points: Tensor, index: Tensor | None, positions: Tensor | None, rows: slice) -> Tensor:
+    """The points of some kept rows: (r, D), or (1, D) where one point is everybody's."""
+    if index is not None:
+        return points[index[rows]]
+    if points.dim() == 1:
+        return points[None]
+    return points[rows] if positions is None else points.index_select(0, positions[rows])
 
 
 def l2_rows(hidden: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

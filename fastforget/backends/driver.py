@@ -1,0 +1,398 @@
+"""GEMM, rows, GEMM: statistics and their gradients without ever holding N x V logits.
+
+For a chunk of tokens that fits a byte budget, the products with the head are computed into a reused buffer, a backend's
+row pass reads off the statistics and overwrites the row with a gradient over the logits, and a second product with the
+head turns that row into a gradient over the hidden states. This happens in the *forward* pass: what is kept is (n, D),
+and the backward pass only scales it by whatever the loss above turns out to be. Only where that cannot serve (entropy,
+expected embedding, a head that trains) does the backward pass compute the products again, chunk by chunk.
+
+A backend is a module with the row passes `label_pass`, `paired_pass`, `gradient_pass` and `row_dtype`; `chunked` has
+them in torch, `triton` as kernels. Nothing here looks at a value on the device: no synchronisation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastforget.backends import gemm, states
+from fastforget.head import LMHead
+
+NOT_DIFFERENTIABLE = {"logp_mean", "logp_var", "argmax"}
+NEEDS_RECOMPUTE = {"entropy", "expected_embedding"}
+ALWAYS = ("logp", "lse", "log_not_label")  # what the backward pass needs, beside what was asked for
+
+
+@dataclass
+class Against:
+    """What states are measured against: `anchor` (N, D) or (D,), `centres` (K, D); nothing, where there are neither.
+
+    `states` (N, D) are those that are measured, where they are not the hidden states that enter the head.
+    """
+
+    states: Tensor | None = None
+    anchor: Tensor | None = None
+    centres: Tensor | None = None
+    metric: str = "l2"
+
+    def __bool__(self) -> bool:
+        return self.anchor is not None or self.centres is not None
+
+
+@dataclass
+class LabelPass:
+    """What a label row pass found of a chunk, and the row that it wrote."""
+
+    fields: dict[str, Tensor]
+    row: Tensor
+    label_slope: Tensor | None = None  # of the softcap at the label's logit; None: 1
+    row_scale: Tensor | None = None  # what each row was multiplied with; None: 1
+    masses: Tensor | None = None  # (n, tiles)
+    states: dict[str, Tensor] = field(default_factory=dict)  # distance, pull, nearest
+
+
+@dataclass
+class PairedPass:
+    """What a paired row pass found of a chunk, and the row that it wrote."""
+
+    value: Tensor
+    row: Tensor | None
+    row_scale: Tensor | None = None
+
+
+@dataclass
+class Chunks:
+    """Kept rows of hidden states, a chunk at a time, with the buffers that all chunks share."""
+
+    hidden: Tensor
+    positions: Tensor | None
+    head: LMHead
+
+    def __post_init__(self) -> None:
+        self.count = len(self.hidden if self.positions is None else self.positions)
+        self.vocabulary = self.hidden.shape[1] if self.head.is_identity else self.head.weight.shape[0]
+        self.dtype = gemm.compute_dtype(self.hidden)
+        self.step = min(self.count, gemm.chunk_rows(self.vocabulary, self.hidden))
+
+    def buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer for one chunk of logits."""
+        return torch.empty(self.step, self.vocabulary, dtype=dtype or self.dtype, device=self.hidden.device)
+
+    def empty_states(self) -> Tensor:
+        """An empty (n, D), float32 or float64."""
+        return torch.empty(self.count, self.hidden.shape[1], dtype=self.dtype, device=self.hidden.device)
+
+    def __iter__(self) -> Iterator[slice]:
+        return gemm.row_chunks(self.count, max(self.step, 1))
+
+    def of(self, tensor: Tensor, rows: slice) -> Tensor:
+        """These kept rows of a tensor that has one for each position."""
+        return tensor[rows] if self.positions is None else tensor.index_select(0, self.positions[rows])
+
+    def against(self, against: Against, rows: slice) -> Against:
+        """The same for these kept rows, with their states."""
+        anchor = against.anchor
+        if anchor is not None and anchor.dim() == 2:
+            anchor = self.of(anchor, rows)
+        measured = self.hidden if against.states is None else against.states
+        return Against(self.of(measured, rows), anchor, against.centres, against.metric)
+
+    def scatter_scaled(self, kept: Tensor, factor: Tensor, out: Tensor) -> None:
+        """Write `kept * factor` (n, D) into the rows of `out` (N, D), a bounded chunk at a time."""
+        width = max(1, gemm.TILE_BYTES // (kept.shape[1] * kept.dtype.itemsize))
+        for rows in gemm.row_chunks(self.count, width):
+            part = kept[rows] * factor[rows, None]
+            if self.positions is None:
+                out[rows] = part
+            else:
+                out.index_copy_(0, self.positions[rows], part.to(out.dtype))
+
+
+def passes_of(backend: str, dtype: torch.dtype) -> Any:
+    """The module with a backend's row passes; float64 is `chunked`'s alone."""
+    return importlib.import_module(f"fastforget.backends.{'chunked' if dtype == torch.float64 else backend}")
+
+
+@dataclass
+class Forward:
+    """What the forward pass computed: `fields` by name, and what the backward pass needs."""
+
+    fields: dict[str, Tensor]
+    unit_grad: Tensor | None  # (n, D): (unit row - onehot(label)) @ scale W
+    nearest: Tensor | None = None  # (n,): the nearest centre
+
+
+def label_forward(
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    head: LMHead,
+    names: Collection[str],
+    compute_grad: bool,
+    backend: str,
+    tail_mass: float = 0.0,
+    against: Against | None = None,
+) -> Forward:
+    """Statistics of the kept rows of hidden (N, D); labels (n,) are those of the kept rows."""
+    chunks = Chunks(hidden, positions, head)
+    passes = passes_of(backend, chunks.dtype)
+    want_unit = compute_grad or "expected_embedding" in names
+    skipping = want_unit and tail_mass > 0 and hasattr(passes, "skipping_product") and not head.is_identity
+    unit_grad = chunks.empty_states() if want_unit else None
+    expected = chunks.empty_states() if "expected_embedding" in names else None
+    dropped = torch.zeros(chunks.count, dtype=chunks.dtype, device=hidden.device) if tail_mass > 0 else None
+    parts: dict[str, list[Tensor]] = {}
+    product = chunks.buffer()
+    written = product
+    if want_unit and passes.row_dtype(head, hidden) != product.dtype:
+        written = chunks.buffer(passes.row_dtype(head, hidden))
+    for rows in chunks:
+        count = rows.stop - rows.start
+        state = chunks.of(hidden, rows)
+        gemm.product_into(product[:count], state, head)
+        found: LabelPass = passes.label_pass(
+            product[:count],
+            labels[rows],
+            head,
+            names,
+            written[:count] if want_unit else None,
+            masses=skipping,
+            against=chunks.against(against, rows) if against else None,
+        )
+        for name, value in {**found.fields, **found.states}.items():
+            parts.setdefault(name, []).append(value)
+        if unit_grad is None:
+            continue
+        grad = unit_grad[rows]
+        if skipping:
+            # what is dropped of d logp is (1 - p_y) times what is dropped of the row; log(1 - p_y) may need all of it
+            weight = None if "log_not_label" in names or expected is not None else found.fields["log_not_label"].exp()
+            dropped[rows] = passes.skipping_product(found, labels[rows], head, weight, tail_mass, out=grad)  # type: ignore[index]
+        else:
+            gemm.rows_to_hidden(found.row, head, out=grad)
+        if found.row_scale is not None:
+            grad.div_(found.row_scale[:, None])
+        if expected is not None:
+            torch.mul(grad, found.fields["log_not_label"].exp()[:, None], out=expected[rows])
+        # The label's -1 is one row of the head: in the product, the others' small terms would be rounded against it
+        label_slope = torch.ones_like(found.fields["lse"]) if found.label_slope is None else found.label_slope
+        gemm.add_head_rows(grad, labels[rows], -label_slope, head)
+    fields = {name: torch.cat(part) for name, part in parts.items()}
+    if chunks.count == 0:
+        fields = empty_fields(names, chunks.dtype, hidden.device)
+    if expected is not None:
+        fields["expected_embedding"] = expected
+        gemm.add_head_rows(expected, labels, fields["logp"].exp(), head)
+    if against and not {"distance", "pull"} & set(fields):  # no part of this backend's row pass, or there was no row
+        measured = hidden if against.states is None else against.states
+        fields |= states.measure(measured, positions, against.anchor, against.centres, against.metric)
+    if dropped is not None:
+        fields["dropped_mass"] = dropped
+    return Forward(fields, unit_grad, fields.pop("nearest", None))
+
+
+def empty_fields(names: Collection[str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The fields of no token at all."""
+    fields = {name: torch.empty(0, dtype=dtype, device=device) for name in {*names, *ALWAYS} - {"expected_embedding"}}
+    if "argmax" in fields:
+        fields["argmax"] = fields["argmax"].long()
+    return fields
+
+
+def label_backward(
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    head: LMHead,
+    forward: Forward,
+    upstream: dict[str, Tensor],
+    train_weight: bool,
+    train_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients over hidden (N, D) and over a head that trains, from the upstream gradients of the fields.
+
+    Those of distance and pull are `states_backward`'s.
+    """
+    chunks = Chunks(hidden, positions, head)
+    logp, log_not = forward.fields["logp"], forward.fields["log_not_label"]
+    argmax = forward.fields.get("argmax")
+    capped_mean = "logit_mean" in upstream and head.softcap is not None
+    if train_weight or train_bias or capped_mean or NEEDS_RECOMPUTE & set(upstream):
+        kept, grad_weight, grad_bias = recompute(
+            chunks, labels, logp, log_not, argmax, upstream, train_weight, train_bias, backend
+        )
+        if positions is None:
+            return kept.to(hidden.dtype), grad_weight, grad_bias
+        grad = torch.zeros_like(hidden)
+        chunks.scatter_scaled(kept, torch.ones_like(logp), grad)
+        return grad, grad_weight, grad_bias
+    assert forward.unit_grad is not None
+    grad = torch.empty_like(hidden) if positions is None else torch.zeros_like(hidden)
+    direct = {"lse", "label_logit", "max_logit", "logit_mean"} & set(upstream)
+    kept, factor = forward.unit_grad, unit_coefficient(upstream, logp, log_not)
+    if direct:
+        kept = kept * factor[:, None]
+        add_direct_gradients(kept, chunks, labels, argmax, upstream)
+        factor = torch.ones_like(factor)
+    chunks.scatter_scaled(kept, factor, grad)
+    return grad, None, None
+
+
+def state_forward(
+    hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, backend: str
+) -> dict[str, Tensor]:
+    """`distance`, `pull` and `nearest` (n,) of any layer's states, as far as there are an anchor and centres."""
+    passes = passes_of(backend, gemm.compute_dtype(hidden))
+    measure = getattr(passes, "state_pass", states.measure)
+    return measure(hidden, None, anchor, centres, metric)
+
+
+def states_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    positions: Tensor | None,
+    against: Against,
+    nearest: Tensor,
+    upstream: dict[str, Tensor],
+) -> None:
+    """Add the gradients of `distance` and `pull` to `grad` (N, D)."""
+    measured = hidden if against.states is None else against.states
+    for name, points, index in (("distance", against.anchor, None), ("pull", against.centres, nearest)):
+        if name in upstream and points is not None:
+            states.add_gradient(grad, measured, positions, points, index, against.metric, upstream[name])
+
+
+def unit_coefficient(upstream: dict[str, Tensor], logp: Tensor, log_not: Tensor) -> Tensor:
+    """The unit row's factor: d logp = -(1 - p_y) unit, d lse = (1 - p_y) unit + onehot, d log(1 - p_y) = p_y unit."""
+    zero = torch.zeros_like(logp)
+    outer = upstream.get("lse", zero) - upstream.get("logp", zero)
+    return outer * log_not.exp() + upstream.get("log_not_label", zero) * logp.exp()
+
+
+def add_direct_gradients(
+    grad: Tensor, chunks: Chunks, labels: Tensor, argmax: Tensor | None, upstream: dict[str, Tensor]
+) -> None:
+    """Add the gradients that are single rows of the head (label_logit, lse's label part, max_logit) or their mean."""
+    head = chunks.head
+    single = [(labels, upstream.get("lse")), (labels, upstream.get("label_logit")), (argmax, upstream.get("max_logit"))]
+    for index, coefficient in single:
+        if coefficient is None or index is None or len(grad) == 0:
+            continue
+        if head.softcap is not None:
+            logit = head_logit(head, chunks.of(chunks.hidden, slice(0, chunks.count)), index)
+            coefficient = coefficient * (1.0 - (logit / head.softcap).square())
+        gemm.add_head_rows(grad, index, coefficient, head)
+    if "logit_mean" in upstream:
+        coefficient = upstream["logit_mean"][:, None]
+        if head.is_identity:
+            grad += coefficient / grad.shape[1]
+        else:
+            grad += coefficient * (head.scale * head.weight.mean(dim=0, dtype=grad.dtype))
+
+
+def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
+    """The capped logit (n,) of one token a row."""
+    dtype = gemm.compute_dtype(hidden)
+    assert head.softcap is not None
+    logit = (hidden.to(dtype) * head.weight[index].to(dtype)).sum(dim=1) * head.scale
+    if head.bias is not None:
+        logit = logit + head.bias[index].to(dtype)
+    return torch.tanh(logit / head.softcap) * head.softcap
+
+
+def recompute(
+    chunks: Chunks,
+    labels: Tensor,
+    logp: Tensor,
+    log_not: Tensor,
+    argmax: Tensor | None,
+    upstream: dict[str, Tensor],
+    train_weight: bool,
+    train_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients over hidden states and a trainable head for any mix of upstream gradients, by one more logits pass."""
+    head, hidden, dtype = chunks.head, chunks.hidden, chunks.dtype
+    passes = passes_of(backend, dtype)
+    grad_hidden = chunks.empty_states()
+    grad_weight = torch.zeros(head.weight.shape, dtype=dtype, device=hidden.device) if train_weight else None
+    grad_bias = torch.zeros(chunks.vocabulary, dtype=dtype, device=hidden.device) if train_bias else None
+    embedding_grad = upstream.get("expected_embedding")
+    coefficients = {name: upstream[name] for name in upstream if name != "expected_embedding"}
+    coefficients.pop("logp", None)
+    coefficients.pop("log_not_label", None)
+    coefficients["unit"] = unit_coefficient({**upstream, "lse": torch.zeros_like(logp)}, logp, log_not)
+    product = chunks.buffer()
+    projected: Any = chunks.buffer() if embedding_grad is not None else None
+    # a head that trains gets its gradient from rows in float32; float16 rows would need a scale that is not known
+    narrow = passes.row_dtype(head, hidden)
+    out_dtype = narrow if narrow == torch.bfloat16 and not (train_weight or train_bias) else dtype
+    written = product if out_dtype == product.dtype else chunks.buffer(out_dtype)
+    for rows in chunks:
+        count = rows.stop - rows.start
+        state = chunks.of(hidden, rows)
+        gemm.product_into(product[:count], state, head)
+        along = None
+        if embedding_grad is not None:
+            along = projected[:count]
+            gemm.product_into(along, embedding_grad[rows].to(dtype), head)
+            if grad_weight is not None:  # tau is itself a product with the weight
+                probs = torch.softmax(gemm.finish_logits_(product[:count].clone(), head), dim=1)
+                grad_weight.addmm_(probs.T, embedding_grad[rows].to(dtype), alpha=head.scale)
+        row = passes.gradient_pass(
+            product[:count],
+            labels[rows],
+            head,
+            {name: value[rows] for name, value in coefficients.items()},
+            argmax=None if argmax is None else argmax[rows],
+            projected=along,
+            out=written[:count],
+        )
+        gemm.rows_to_hidden(row, head, out=grad_hidden[rows])
+        if grad_weight is not None:
+            gemm.rows_to_weight(row, state, head, out=grad_weight)
+        if grad_bias is not None:
+            grad_bias += row.sum(dim=0)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(head.weight.dtype)
+    if grad_bias is not None and head.bias is not None:
+        grad_bias = grad_bias.to(head.bias.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def divergence_forward(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    positions: Tensor | None,
+    head: LMHead,
+    kind: str,
+    compute_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """(divergence (n,) of the kept rows, gradient (n, D) over their states)."""
+    chunks = Chunks(hidden, positions, head)
+    passes = passes_of(backend, chunks.dtype)
+    value = torch.empty(chunks.count, dtype=chunks.dtype, device=hidden.device)
+    grad = chunks.empty_states() if compute_grad else None
+    policy, reference = chunks.buffer(), chunks.buffer()
+    written = policy
+    if compute_grad and passes.row_dtype(head, hidden) != policy.dtype:
+        written = chunks.buffer(passes.row_dtype(head, hidden))
+    for rows in chunks:
+        count = rows.stop - rows.start
+        gemm.product_into(policy[:count], chunks.of(hidden, rows), head)
+        gemm.product_into(reference[:count], chunks.of(ref_hidden, rows), head)
+        out = written[:count] if compute_grad else None
+        found: PairedPass = passes.paired_pass(policy[:count], reference[:count], head, kind, out)
+        value[rows] = found.value
+        if grad is not None and found.row is not None:
+            gemm.rows_to_hidden(found.row, head, out=grad[rows])
+            if found.row_scale is not None:
+                grad[rows].div_(found.row_scale[:, None])
+    return value, grad

@@ -1,0 +1,140 @@
+"""The row passes of the `triton` backend: the kernels of `fastforget_kernels`, as the driver takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from fastforget.backends.driver import Against, LabelPass, PairedPass
+from fastforget.head import LMHead
+from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping, state_rows
+
+MOMENTS = {"max_logit", "argmax", "logit_mean", "entropy", "logp_mean", "logp_var"}  # what the plain pass leaves out
+
+
+def row_dtype(head: LMHead, hidden: Tensor) -> torch.dtype:
+    """The dtype of written rows: what the second product with the head takes."""
+    if head.is_identity or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return head.weight.dtype
+
+
+def label_pass(
+    product: Tensor,
+    labels: Tensor,
+    head: LMHead,
+    names: Collection[str],
+    out: Tensor | None,
+    *,
+    masses: bool = False,
+    against: Against | None = None,
+) -> LabelPass:
+    """Statistics of each row, its states' distances, and the row written into `out`, in one launch."""
+    found = label_rows.label_rows(
+        product,
+        labels,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        moments=bool(MOMENTS & set(names)),
+        out=out,
+        masses=masses,
+        states=None if against is None else measured(against),
+    )
+    values = dict(zip(label_rows.FIELDS, found.fields.unbind(0), strict=True))
+    fields = {name: values[name] for name in ("logp", "lse", "label_logit", "log_not_label")}
+    if found.argmax is not None:
+        fields |= {name: values[name] for name in ("max_logit", "logit_mean", "logp_mean", "logp_var")}
+        fields |= {"entropy": -values["logp_mean"], "argmax": found.argmax}
+    result = LabelPass(fields, product if out is None else out, masses=found.masses)
+    if head.softcap is not None:
+        result.label_slope = values["label_slope"]
+    if out is not None and out.dtype == torch.float16:
+        result.row_scale = values["row_scale"]
+    if against is not None and found.states is not None:
+        result.states = state_fields(found.states, found.nearest, against)
+    return result
+
+
+def paired_pass(policy: Tensor, reference: Tensor, head: LMHead, kind: str, out: Tensor | None) -> PairedPass:
+    """A divergence of each row, and where `out` is given its gradient over the logits."""
+    value, row_scale = paired_rows.paired_rows(
+        policy, reference, kind, bias=head.bias, scale=head.scale, softcap=head.softcap, out=out
+    )
+    scaled = out is not None and out.dtype == torch.float16
+    return PairedPass(value, out, row_scale if scaled else None)
+
+
+def gradient_pass(
+    product: Tensor,
+    labels: Tensor,
+    head: LMHead,
+    coefficients: Mapping[str, Tensor],
+    *,
+    argmax: Tensor | None,
+    projected: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """The gradient over the logits for any mix of upstream gradients, written into `out`."""
+    gradient_rows.gradient_rows(
+        product,
+        labels,
+        coefficients,
+        argmax=argmax,
+        projected=projected,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        out=out,
+    )
+    return out
+
+
+def state_pass(
+    hidden: Tensor, positions: Tensor | None, anchor: Tensor | None, centres: Tensor | None, metric: str
+) -> dict[str, Tensor]:
+    """`distance`, `pull` and `nearest` of states, as far as there are an anchor and centres."""
+    states = hidden if positions is None else hidden.index_select(0, positions)
+    if positions is not None and anchor is not None and anchor.dim() == 2:
+        anchor = anchor.index_select(0, positions)
+    against = Against(states, anchor, centres, metric)
+    return state_fields(*state_rows.state_rows(*measured(against)), against)
+
+
+def measured(against: Against) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+    """States, anchor, centres and metric as the kernels take them: rows contiguous."""
+    assert against.states is not None
+    states = rows_contiguous(against.states)
+    anchor, centres = against.anchor, against.centres
+    if anchor is not None:
+        anchor = rows_contiguous(anchor.float())  # of any dtype, and rounded to none
+    if centres is not None:
+        centres = state_rows.prepared_centres(centres, against.metric)
+    return states, anchor, centres, against.metric
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor with the elements of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def state_fields(values: Tensor, nearest: Tensor | None, against: Against) -> dict[str, Tensor]:
+    """The kernels' distances under the fields' names."""
+    fields = {}
+    if against.anchor is not None:
+        fields["distance"] = values[0]
+    if against.centres is not None and nearest is not None:
+        fields |= {"pull": values[1], "nearest": nearest}
+    return fields
+
+
+def skipping_product(
+    found: LabelPass, labels: Tensor, head: LMHead, weight: Tensor | None, tail_mass: float, out: Tensor
+) -> Tensor:
+    """The second product without the tiles that may be left out; returns the mass dropped of each row (n,)."""
+    assert found.masses is not None
+    return skipping.skipping_product(
+        found.row, head.weight, found.masses, labels, weight, tail_mass, scale=head.scale, out=out
+    )

@@ -1,0 +1,236 @@
+"""The paired row pass: policy and frozen reference side by side; a divergence, and its gradient over the logits.
+
+    forward KL(q||p)   sum of q (expm1(d) - d),  d = log p - log q          row  p - q
+    reverse KL(p||q)   sum of p (expm1(-d) + d)                             row  p (d - KL)
+    JSD                half of KL(p||m) and KL(q||m), m = (p + q) / 2       row  p/2 (log p - log m - KL(p||m))
+
+Every summand of a value is >= 0, and where p is almost q (the start of every LoRA run) nothing cancels: p - q is
+q expm1(d), never a difference of two rounded numbers. One program a row: a first loop for both logsumexps, a second
+for the value, and for forward KL the row with it; the others' rows need their value first, and a third loop.
+
+    reads  2 V, two or three times (after the first from cache where the chunk fits it)    writes  V + 2 numbers a row
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastforget_kernels.arithmetic import (
+    expm1,
+    expm1_excess,
+    finish_logits,
+    finite_or_zero,
+    log1p,
+    power_of_two_below,
+    softcap_slope,
+)
+from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
+
+BLOCK = 2048  # of two rows at a time
+WARPS = 8
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+LOG_2 = 0.6931471805599453
+
+
+@triton.jit
+def log_normaliser(logits, bias, vocabulary, scale, softcap, bias_count, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest logit, log of the sum of e^(z - it)) of one row."""
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < vocabulary
+        product = tl.load(logits + columns, mask=mask, other=0.0)
+        row = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
+        row = tl.where(mask, row, float("-inf"))
+        new_top = tl.maximum(top, tl.max(row, 0))
+        base = finite_or_zero(new_top)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(row - base), 0)
+        top = new_top
+    return finite_or_zero(top), tl.log(total)
+
+
+@triton.jit
+def log_probs(logits, bias, columns, mask, top, log_total, scale, softcap, bias_count, TRANSFORM: tl.constexpr):
+    """(log-probabilities, slopes of the softcap); centred before log_total, or large logits would cost their digits."""
+    product = tl.load(logits + columns, mask=mask, other=0.0)
+    row = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
+    slope = softcap_slope(row, softcap)
+    return (row - top) - log_total, slope
+
+
+@triton.jit
+def relative_entropy(log_from, gap):
+    """from * (expm1(gap) - gap) >= 0, gap = log to - log from: what KL(from||to) sums."""
+    near = tl.exp(log_from) * expm1_excess(tl.minimum(tl.maximum(gap, -1.0), 1.0))
+    # where |gap| is large, expm1 may overflow against a probability that is 0: there it is to - from - from * gap
+    probability = tl.exp(log_from)
+    far = tl.maximum(tl.exp(log_from + gap) - probability - probability * gap, 0.0)
+    return tl.where(tl.abs(gap) <= 1.0, near, far)
+
+
+@triton.jit
+def log_mixture_above(gap):
+    """log((p + q) / 2) - log p, gap = log q - log p; exact where the two are close."""
+    half = 0.5 * expm1(tl.minimum(gap, 1.0))  # (q / p - 1) / 2, >= -1/2
+    near = tl.where(half < 0.0, log1m(-half), log1p(tl.maximum(half, 0.0)))
+    # q >> p: log((p + q) / 2) = log q + log(1 + p / q) - log 2
+    far = gap + log1p(tl.exp(-tl.maximum(gap, 0.0))) - 0.6931471805599453
+    return tl.where(gap <= 1.0, near, far)
+
+
+@triton.jit
+def log1m(x):
+    """log(1 - x) for 0 <= x <= 1/2, without losing x where 1 - x rounds."""
+    rest = 1.0 - x
+    exact = tl.where(rest == 1.0, 1.0, 1.0 - rest)
+    return tl.where(rest == 1.0, -x, tl.log(rest) * (x / exact))
+
+
+@triton.jit
+def paired_rows_kernel(
+    policy,
+    policy_stride,
+    reference,
+    reference_stride,
+    bias,
+    out,
+    out_stride,
+    values,  # (2, n) float32: the divergence, and what the written row was multiplied with
+    row_count,
+    vocabulary,
+    scale,
+    softcap,
+    bias_count,
+    write,
+    KIND: tl.constexpr,  # index in KINDS
+    TRANSFORM: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    policy += row * policy_stride
+    reference += row * reference_stride
+    out += row * out_stride
+    top_p, log_total_p = log_normaliser(policy, bias, vocabulary, scale, softcap, bias_count, TRANSFORM, BLOCK)
+    top_q, log_total_q = log_normaliser(reference, bias, vocabulary, scale, softcap, bias_count, TRANSFORM, BLOCK)
+    row_scale = 1.0
+    if SCALED and KIND == 0:  # |p - q| is at most the larger of the two tops, e^-log_total
+        row_scale = 8192.0 * power_of_two_below(tl.exp(tl.minimum(log_total_p, log_total_q)))
+    first = 0.0  # forward KL; reverse KL; KL(p||m)
+    second = 0.0  # KL(q||m)
+    largest = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < vocabulary
+        log_p, slope = log_probs(policy, bias, columns, mask, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM)
+        log_q, _ = log_probs(reference, bias, columns, mask, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM)
+        log_p = tl.where(mask, log_p, -200.0)  # tokens that are not there: probability 0 on both sides
+        log_q = tl.where(mask, log_q, -200.0)
+        gap = log_p - log_q
+        if KIND == 0:
+            first += tl.sum(relative_entropy(log_q, gap), 0)
+            if write != 0:
+                near = tl.exp(log_q) * expm1(tl.minimum(tl.maximum(gap, -1.0), 1.0))
+                difference = tl.where(tl.abs(gap) <= 1.0, near, tl.exp(log_p) - tl.exp(log_q))
+                tl.store(out + columns, (difference * slope * row_scale).to(out.dtype.element_ty), mask=mask)
+        elif KIND == 1:
+            first += tl.sum(relative_entropy(log_p, -gap), 0)
+            if SCALED:
+                largest = tl.maximum(largest, tl.max(tl.exp(log_p) * tl.abs(gap), 0))
+        else:
+            above_p = log_mixture_above(-gap)
+            first += tl.sum(relative_entropy(log_p, above_p), 0)
+            second += tl.sum(relative_entropy(log_q, log_mixture_above(gap)), 0)
+            if SCALED:
+                largest = tl.maximum(largest, tl.max(tl.exp(log_p) * tl.abs(above_p), 0))
+    value = first
+    if KIND == 2:
+        value = 0.5 * (first + second)
+    if KIND != 0 and write != 0:
+        if SCALED:
+            largest = tl.maximum(largest, first * tl.exp(-log_total_p))
+            row_scale = 8192.0 * power_of_two_below(1.0 / tl.where(largest > 1e-30, largest, 1.0))
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < vocabulary
+            log_p, slope = log_probs(
+                policy, bias, columns, mask, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM
+            )
+            log_q, _ = log_probs(
+                reference, bias, columns, mask, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM
+            )
+            if KIND == 1:
+                gradient = tl.exp(log_p) * ((log_p - log_q) - first)
+            else:
+                gradient = 0.5 * tl.exp(log_p) * (-log_mixture_above(log_q - log_p) - first)
+            tl.store(out + columns, (gradient * slope * row_scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(values + row, value)
+    tl.store(values + row_count + row, row_scale)
+
+
+def paired_rows(
+    policy: Tensor,
+    reference: Tensor,
+    kind: str,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(2, n) float32: the divergence of each row, and what the row written into `out` was multiplied with.
+
+    policy, reference: (n, V) products with the head, float32, rows contiguous; out: (n, V) in the dtype that the second
+    product takes, `policy` itself among them, or None where no gradient is wanted.
+    """
+    count, vocabulary = policy.shape
+    values = torch.empty(2, count, dtype=torch.float32, device=policy.device)
+    written = policy if out is None else out
+    if count:
+        paired_rows_kernel[(count,)](
+            policy,
+            row_stride(policy),
+            reference,
+            row_stride(reference),
+            pointer(bias, policy),
+            written,
+            row_stride(written),
+            values,
+            count,
+            vocabulary,
+            scale,
+            softcap or 0.0,
+            0 if bias is None else vocabulary,
+            int(out is not None),
+            KIND=KINDS.index(kind),
+            TRANSFORM=bias is not None or softcap is not None,
+            SCALED=written.dtype == torch.float16,
+            BLOCK=64 if interpreting() else BLOCK,
+            num_warps=WARPS,
+        )
+    return values
+
+
+def variants() -> list[Variant]:
+    """Every configuration that `paired_rows` can launch."""
+    found = []
+    for written in (torch.float32, torch.bfloat16, torch.float16):
+        kinds: dict[str, torch.dtype | str] = {
+            **dict.fromkeys(("policy", "reference", "values"), torch.float32),
+            **dict.fromkeys(("bias", "out"), written),
+            **dict.fromkeys(("policy_stride", "reference_stride", "out_stride"), "i64"),
+            **dict.fromkeys(("row_count", "vocabulary", "bias_count", "write"), "i32"),
+            **dict.fromkeys(("scale", "softcap"), "fp32"),
+        }
+        for index, kind in enumerate(KINDS):
+            for transform in (False, True):
+                constants = {"KIND": index, "TRANSFORM": transform, "SCALED": written == torch.float16, "BLOCK": BLOCK}
+                loops = 2 if kind == "forward_kl" else 3
+                traffic = f"{loops} x 8 V read, {written.itemsize} V written"
+                found.append(Variant(paired_rows_kernel, kinds, constants, WARPS, traffic=traffic))
+    return found
