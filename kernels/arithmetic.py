@@ -7,6 +7,8 @@ few units in the last place of float32 everywhere.
 import triton
 import triton.language as tl
 
+INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 
 @triton.jit
 def log1p(x):
@@ -63,6 +65,16 @@ def finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM:
         cap = tl.where(softcap > 0.0, softcap, 1.0)
         logits = tl.where(softcap > 0.0, cap * tanh(logits / cap), logits)
     return logits
+
+
+@triton.jit
+def narrow(row, ELEMENT_TYPE: tl.constexpr):
+    """The row in the dtype that it is stored in, rounded to nearest: the interpreter would cut bfloat16 off."""
+    if INTERPRETING and ELEMENT_TYPE == tl.bfloat16:
+        bits = row.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        row = (bits & -65536).to(tl.float32, bitcast=True)
+    return row.to(ELEMENT_TYPE)
 
 
 @triton.jit

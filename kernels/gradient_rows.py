@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.arithmetic import finish_logits, finite_or_zero, softcap_slope, softplus
+from fastforget_kernels.arithmetic import finish_logits, finite_or_zero, narrow, softcap_slope, softplus
 from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
 
 BLOCK = 2048
+INTERPRETED_BLOCK = 128  # small, so that a short row has several
 WARPS = 8
 COEFFICIENTS = ("lse", "unit", "entropy", "label_logit", "max_logit", "logit_mean")
 
@@ -115,7 +116,7 @@ def gradient_rows_kernel(
         gradient += tl.where(is_label, for_label, 0.0) + tl.where(columns == best, for_max, 0.0)
         if TRANSFORM:
             gradient *= softcap_slope(row_logits, softcap)
-        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + columns, narrow(gradient, out.dtype.element_ty), mask=mask)
 
 
 def gradient_rows(
@@ -159,7 +160,7 @@ def gradient_rows(
         0 if bias is None else vocabulary,
         TRANSFORM=bias is not None or softcap is not None,
         PROJECTED=projected is not None,
-        BLOCK=64 if interpreting() else BLOCK,
+        BLOCK=INTERPRETED_BLOCK if interpreting() else BLOCK,
         num_warps=WARPS,
     )
 

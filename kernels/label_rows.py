@@ -32,6 +32,7 @@ from fastforget_kernels.arithmetic import (
     finish_logits,
     finite_or_zero,
     log1p,
+    narrow,
     power_of_two_below,
     softcap_slope,
     softplus,
@@ -43,6 +44,7 @@ from fastforget_kernels.state_rows import GROUP, state_arguments, state_distance
 BLOCK = 4096  # logits of one row at a time
 WARPS = 8
 TILE = 128  # tokens of the vocabulary that the second product skips or keeps together
+INTERPRETED_BLOCK, INTERPRETED_TILE = 128, 16  # small, so that a short row has several
 MAX_SPLITS = 16
 SPLIT_FROM = 16384  # no part of a split row is shorter
 ROWS_A_PROCESSOR = 8  # programs that keep one processor busy
@@ -222,7 +224,7 @@ def write_row(
         row = tl.where(mask & (columns != label), tl.exp(others - base) * share, 0.0)
         if TRANSFORM:
             row *= softcap_slope(others, softcap)
-        tl.store(out + columns, (row * row_scale).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + columns, narrow(row * row_scale, out.dtype.element_ty), mask=mask)
         if mass_count > 0:
             tiles = start // TILE + tl.arange(0, BLOCK // TILE)
             tile_masses = tl.sum(tl.reshape(row, (BLOCK // TILE, TILE)), 1)
@@ -528,7 +530,7 @@ def label_rows(
     device = logits.device
     fields = torch.empty(len(FIELDS), count, dtype=torch.float32, device=device)
     argmax = torch.empty(count, dtype=torch.int64, device=device)
-    block, tile = (BLOCK, TILE) if not interpreting() else (64, 16)
+    block, tile = (INTERPRETED_BLOCK, INTERPRETED_TILE) if interpreting() else (BLOCK, TILE)
     tiles = triton.cdiv(vocabulary, tile) if masses else 0
     tile_masses = torch.empty(count, tiles, dtype=torch.float32, device=device)
     hidden, anchor, centres, metric = states or (logits, None, None, "l2")

@@ -39,7 +39,7 @@ class Variant:
     signature: dict[str, torch.dtype | str]
     constants: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 3  # Triton's own default
+    num_stages: int | None = None  # Triton's own default, which is not the same for every target
     traffic: str = ""
 
     def types(self) -> dict[str, str]:

@@ -24,12 +24,14 @@ from fastforget_kernels.arithmetic import (
     finish_logits,
     finite_or_zero,
     log1p,
+    narrow,
     power_of_two_below,
     softcap_slope,
 )
 from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
 
 BLOCK = 2048  # of two rows at a time
+INTERPRETED_BLOCK = 128  # small, so that a short row has several
 WARPS = 8
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 LOG_2 = 0.6931471805599453
@@ -137,7 +139,7 @@ def paired_rows_kernel(
             if write != 0:
                 near = tl.exp(log_q) * expm1(tl.minimum(tl.maximum(gap, -1.0), 1.0))
                 difference = tl.where(tl.abs(gap) <= 1.0, near, tl.exp(log_p) - tl.exp(log_q))
-                tl.store(out + columns, (difference * slope * row_scale).to(out.dtype.element_ty), mask=mask)
+                tl.store(out + columns, narrow(difference * slope * row_scale, out.dtype.element_ty), mask=mask)
         elif KIND == 1:
             first += tl.sum(relative_entropy(log_p, -gap), 0)
             if SCALED:
@@ -168,7 +170,7 @@ def paired_rows_kernel(
                 gradient = tl.exp(log_p) * ((log_p - log_q) - first)
             else:
                 gradient = 0.5 * tl.exp(log_p) * (-log_mixture_above(log_q - log_p) - first)
-            tl.store(out + columns, (gradient * slope * row_scale).to(out.dtype.element_ty), mask=mask)
+            tl.store(out + columns, narrow(gradient * slope * row_scale, out.dtype.element_ty), mask=mask)
     tl.store(values + row, value)
     tl.store(values + row_count + row, row_scale)
 
@@ -210,7 +212,7 @@ def paired_rows(
             KIND=KINDS.index(kind),
             TRANSFORM=bias is not None or softcap is not None,
             SCALED=written.dtype == torch.float16,
-            BLOCK=64 if interpreting() else BLOCK,
+            BLOCK=INTERPRETED_BLOCK if interpreting() else BLOCK,
             num_warps=WARPS,
         )
     return values

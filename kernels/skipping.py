@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.label_rows import TILE
+from fastforget_kernels.label_rows import INTERPRETED_TILE, TILE
 from fastforget_kernels.launching import Variant, interpreting, row_stride
 
 ROWS = 64  # of a block: more share the weight's tiles, fewer have more tiles to leave out
@@ -92,7 +92,7 @@ def skipping_product(
     """
     count, vocabulary = rows.shape
     width = weight.shape[1]
-    tile = 16 if interpreting() else TILE
+    tile = INTERPRETED_TILE if interpreting() else TILE
     block_rows, columns, depth = (16, 16, 16) if interpreting() else (ROWS, COLUMNS, DEPTH)
     if factor is not None:
         masses = masses * factor[:, None]

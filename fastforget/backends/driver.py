@@ -148,9 +148,9 @@ def label_forward(
     dropped = torch.zeros(chunks.count, dtype=chunks.dtype, device=hidden.device) if tail_mass > 0 else None
     parts: dict[str, list[Tensor]] = {}
     product = chunks.buffer()
-    written = product
-    if want_unit and passes.row_dtype(head, hidden) != product.dtype:
-        written = chunks.buffer(passes.row_dtype(head, hidden))
+    # rows in 16 bit are good for gradients, which are rounded to it anyway; an expected embedding is a value
+    row_dtype = product.dtype if expected is not None else passes.row_dtype(head, hidden)
+    written = product if row_dtype == product.dtype or not want_unit else chunks.buffer(row_dtype)
     for rows in chunks:
         count = rows.stop - rows.start
         state = chunks.of(hidden, rows)

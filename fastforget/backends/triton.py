@@ -100,7 +100,8 @@ def state_pass(
     if positions is not None and anchor is not None and anchor.dim() == 2:
         anchor = anchor.index_select(0, positions)
     against = Against(states, anchor, centres, metric)
-    return state_fields(*state_rows.state_rows(*measured(against)), against)
+    fields = state_fields(*state_rows.state_rows(*measured(against)), against)
+    return {name: value.clone() for name, value in fields.items()}  # an op's results must not share memory
 
 
 def measured(against: Against) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
