@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fastforget import backends
 from fastforget.backends import OUTPUTS, eager, ops
+from fastforget.backends import in_place as in_place_stats
 from fastforget.backends.driver import Against
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
 IGNORE_INDEX = -100
+EMPTY = {"argmax": -1}  # what a field holds where the label is ignored, if not 0
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 METRICS = ("l2", "cosine")
 
@@ -181,14 +183,20 @@ def token_stats_from_logits(
     metric: str = "l2",
     margin: float | None = None,
     backend: str = "auto",
+    in_place: bool = False,
 ) -> TokenStats:
     """`token_stats` of logits (N, V) that a model has already produced, differentiable with respect to them.
 
     `hidden` (N, D) are the states that `anchor` and `centres` are for; they get their gradient too. The rest is as in
     `token_stats`.
 
+    With `in_place` the logits are overwritten, and become their own gradient in the backward pass: no second (N, V)
+    tensor. Nothing else may read them afterwards, there is one backward pass only, and gradients come from `logp`,
+    `lse`, `label_logit` and `log_not_label` alone.
+
     Raises:
-        FastforgetError: as in `token_stats`, or an anchor or centres without `hidden`.
+        FastforgetError: as in `token_stats`, an anchor or centres without `hidden`, or with `in_place` an
+            `expected_embedding` or the backend "eager".
     """
     if hidden is None and (anchor is not None or centres is not None):
         raise FastforgetError("an anchor or centres need the hidden states: give hidden (N, D) beside the logits")
@@ -198,7 +206,41 @@ def token_stats_from_logits(
     check_token_arguments(logits, head, labels, outputs, 0.0)
     against = Against() if hidden is None else checked_against(hidden, anchor, centres, metric, margin)
     against.states = hidden
+    if in_place:
+        return stats_in_place(logits, labels, positions, outputs, against, margin, backend)
     return stats_of(logits, head, labels, positions, outputs, against, margin, 0.0, backend)
+
+
+def stats_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    outputs: Collection[str],
+    against: Against,
+    margin: float | None,
+    backend: str,
+) -> TokenStats:
+    """`token_stats_from_logits(in_place=True)` of arguments that have been checked."""
+    name = backends.pick(backend, logits.device)
+    if name == "eager":
+        raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise FastforgetError("in_place=True needs logits whose rows are contiguous")
+    labels = labels.to(logits.device)
+    kept = labels != IGNORE_INDEX
+    if positions is not None:
+        kept = kept & torch.zeros_like(kept).index_fill(0, positions.to(logits.device), True)
+    labels = torch.where(kept, labels, 0)
+    check_labels(labels, logits.shape[1])
+    fields = in_place_stats.label_stats(logits, labels, kept, outputs, backend=name)
+    fields = {field: fields[field] for field in fields if field in (*outputs, "logp", "lse")}
+    found: dict[str, Tensor | None] = {}
+    if against and against.states is not None:
+        found["distance"], found["pull"] = hidden_stats(
+            against.states, against.anchor, against.centres, against.metric, margin, backend=backend
+        )
+    fields |= {field: value for field, value in found.items() if value is not None}
+    return TokenStats(**{field: torch.where(kept, value, EMPTY.get(field, 0)) for field, value in fields.items()})
 
 
 def positions_of(labels: Tensor, positions: Tensor | None, hidden: Tensor) -> Tensor:
@@ -335,12 +377,12 @@ def kept_divergence(
 def masked_rows(value: Tensor, labels: Tensor, name: str = "") -> Tensor:
     """Values (N, ...) of all rows, 0 (argmax: -1) where the label is ignored."""
     kept = (labels != IGNORE_INDEX).view(-1, *[1] * (value.dim() - 1))
-    return torch.where(kept, value, -1 if name == "argmax" else 0)
+    return torch.where(kept, value, EMPTY.get(name, 0))
 
 
 def spread(value: Tensor, positions: Tensor, count: int, name: str = "") -> Tensor:
     """Kept values (n, ...) at their positions among `count` rows, 0 elsewhere (argmax: -1)."""
-    empty = value.new_full((count, *value.shape[1:]), -1 if name == "argmax" else 0)
+    empty = value.new_full((count, *value.shape[1:]), EMPTY.get(name, 0))
     return empty.index_copy(0, positions, value)
 
 

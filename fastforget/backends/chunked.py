@@ -22,6 +22,8 @@ from fastforget.backends.driver import Against, LabelPass, PairedPass
 from fastforget.backends.paired import KINDS
 from fastforget.head import LMHead
 
+ANY_DTYPE = False  # products come in float32 or float64
+
 
 def row_dtype(head: LMHead, hidden: Tensor) -> torch.dtype:
     """The dtype of written rows: they stay in the buffer of the products."""

@@ -13,6 +13,8 @@ from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping,
 
 MOMENTS = {"max_logit", "argmax", "logit_mean", "entropy", "logp_mean", "logp_var"}  # what the plain pass leaves out
 
+ANY_DTYPE = True  # products may come in any dtype, and are then overwritten in it
+
 
 def row_dtype(head: LMHead, hidden: Tensor) -> torch.dtype:
     """The dtype of written rows: what the second product with the head takes."""
@@ -100,7 +102,8 @@ def state_pass(
     if positions is not None and anchor is not None and anchor.dim() == 2:
         anchor = anchor.index_select(0, positions)
     against = Against(states, anchor, centres, metric)
-    fields = state_fields(*state_rows.state_rows(*measured(against)), against)
+    values, nearest = state_rows.state_rows(*measured(against))
+    fields = state_fields(values, nearest, against)
     return {name: value.clone() for name, value in fields.items()}  # an op's results must not share memory
 
 

@@ -1,0 +1,177 @@
+"""What the backends promise of the machine: torch.compile traces through them, and nothing synchronises."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastforget as ff
+from fastforget.backends import ops, why_not_triton
+from fastforget.stats import DIVERGENCES, OUTPUTS
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy
+BACKENDS = ["chunked", *(["triton"] if why_not_triton(torch.device("cpu")) is None else [])]
+DIFFERENTIABLE = [name for name in OUTPUTS if name not in ("logp_mean", "logp_var", "argmax")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+
+
+def problem(rows=5, width=8, vocabulary=40):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, width, generator=generator)
+    hidden = torch.randn(rows, width, generator=generator)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[1] = -100
+    return hidden, weight, labels
+
+
+def loss_of(hidden, weight, labels, positions, backend):
+    """Every op: statistics with states, a divergence, states alone."""
+    head = ff.LMHead(weight)
+    stats = ff.token_stats(
+        hidden,
+        head,
+        labels,
+        positions=positions,
+        outputs=("logp", "entropy"),
+        anchor=hidden.detach() + 1,
+        centres=weight[:3].detach(),
+        backend=backend,
+    )
+    kl = ff.divergence(hidden, hidden.detach() + 0.1, LMHead_frozen(weight), positions=positions, backend=backend)
+    distance, pull = ff.hidden_stats(hidden, weight[0].detach(), weight[:2].detach(), backend=backend)
+    own = stats.logp.square().sum() + stats.entropy.sum() + stats.distance.sum() + stats.pull.sum()
+    return own + kl.sum() + distance.sum() + pull.sum()
+
+
+def LMHead_frozen(weight):
+    return ff.LMHead(weight.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_compile_traces_the_whole_function(backend, train, with_positions):
+    hidden, weight, labels = problem()
+    positions = torch.tensor([0, 2, 3, 4]) if with_positions else None
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        leaf, trained = hidden.clone().requires_grad_(), weight.clone().requires_grad_(train)
+        loss = function(leaf, trained, labels, positions, backend)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, *([trained.grad] if train else [])))
+    for expected, compiled in zip(*results, strict=True):
+        assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_with_inductor():
+    hidden, weight, labels = problem()
+    compiled = torch.compile(loss_of, fullgraph=True)
+    positions = torch.tensor([0, 2, 3, 4])
+    assert float(compiled(hidden, weight, labels, positions, "chunked")) == pytest.approx(
+        float(loss_of(hidden, weight, labels, positions, "chunked")), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("outputs", [("logp",), OUTPUTS])
+@pytest.mark.parametrize("tail_mass", [0.0, 1e-3])
+def test_fake_implementations_tell_the_truth(outputs, tail_mass):
+    """torch's own checks of a custom op: schema, fake tensors, autograd registration."""
+    hidden, weight, labels = problem()
+    names = ",".join(
+        [*(name for name in OUTPUTS if name in outputs or name in ("logp", "lse", "log_not_label", "argmax"))]
+    )
+    arguments = (
+        hidden.requires_grad_(),
+        labels.clamp(min=0),
+        None,
+        weight,
+        None,
+        None,
+        hidden.detach() + 1,
+        weight[:3],
+        "l2",
+        1.0,
+        0.0,
+        names + ",distance,pull" + (",dropped_mass" if tail_mass else ""),
+        True,
+        tail_mass,
+        "chunked",
+    )
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.token_stats_op, arguments, test_utils=checks)
+
+
+def test_fake_implementations_of_the_others_tell_the_truth():
+    hidden, weight, _ = problem()
+    hidden.requires_grad_()
+    positions = torch.tensor([0, 3])
+    for arguments in (
+        (hidden, hidden.detach() + 1, positions, weight, None, 1.0, 0.0, "forward_kl", True, "chunked"),
+        (hidden.detach(), hidden.detach() + 1, None, weight, None, 1.0, 0.0, "jsd", False, "chunked"),
+    ):
+        torch.library.opcheck(ops.divergence_op, arguments)
+    for anchor, centres in ((weight[0], weight[:2]), (weight[0], None), (None, weight[:2])):
+        torch.library.opcheck(ops.state_stats_op, (hidden, anchor, centres, "cosine", "chunked"))
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses what brings a value to the host, or needs one to know its own size."""
+
+    REFUSED = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        assert name not in self.REFUSED, f"{name} synchronises"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a boolean index"
+        if name == "repeat_interleave":
+            assert (kwargs and "output_size" in kwargs) or isinstance(args[1], int), "its size is on the device"
+        if function.namespace == "fastforget":  # our own ops: look inside
+            with self:
+                return getattr(ops, f"{name}_op")._init_fn(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_looks_at_a_value(monkeypatch, backend):
+    """The traced operations hold none that synchronises with a device, nor do launchers read one on the host."""
+    monkeypatch.setattr(ff.stats, "check_labels", lambda *_: None)  # looks, but at labels on the CPU only
+    hidden, weight, labels = problem()
+    positions = torch.tensor([0, 2, 3, 4])
+    launch = None
+    if backend == "triton":  # the interpreter itself works on the host: not what is asked about
+        from triton.runtime import interpreter
+
+        launch = interpreter.GridExecutor.__call__
+
+        def outside(*args, **kwargs):
+            with torch.utils._python_dispatch._disable_current_modes():
+                return launch(*args, **kwargs)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", outside)
+    leaf = hidden.requires_grad_()
+    with NoLooking():
+        loss_of(leaf, weight, labels, positions, backend).backward()
+        stats = ff.token_stats(
+            leaf, ff.LMHead(weight), labels, positions=positions, outputs=OUTPUTS, backend=backend, tail_mass=0.01
+        )
+        sum(getattr(stats, name).sum() for name in DIFFERENTIABLE).backward()
+        ff.token_stats(
+            leaf, ff.LMHead(weight), labels, positions=positions, backend=backend, tail_mass=0.01
+        ).logp.sum().backward()
+        for kind in DIVERGENCES:
+            ff.divergence(leaf, hidden.detach() + 1, ff.LMHead(weight), kind, backend=backend).sum().backward()
+        logits = (leaf @ weight.T).contiguous()
+        ff.token_stats_from_logits(
+            logits, labels, positions=positions, backend=backend, in_place=True
+        ).logp.sum().backward()
+
+
+def test_the_guard_itself_sees_a_look():
+    with NoLooking(), pytest.raises(AssertionError, match="synchronises"):
+        float(torch.ones(1).sum())
+    with NoLooking(), pytest.raises(AssertionError, match="boolean"):
+        torch.ones(3)[torch.tensor([True, False, True])]
