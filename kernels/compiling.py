@@ -72,8 +72,10 @@ class Compiled:
 
 
 def all_variants() -> list[Variant]:
-    """Every configuration that any launcher can choose."""
-    return [variant for module in MODULES for variant in module.variants()]
+    """Every configuration that any launcher can choose, those of one kernel and its sizes together."""
+    found = [variant for module in MODULES for variant in module.variants()]
+    headings = list(dict.fromkeys(map(heading, found)))
+    return sorted(found, key=lambda variant: headings.index(heading(variant)))
 
 
 def describe(variant: Variant) -> str:
@@ -98,10 +100,11 @@ def options(variant: Variant) -> str:
     return ", ".join(flags) or "–"
 
 
-def sizes(variant: Variant) -> str:
-    """Block sizes and warps."""
+def heading(variant: Variant) -> str:
+    """Kernel, block sizes and warps: what stands above a part of the table."""
     numbers = {name: value for name, value in variant.constants.items() if type(value) is int and name != "KIND"}
-    return ", ".join([*(f"{name} {value}" for name, value in numbers.items()), f"{variant.num_warps} warps"])
+    sizes = ", ".join([*(f"{name} {value}" for name, value in numbers.items()), f"{variant.num_warps} warps"])
+    return f"**`{variant.kernel.__name__}`**: {sizes}"
 
 
 def source(variant: Variant, form: str, backend: str) -> ASTSource:
@@ -212,18 +215,17 @@ def problems(results: Iterable[Compiled]) -> list[str]:
 
 
 def table(variants: Sequence[Variant], results: Iterable[Compiled]) -> str:
-    """The table in README.md, one part a kernel."""
+    """The table in README.md, one part a kernel (and its sizes)."""
     by_name = {(result.name, result.target, result.form): result for result in results}
     columns = [(target, form) for target in TARGETS for form in FORMS[target]]
     lines = [f"Compiled by Triton {triton.__version__} on {datetime.date.today().isoformat()}."]
-    heading = ""
+    above = ""
     for variant in variants:
-        kernel = f"**`{variant.kernel.__name__}`**: {sizes(variant)}"
-        if kernel != heading:
-            heading = kernel
+        if heading(variant) != above:
+            above = heading(variant)
             titles = [target if form == "aligned" else f"{target}, {form}" for target, form in columns]
             cells = ["dtypes", "flags", *titles, "a row reads and writes"]
-            lines += ["", heading, "", row(cells), row(["---"] * len(cells))]
+            lines += ["", above, "", row(cells), row(["---"] * len(cells))]
         figures = [by_name[describe(variant), target, form] for target, form in columns]
         lines.append(row([dtypes(variant), options(variant), *map(figure, figures), variant.traffic]))
     return "\n".join(lines)

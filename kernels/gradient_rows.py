@@ -22,7 +22,7 @@ from torch import Tensor
 from fastforget_kernels.arithmetic import finish_logits, finite_or_zero, narrow, softcap_slope, softplus
 from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
 
-BLOCK = 2048
+BLOCK = 1024
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
 WARPS = 8
 COEFFICIENTS = ("lse", "unit", "entropy", "label_logit", "max_logit", "logit_mean")
@@ -147,7 +147,7 @@ def gradient_rows(
         row_stride(logits),
         pointer(projected, logits),
         0 if projected is None else row_stride(projected),
-        pointer(bias, logits),
+        logits if bias is None else bias.float(),
         labels,
         pointer(argmax, labels),
         torch.stack([coefficients.get(name, zero).float() for name in COEFFICIENTS]),
@@ -170,9 +170,9 @@ def variants() -> list[Variant]:
     found = []
     for written in (torch.float32, torch.bfloat16):
         kinds: dict[str, torch.dtype | str] = {
-            **dict.fromkeys(("logits", "projected", "coefficients"), torch.float32),
+            **dict.fromkeys(("logits", "projected", "bias", "coefficients"), torch.float32),
             **dict.fromkeys(("labels", "argmax"), torch.int64),
-            **dict.fromkeys(("bias", "out"), written),
+            "out": written,
             **dict.fromkeys(("logits_stride", "projected_stride", "out_stride"), "i64"),
             **dict.fromkeys(("row_count", "vocabulary", "bias_count"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),

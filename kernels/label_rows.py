@@ -41,7 +41,7 @@ from fastforget_kernels.launching import Variant, interpreting, pointer, process
 from fastforget_kernels.state_rows import BLOCK as STATE_BLOCK
 from fastforget_kernels.state_rows import GROUP, state_arguments, state_distances, state_rows
 
-BLOCK = 4096  # logits of one row at a time
+BLOCK = 2048  # logits of one row at a time
 WARPS = 8
 TILE = 128  # tokens of the vocabulary that the second product skips or keeps together
 INTERPRETED_BLOCK, INTERPRETED_TILE = 128, 16  # small, so that a short row has several
@@ -533,7 +533,6 @@ def label_rows(
     block, tile = (INTERPRETED_BLOCK, INTERPRETED_TILE) if interpreting() else (BLOCK, TILE)
     tiles = triton.cdiv(vocabulary, tile) if masses else 0
     tile_masses = torch.empty(count, tiles, dtype=torch.float32, device=device)
-    hidden, anchor, centres, metric = states or (logits, None, None, "l2")
     values = torch.empty(2 if states else 0, count, dtype=torch.float32, device=device)
     nearest = torch.empty(count if states else 0, dtype=torch.int64, device=device)
     found = LabelRows(
@@ -546,18 +545,20 @@ def label_rows(
     if count == 0:
         return found
     written = logits if out is None else out
+    bias = None if bias is None else bias.float()
     finish = (scale, softcap or 0.0, 0 if bias is None else vocabulary)
     transform = bias is not None or softcap is not None
     # fewer configurations: heads with a bias or a softcap always get the moments, and states that are asked for
-    # together with moments get a launch of their own
+    # together with moments, or in another dtype than the written row, get a launch of their own
     flags = {"TRANSFORM": transform, "MOMENTS": moments or transform, "BLOCK": block, "num_warps": WARPS}
-    fused = states is not None and (transform or not moments)
+    fused = states is not None and (transform or not moments) and states[0].dtype == written.dtype
+    hidden, anchor, centres, metric = states if states is not None and fused else (written, None, None, "l2")
     parts, part_length = split(count, vocabulary, device)
     if parts == 1:
         label_rows_kernel[(count,)](
             logits,
             row_stride(logits),
-            pointer(bias, logits),
+            pointer(bias, fields),
             labels,
             written,
             row_stride(written),
@@ -566,7 +567,7 @@ def label_rows(
             tile_masses,
             hidden,
             row_stride(hidden),
-            *state_arguments(hidden, anchor, centres),
+            *state_arguments(anchor, centres, fields),
             values,
             nearest,
             count,
@@ -586,7 +587,7 @@ def label_rows(
             **flags,
         )
         if states and not fused:
-            found.states, found.nearest = state_rows(hidden, anchor, centres, metric)
+            found.states, found.nearest = state_rows(*states)
         return found
     flags["MOMENTS"] = True  # one configuration less, and rows that are split are few
     partials = torch.empty(count, parts, PARTIALS, dtype=torch.float32, device=device)
@@ -594,7 +595,7 @@ def label_rows(
     scan_part_kernel[(count, parts)](
         logits,
         row_stride(logits),
-        pointer(bias, logits),
+        pointer(bias, fields),
         labels,
         partials,
         vocabulary,
@@ -606,7 +607,7 @@ def label_rows(
     finish_part_kernel[(count, parts)](
         logits,
         row_stride(logits),
-        pointer(bias, logits),
+        pointer(bias, fields),
         labels,
         label_logits,
         written,
@@ -627,7 +628,7 @@ def label_rows(
         **flags,
     )
     if states:
-        found.states, found.nearest = state_rows(hidden, anchor, centres, metric)
+        found.states, found.nearest = state_rows(*states)
     return found
 
 
@@ -666,7 +667,8 @@ def variants() -> list[Variant]:
             for moments, states in modes:
                 constants = {**shared, **scaled, **tile, "MOMENTS": moments, "STATES": states}
                 constants |= {"STATE_BLOCK": STATE_BLOCK, "GROUP": GROUP}
-                found.append(Variant(label_rows_kernel, arguments, constants, WARPS, traffic=traffic))
+                extra = f", {written.itemsize} D + 4 D read" if states else ""
+                found.append(Variant(label_rows_kernel, arguments, constants, WARPS, traffic=traffic + extra))
             parts = {**shared, "MOMENTS": True, "PARTIALS": PARTIALS}
             if dtype == written:
                 scanned = f"{dtype.itemsize} V read"
@@ -686,12 +688,12 @@ def variants() -> list[Variant]:
 
 
 def signature(kernel: Any, dtype: torch.dtype, written: torch.dtype) -> dict[str, torch.dtype | str]:
-    """The types of a kernel's arguments; bias and hidden states are in the dtype of the second product."""
+    """The types of a kernel's arguments; hidden states are in the dtype of the second product."""
     kinds: dict[str, torch.dtype | str] = {
         **dict.fromkeys(("logits", "label_logits"), dtype),
-        **dict.fromkeys(("bias", "out", "hidden"), written),
+        **dict.fromkeys(("out", "hidden"), written),
         **dict.fromkeys(("labels", "argmax", "nearest"), torch.int64),
-        **dict.fromkeys(("fields", "masses", "anchor", "centres", "state_values", "partials"), torch.float32),
+        **dict.fromkeys(("bias", "fields", "masses", "anchor", "centres", "state_values", "partials"), torch.float32),
         **dict.fromkeys(("scale", "softcap"), "fp32"),
     }
     strides = {name: "i64" for name in kernel.arg_names if name.endswith("_stride")}

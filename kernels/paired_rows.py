@@ -28,9 +28,9 @@ from fastforget_kernels.arithmetic import (
     power_of_two_below,
     softcap_slope,
 )
-from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
+from fastforget_kernels.launching import Variant, interpreting, row_stride
 
-BLOCK = 2048  # of two rows at a time
+BLOCK = 1024  # of two rows at a time
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
 WARPS = 8
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -199,7 +199,7 @@ def paired_rows(
             row_stride(policy),
             reference,
             row_stride(reference),
-            pointer(bias, policy),
+            values if bias is None else bias.float(),
             written,
             row_stride(written),
             values,
@@ -223,8 +223,8 @@ def variants() -> list[Variant]:
     found = []
     for written in (torch.float32, torch.bfloat16, torch.float16):
         kinds: dict[str, torch.dtype | str] = {
-            **dict.fromkeys(("policy", "reference", "values"), torch.float32),
-            **dict.fromkeys(("bias", "out"), written),
+            **dict.fromkeys(("policy", "reference", "bias", "values"), torch.float32),
+            "out": written,
             **dict.fromkeys(("policy_stride", "reference_stride", "out_stride"), "i64"),
             **dict.fromkeys(("row_count", "vocabulary", "bias_count", "write"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),

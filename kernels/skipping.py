@@ -1,6 +1,6 @@
 """The second product without the tiles of vocabulary that provably do not matter: a block-sparse GEMM.
 
-A tile (TILE tokens) is left out for a block of rows only where, for each of these rows, the mass of the written row over
+A tile (TILE tokens) is left out for a block of rows only where, for each row, the mass of the written row over
 it, sum of |g_v|, is below tail_mass / tiles: so at most `tail_mass` is dropped of a token. A label's tile is never left
 out. Which tiles are live is decided on the device (an argsort puts them in front), so nothing synchronises; a program
 then loops over its row block's live tiles only.
@@ -22,8 +22,7 @@ from fastforget_kernels.launching import Variant, interpreting, row_stride
 
 ROWS = 64  # of a block: more share the weight's tiles, fewer have more tiles to leave out
 COLUMNS = 128
-DEPTH = 64  # tokens at a time; divides TILE
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit
@@ -54,7 +53,7 @@ def skipping_product_kernel(
     within = columns < width
     accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
     steps = tl.load(live_counts + block) * (TILE // DEPTH)
-    for step in range(0, steps):
+    for step in range(steps):
         tile = tl.load(tiles + block * tile_count + step // (TILE // DEPTH))
         tokens = tile.to(tl.int64) * TILE + (step % (TILE // DEPTH)) * DEPTH + tl.arange(0, DEPTH)
         known = tokens < vocabulary
@@ -93,7 +92,7 @@ def skipping_product(
     count, vocabulary = rows.shape
     width = weight.shape[1]
     tile = INTERPRETED_TILE if interpreting() else TILE
-    block_rows, columns, depth = (16, 16, 16) if interpreting() else (ROWS, COLUMNS, DEPTH)
+    block_rows, columns, depth = (16, 16, 16) if interpreting() else (ROWS, COLUMNS, depth_of(rows.dtype))
     if factor is not None:
         masses = masses * factor[:, None]
     tile_count = masses.shape[1]
@@ -130,6 +129,11 @@ def skipping_product(
     return torch.where(skipped, masses, 0.0).sum(dim=1)
 
 
+def depth_of(dtype: torch.dtype) -> int:
+    """Tokens at a time; divides TILE. float32 has no tensor cores here: with 64, sm_80 runs out of registers."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def stages(dtype: torch.dtype) -> int:
     """Pipeline depth: two float32 stages already take the shared memory of the smaller chips."""
     return 2 if dtype == torch.float32 else 3
@@ -138,8 +142,8 @@ def stages(dtype: torch.dtype) -> int:
 def variants() -> list[Variant]:
     """Every configuration that `skipping_product` can launch."""
     found = []
-    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "TILE": TILE}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": depth_of(dtype), "TILE": TILE}
         kinds: dict[str, torch.dtype | str] = {
             **dict.fromkeys(("rows", "weight"), dtype),
             **dict.fromkeys(("tiles", "live_counts"), torch.int32),

@@ -134,7 +134,7 @@ def state_rows(hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, me
         state_rows_kernel[(count,)](
             hidden,
             row_stride(hidden),
-            *state_arguments(hidden, anchor, centres),
+            *state_arguments(anchor, centres, values),
             values,
             nearest,
             count,
@@ -149,12 +149,12 @@ def state_rows(hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, me
     return values, nearest
 
 
-def state_arguments(hidden: Tensor, anchor: Tensor | None, centres: Tensor | None) -> tuple[Tensor, int, Tensor]:
-    """(anchor, its row stride, centres): `hidden` stands for what is not there, and is then never read."""
+def state_arguments(anchor: Tensor | None, centres: Tensor | None, instead: Tensor) -> tuple[Tensor, int, Tensor]:
+    """(anchor, its row stride, centres): `instead` (float32) stands for what is not there, and is not read."""
     return (
-        pointer(anchor, hidden),
+        pointer(anchor, instead),
         0 if anchor is None else row_stride(anchor),
-        pointer(centres, hidden),
+        pointer(centres, instead),
     )
 
 
@@ -183,7 +183,11 @@ def variants() -> list[Variant]:
         }
         found.append(
             Variant(
-                state_rows_kernel, signature, {"BLOCK": BLOCK, "GROUP": GROUP}, num_warps=4, traffic="2 D + K D read"
+                state_rows_kernel,
+                signature,
+                {"BLOCK": BLOCK, "GROUP": GROUP},
+                num_warps=4,
+                traffic=f"{dtype.itemsize} D + 4 D read, 4 K D from cache",
             )
         )
     return found

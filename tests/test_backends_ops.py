@@ -98,6 +98,7 @@ def test_fake_implementations_tell_the_truth(outputs, tail_mass):
         names + ",distance,pull" + (",dropped_mass" if tail_mass else ""),
         True,
         tail_mass,
+        False,
         "chunked",
     )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

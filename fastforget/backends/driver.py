@@ -136,9 +136,14 @@ def label_forward(
     compute_grad: bool,
     backend: str,
     tail_mass: float = 0.0,
+    whole_rows: bool = True,
     against: Against | None = None,
 ) -> Forward:
-    """Statistics of the kept rows of hidden (N, D); labels (n,) are those of the kept rows."""
+    """Statistics of the kept rows of hidden (N, D); labels (n,) are those of the kept rows.
+
+    `whole_rows`: the gradient of log(1 - p_y) is wanted too. It is p_y times the unit row, that of logp 1 - p_y times:
+    this is what counts against `tail_mass`.
+    """
     chunks = Chunks(hidden, positions, head)
     passes = passes_of(backend, chunks.dtype)
     want_unit = compute_grad or "expected_embedding" in names
@@ -170,8 +175,7 @@ def label_forward(
             continue
         grad = unit_grad[rows]
         if skipping:
-            # what is dropped of d logp is (1 - p_y) times what is dropped of the row; log(1 - p_y) may need all of it
-            weight = None if "log_not_label" in names or expected is not None else found.fields["log_not_label"].exp()
+            weight = None if whole_rows or expected is not None else found.fields["log_not_label"].exp()
             dropped[rows] = passes.skipping_product(found, labels[rows], head, weight, tail_mass, out=grad)  # type: ignore[index]
         else:
             gemm.rows_to_hidden(found.row, head, out=grad)

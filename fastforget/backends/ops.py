@@ -58,6 +58,7 @@ def label_stats(
         SEPARATOR.join(names),
         torch.is_grad_enabled() and wants_grad,
         tail_mass,
+        "log_not_label" in outputs,
         backend,
     )
     fields = dict(zip(names, found, strict=False))
@@ -80,6 +81,7 @@ def token_stats_op(
     names: str,
     compute_grad: bool,
     tail_mass: float,
+    whole_rows: bool,
     backend: str,
 ) -> list[Tensor]:
     """The fields named; then what the backward pass needs: the gradient (n, D), and the nearest centres (n,)."""
@@ -92,6 +94,7 @@ def token_stats_op(
         compute_grad,
         backend,
         tail_mass,
+        whole_rows,
         driver.Against(states, anchor, centres, metric),
     )
     unit_grad = forward.unit_grad if compute_grad else None
@@ -115,7 +118,7 @@ def token_stats_fake(hidden: Tensor, labels: Tensor, *others: Any) -> list[Tenso
 
 def save_token_stats(ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
     """Save what the backward op takes."""
-    tensors, (metric, scale, softcap, names, _, _, backend) = inputs[:8], inputs[8:]
+    tensors, (metric, scale, softcap, names, _, _, _, backend) = inputs[:8], inputs[8:]
     fields = dict(zip(names.split(SEPARATOR), output, strict=False))
     argmax = fields.get("argmax")
     ctx.save_for_backward(*tensors, fields["logp"], fields["log_not_label"], argmax, *output[-2:])
@@ -139,7 +142,7 @@ def token_stats_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
         )
         results = [result if need else None for result, need in zip(found, needs, strict=True)]
     hidden, weight, bias, states = results
-    return hidden, None, None, weight, bias, states, *[None] * 9
+    return hidden, None, None, weight, bias, states, *[None] * 10
 
 
 token_stats_op.register_autograd(token_stats_backward, setup_context=save_token_stats)
