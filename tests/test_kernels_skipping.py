@@ -77,14 +77,14 @@ def test_memorised_text_drops_tiles_and_unlikelihood_none_that_it_needs():
     assert (dropped <= 1e-3).all()
 
 
-def ascend(tail_mass, steps, optimizer, learning_rate, rows=4, width=48):
+def ascend(tail_mass, steps, learning_rate, rows=4, width=48):
     """Losses of gradient ascent on states that recite their labels, and the mass that was dropped on the way."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(VOCABULARY, width, generator=generator)
     labels = torch.randint(0, VOCABULARY, (rows,), generator=generator)
     hidden = (0.4 * weight[labels]).clone().requires_grad_()
     head = ff.LMHead(weight)
-    optimizer = optimizer([hidden], lr=learning_rate)
+    optimizer = torch.optim.AdamW([hidden], lr=learning_rate)
     losses, dropped = [], 0.0
     for _ in range(steps):
         stats = ff.token_stats(hidden, head, labels, backend="triton", tail_mass=tail_mass)
@@ -97,12 +97,13 @@ def ascend(tail_mass, steps, optimizer, learning_rate, rows=4, width=48):
     return losses, dropped
 
 
-# The first steps of a run are quick to check; that it goes on like this until the text is forgotten takes 200
+# The first steps of a run are quick to check; that it goes on like this until the text is forgotten takes 200.
+# (Plain SGD explodes from such a start, and the moment of it moves: 1.3 % at the steepest step at a learning rate of 1.)
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("optimizer", "learning_rate"), [(torch.optim.SGD, 3.0), (torch.optim.AdamW, 3e-3)])
-def test_ascent_from_a_memorised_start_follows_the_exact_run(steps, optimizer, learning_rate):
-    exact, _ = ascend(0.0, steps, optimizer, learning_rate)
-    ours, dropped = ascend(1e-3, steps, optimizer, learning_rate)
+@pytest.mark.parametrize("learning_rate", [3e-3, 1e-2])
+def test_ascent_from_a_memorised_start_follows_the_exact_run(steps, learning_rate):
+    exact, _ = ascend(0.0, steps, learning_rate)
+    ours, dropped = ascend(1e-3, steps, learning_rate)
     assert exact[0] < 1e-3 and dropped > 0, "nothing was skipped: the test shows nothing"
     assert steps < 200 or exact[-1] > 5, "nothing was forgotten: the test shows nothing"
     for expected, found in zip(exact, ours, strict=True):

@@ -1,0 +1,220 @@
+"""What the head's benchmark computes: inputs, losses, and the float64 truth that every contestant is compared with.
+
+A loss is a formula over per-token fields of the kept tokens (log-probs, divergences, distances). Contestants differ in
+how they get at the fields and their gradients; the formula, and the inputs, are the same for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fields = Mapping[str, Tensor]  # name -> (n,), over the kept tokens
+Answer = tuple[Tensor, Tensor]  # the loss, and its gradient over the hidden states (N, D)
+
+IGNORE_INDEX = -100
+SEQUENCE = 256  # tokens: each sequence begins with its ignored ones, as a prompt before an answer does
+SAMPLE = 64  # kept rows whose gradient is compared with float64
+ORACLE_ROWS = 128  # rows of float64 logits at a time
+CENTRES = 8
+BETA = 2.5  # NPO's
+MARGIN = 1.0  # the cosine distance's
+P = ("flat", "memorised")
+# ||error|| / ||gradient||: above it a result is flagged. Logits rounded to bfloat16 cost up to 4 % on memorised tokens.
+LARGEST_ERROR = {torch.bfloat16: 0.08, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the benchmark."""
+
+    loss: str = "nll"
+    tokens: int = 8192
+    hidden: int = 2048
+    vocabulary: int = 50272
+    ignored: float = 0.0  # share of the tokens whose label is -100
+    p: str = "flat"  # or "memorised": each label's probability is about 0.999
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    backend: str = "auto"  # of ours
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        shape = f"N {self.tokens}, D {self.hidden}, V {self.vocabulary}, {self.dtype}"
+        return f"{self.loss}, {shape}, {100 * (1 - self.ignored):.0f} % of the tokens, {self.p} p"
+
+
+class Problem:
+    """A setting's tensors, on its device; what only some losses need is made when it is first asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.loss = LOSSES[setting.loss]
+        self.dtype: torch.dtype = getattr(torch, setting.dtype)
+        count, width, vocabulary = setting.tokens, setting.hidden, setting.vocabulary
+        self.device = torch.device(setting.device)
+        self.generator = torch.Generator(self.device).manual_seed(setting.seed)
+        drawn = torch.randn(vocabulary, width, generator=self.generator, device=self.device)
+        self.weight = F.normalize(drawn, dim=1).to(self.dtype)  # with random states: logits of variance 1
+        del drawn
+        labels = torch.randint(vocabulary, (count,), generator=self.generator, device=self.device)
+        # log V + 8 in the direction of the label's row leaves 1 - p_y near exp(-8), whatever the vocabulary
+        towards = math.log(vocabulary) + 8.0 if setting.p == "memorised" else 0.0
+        states = self.normal(count, width, towards=self.weight[labels], by=towards)
+        self.hidden = states.requires_grad_()
+        length = min(SEQUENCE, max(1, count // 2))
+        place = torch.arange(count, device=self.device)
+        ignored = place % length < round(length * setting.ignored)
+        self.labels = labels.masked_fill(ignored, IGNORE_INDEX)
+        self.positions = (~ignored).nonzero()[:, 0]
+        self.kept_labels = labels[self.positions]
+        self.sequence = place[self.positions] // length
+        self.sequences = -(-count // length)
+
+    def normal(
+        self, *shape: int, scale: float = 1.0, towards: Tensor | None = None, by: float | Tensor = 1.0
+    ) -> Tensor:
+        """Random normal numbers, plus a multiple of another tensor, rounded once to the setting's dtype."""
+        drawn = torch.randn(*shape, generator=self.generator, device=self.device).mul_(scale)
+        return (drawn if towards is None else drawn.add_(towards.float() * by)).to(self.dtype)
+
+    @functools.cached_property
+    def reference(self) -> Tensor:
+        """(N, D): the frozen reference's states, a tenth away from the model's."""
+        return self.normal(*self.hidden.shape, scale=0.1, towards=self.hidden.detach())
+
+    @functools.cached_property
+    def reference_logp(self) -> Tensor:
+        """(n,): the reference's log-probs of the labels, which a training loop has cached."""
+        return self.exact_fields(self.reference, ("logp",))["logp"].float()
+
+    @functools.cached_property
+    def centres(self) -> Tensor:
+        """(K, D)."""
+        return self.normal(CENTRES, self.hidden.shape[1])
+
+    @functools.cached_property
+    def exact_weight(self) -> Tensor:
+        """(V, D) in float64; dropped once the truth is known."""
+        return self.weight.double()
+
+    def exact_fields(self, states: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Float64 fields of all kept tokens, a few at a time, without gradients."""
+        with torch.no_grad():
+            parts = [self.fields_at(states, rows, names) for rows in self.positions.split(ORACLE_ROWS)]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def fields_at(self, states: Tensor, rows: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Float64 fields of a few rows of states, by their definitions."""
+        state = states[rows].double()
+        fields: dict[str, Tensor] = {}
+        if {"logp", "kl"} & set(names):
+            log_p = torch.log_softmax(state @ self.exact_weight.T, dim=1)
+            fields["logp"] = log_p.gather(1, self.labels[rows][:, None])[:, 0]
+        if "kl" in names:
+            log_q = torch.log_softmax(self.reference[rows].double() @ self.exact_weight.T, dim=1)
+            fields["kl"] = (log_q.exp() * (log_q - log_p)).sum(dim=1)
+        if "distance" in names:
+            fields |= distances(state, self.reference[rows].double(), self.centres.double())
+        return fields
+
+    @functools.cached_property
+    def truth(self) -> tuple[float, Tensor, Tensor]:
+        """(loss, sampled rows (k,), float64 gradient of those rows (k, D))."""
+        names = self.loss.fields
+        fields = self.exact_fields(self.hidden, names)
+        places = torch.linspace(0, len(self.positions) - 1, min(SAMPLE, len(self.positions)), device=self.device)
+        places = places.round().long()
+        rows = self.positions[places]
+        states = self.hidden.detach().clone().double().requires_grad_()
+        sampled = self.fields_at(states, rows, names)
+        merged = {name: fields[name].index_put((places,), sampled[name]) for name in names}
+        loss = self.loss.formula(self, merged)
+        (gradient,) = torch.autograd.grad(loss, states)
+        del self.exact_weight
+        return loss.item(), rows, gradient[rows]
+
+    def errors(self, answer: Answer, drops: float = 0.0) -> dict[str, Any]:
+        """How far an answer is from float64, and what of that is too far.
+
+        drops: what the contestant may leave out of each row of the gradient over the logits, as its absolute sum.
+        """
+        value, rows, exact = self.truth
+        loss, gradient = answer
+        if gradient.shape != self.hidden.shape:
+            return {"flags": [f"the gradient is {tuple(gradient.shape)}, not {tuple(self.hidden.shape)}"]}
+        difference = (gradient[rows].double() - exact).norm(dim=1)
+        lengths = exact.norm(dim=1)
+        found: dict[str, Any] = {
+            "value_error": abs(loss.item() - value),
+            "gradient_error": (difference.norm() / lengths.norm()).item(),
+            "worst_row": (difference / lengths).max().item(),
+        }
+        largest = LARGEST_ERROR[self.dtype]
+        # of a mean over n tokens, each row may lack drops / n times the longest row of the head
+        allowed = drops * self.weight.norm(dim=1).max().item() * math.sqrt(len(rows)) / len(self.positions)
+        ignored = self.labels == IGNORE_INDEX
+        flags = []
+        if not found["value_error"] <= largest * max(1.0, abs(value)):  # NaN is too far, too
+            flags.append("value")
+        if not difference.norm().item() <= largest * lengths.norm().item() + allowed:
+            flags.append("gradient")
+        if ignored.any() and gradient[ignored].abs().max().item() != 0.0:
+            flags.append("gradient of ignored tokens")
+        return {**found, "flags": flags}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The fields that a loss needs, and the loss over them."""
+
+    fields: tuple[str, ...]
+    formula: Callable[[Problem, Fields], Tensor]
+
+
+def distances(states: Tensor, anchors: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    """Cosine distance of each state from its anchor, at most the margin, and from the nearest centre."""
+    directions = F.normalize(states, dim=1)
+    distance = 1.0 - (directions * F.normalize(anchors, dim=1)).sum(dim=1)
+    pull = 1.0 - directions @ F.normalize(centres, dim=1).T
+    return {"distance": distance.clamp(max=MARGIN), "pull": pull.amin(dim=1)}
+
+
+def nll(problem: Problem, fields: Fields) -> Tensor:
+    """The mean NLL of the kept tokens."""
+    return -fields["logp"].mean()
+
+
+def npo(problem: Problem, fields: Fields) -> Tensor:
+    """NPO on the mean NLL of each sequence's kept tokens: -(2/beta) mean_B log sigmoid(-beta mean(logp - ref))."""
+    ratio = fields["logp"] - problem.reference_logp
+    total = ratio.new_zeros(problem.sequences).index_add(0, problem.sequence, ratio)
+    count = ratio.new_zeros(problem.sequences).index_add(0, problem.sequence, torch.ones_like(ratio))
+    return F.logsigmoid(-BETA * total / count).mean() * (-2.0 / BETA)
+
+
+def kl(problem: Problem, fields: Fields) -> Tensor:
+    """The mean KL(reference || model) of the kept tokens."""
+    return fields["kl"].mean()
+
+
+def distance_cluster(problem: Problem, fields: Fields) -> Tensor:
+    """Away from the reference's states and towards the nearest centre, with the NLL: one pass over head and states."""
+    return (MARGIN - fields["distance"]).mean() + fields["pull"].mean() - fields["logp"].mean()
+
+
+LOSSES = {
+    "nll": Loss(("logp",), nll),
+    "npo": Loss(("logp",), npo),
+    "kl": Loss(("kl",), kl),
+    "distance_cluster": Loss(("logp", "distance", "pull"), distance_cluster),
+}
