@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_device import device_of
 
 import fastforget as ff
 from fastforget.backends import gemm
@@ -58,11 +59,11 @@ def formula(hidden, point, metric):
 def evaluate(problem, backend):
     """Values, and the gradient of their sums; each state is in one row only, so rows stay apart."""
     hidden, anchor, centres, metric, margin = problem
-    hidden = hidden.detach().requires_grad_()
+    hidden = hidden.detach().to(device_of(backend)).requires_grad_()
     values = ff.hidden_stats(hidden, anchor, centres, metric, margin, backend=backend)
-    upstream = torch.linspace(-2.0, 3.0, len(hidden))
-    grads = [torch.autograd.grad((value * upstream).sum(), hidden, retain_graph=True)[0] for value in values]
-    return [value.detach() for value in values], grads, upstream.double()
+    upstream = torch.linspace(-2.0, 3.0, len(hidden), device=hidden.device)
+    grads = [torch.autograd.grad((value * upstream).sum(), hidden, retain_graph=True)[0].cpu() for value in values]
+    return [value.detach().cpu() for value in values], grads, upstream.double().cpu()
 
 
 def check(problem, backend="chunked"):

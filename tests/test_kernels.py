@@ -12,21 +12,19 @@ import test_stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_device import DEVICE, WHY_NOT, device_of, needs_triton
 from test_stats import DRAWS, check, problems, realistic
 
 import fastforget as ff
-from fastforget.backends import gemm, why_not_triton
+from fastforget.backends import gemm
 from fastforget.stats import DIVERGENCES
 
-CPU = torch.device("cpu")
-# The interpreter takes about 0.1 s for a row: a short sample in `make test`, the rest in `make proof`
-FEW, MANY = settings(DRAWS, max_examples=6), settings(DRAWS, max_examples=100)
+# The interpreter takes about 0.1 s for a row: a short sample in `make test`, the rest in `make proof` and on a GPU
+FEW = settings(DRAWS, max_examples=100 if DEVICE.type == "cuda" else 6)
+MANY = settings(DRAWS, max_examples=100)
 SMALL = problems(most_rows=3)
-pytestmark = [
-    pytest.mark.skipif(why_not_triton(CPU) is not None, reason="Triton is not installed, or not interpreting"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of infinities that are not chosen
-]
-if why_not_triton(CPU) is None:
+pytestmark = needs_triton
+if WHY_NOT is None:
     from fastforget_kernels import label_rows, paired_rows
     from fastforget_kernels.label_rows import FIELDS
 
@@ -34,6 +32,7 @@ if why_not_triton(CPU) is None:
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(gemm, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(gemm, "DEVICE_CHUNK_BYTES", 3000)
 
 
 @given(problem=SMALL)
@@ -90,11 +89,12 @@ def test_states_and_labels_in_one_pass_are_what_they_are_apart(centre_count, met
     centres = torch.randn(centre_count, 24, generator=torch.Generator().manual_seed(1)) if centre_count else None
     results = []
     for backend in ("triton", "eager"):
-        leaf = hidden.clone().requires_grad_()
+        device = device_of(backend)
+        leaf = hidden.to(device).clone().requires_grad_()
         stats = ff.token_stats(
             leaf,
-            ff.LMHead(weight),
-            labels,
+            ff.LMHead(weight.to(device)),
+            labels.to(device),
             outputs=outputs,
             anchor=anchor,
             centres=centres,
@@ -104,7 +104,7 @@ def test_states_and_labels_in_one_pass_are_what_they_are_apart(centre_count, met
         )
         fields = [stats.logp, stats.distance, *([] if centres is None else [stats.pull])]
         loss = sum((index + 1) * field.sum() for index, field in enumerate(fields))
-        results.append([*fields, torch.autograd.grad(loss, leaf)[0]])
+        results.append([value.cpu() for value in (*fields, torch.autograd.grad(loss, leaf)[0])])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
 
@@ -113,10 +113,10 @@ def test_states_and_labels_in_one_pass_are_what_they_are_apart(centre_count, met
 @pytest.mark.parametrize("label_probability", [1e-12, 0.5, 1 - 1e-9])
 def test_extreme_probabilities_row_by_row(vocabulary, label_probability):
     """The kernel itself: p_y = 1e-12 and 1 - p_y = 1e-9 keep their digits, and so do uniform and one-hot rows."""
-    logits = torch.zeros(1, vocabulary)
+    logits = torch.zeros(1, vocabulary, device=DEVICE)
     if vocabulary > 1:
         logits[0, 1] = math.log(label_probability / (1 - label_probability) * (vocabulary - 1))
-    labels = torch.tensor([min(1, vocabulary - 1)])
+    labels = torch.tensor([min(1, vocabulary - 1)], device=DEVICE)
     truth = logits.double()
     found = label_rows.label_rows(logits, labels, moments=True, out=logits)
     fields = dict(zip(FIELDS, found.fields[:, 0].double(), strict=True))
@@ -136,12 +136,12 @@ def test_extreme_probabilities_row_by_row(vocabulary, label_probability):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_logits_of_any_dtype_and_stride_are_written_in_place_or_apart(dtype, in_place):
     generator = torch.Generator().manual_seed(0)
-    storage = torch.full((5, 400), 7.0, dtype=dtype)
+    storage = torch.full((5, 400), 7.0, dtype=dtype, device=DEVICE)
     logits = storage[:, 50:350]
     logits.copy_(3 * torch.randn(5, 300, generator=generator))
-    labels = torch.randint(0, 300, (5,), generator=generator)
+    labels = torch.randint(0, 300, (5,), generator=generator).to(DEVICE)
     truth = logits.double().scatter(1, labels[:, None], -torch.inf).softmax(1)
-    out = logits if in_place else torch.empty(5, 300, dtype=dtype)
+    out = logits if in_place else torch.empty(5, 300, dtype=dtype, device=DEVICE)
     found = label_rows.label_rows(logits, labels, out=out, masses=True)
     written = out.double() / found.fields[FIELDS.index("row_scale")].double()[:, None]
     assert (written - truth).abs().max() <= torch.finfo(dtype).eps * truth.max()
@@ -190,6 +190,24 @@ def near_the_reference(dtype, noise):
 
 
 def divergence_gradient(hidden, ref_hidden, weight, kind, backend):
+    hidden, ref_hidden, weight = (each.to(device_of(backend)) for each in (hidden, ref_hidden, weight))
     leaf = hidden.clone().requires_grad_()
     value = ff.divergence(leaf, ref_hidden, ff.LMHead(weight), kind, backend=backend)
-    return torch.autograd.grad(value.sum(), leaf)[0]
+    return torch.autograd.grad(value.sum(), leaf)[0].cpu()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", ["plain", "trained", "chunks"])
+def test_token_stats_against_float64_in_many_draws(monkeypatch, test):
+    if test == "chunks":
+        monkeypatch.setattr(gemm, "CHUNK_BYTES", 3000)
+        monkeypatch.setattr(gemm, "DEVICE_CHUNK_BYTES", 3000)
+    given(problem=SMALL)(MANY(lambda problem: check(problem, "triton", train=test == "trained")))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergence_against_float64_in_many_draws(kind):
+    noises = st.sampled_from([0.0, 1e-3, 1.0, 100.0])
+    run = MANY(lambda problem, noise: test_stats.check_divergence(kind, problem, noise, "triton"))
+    given(problem=SMALL, noise=noises)(run)()

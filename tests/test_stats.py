@@ -10,17 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_device import OURS, device_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
-from fastforget.backends import gemm, ops, why_not_triton
+from fastforget.backends import gemm, ops
 from fastforget.stats import DIVERGENCES, OUTPUTS
 
 DIFFERENTIABLE = [name for name in OUTPUTS if name not in ("logp_mean", "logp_var", "argmax")]
 DRAWS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-OURS = [
-    backend for backend in ("chunked", "triton") if backend == "chunked" or why_not_triton(torch.device("cpu")) is None
-]
 
 
 @pytest.fixture
@@ -52,10 +50,10 @@ def problems(draw, most_rows=9):
 def evaluate(problem, backend, dtype=None, train=False):
     """All fields, and d (sum of u * field) for each differentiable field, u fixed random numbers."""
     hidden, weight, bias, scale, softcap, labels, with_positions = problem
-    dtype = dtype or hidden.dtype
-    hidden = hidden.to(dtype).requires_grad_()
-    weight = weight.to(dtype).clone().requires_grad_(train)
-    bias = None if bias is None else bias.to(dtype).clone().requires_grad_(train)
+    dtype, device = dtype or hidden.dtype, device_of(backend)
+    hidden = hidden.detach().to(device, dtype).requires_grad_()
+    weight = weight.to(device, dtype).clone().requires_grad_(train)
+    bias = None if bias is None else bias.to(device, dtype).clone().requires_grad_(train)
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None and leaf.requires_grad]
     names = [name for name in OUTPUTS if not (softcap and name == "expected_embedding")]
     positions = (labels != -100).nonzero()[:, 0] if with_positions else None
@@ -64,13 +62,13 @@ def evaluate(problem, backend, dtype=None, train=False):
     values, gradients = {}, {}
     for name in names:
         value = getattr(stats, name)
-        values[name] = value.detach()
+        values[name] = value.detach().cpu()
         if name not in DIFFERENTIABLE or (name == "log_not_label" and len(weight) == 1):
             continue
-        upstream = upstream_of(name, value.shape, softcap).to(value.dtype)
+        upstream = upstream_of(name, value.shape, softcap).to(device, value.dtype)
         grads = torch.autograd.grad((value * upstream).sum(), leaves, retain_graph=True, allow_unused=True)
         for leaf, grad in zip(("hidden", "weight", "bias")[: len(grads)], grads, strict=True):
-            gradients[name, leaf] = torch.zeros(1) if grad is None else grad
+            gradients[name, leaf] = torch.zeros(1) if grad is None else grad.cpu()
     return values, gradients
 
 
@@ -347,11 +345,11 @@ def test_mixed_upstream_gradients_in_one_loss():
 
 
 def divergence_of(hidden, ref_hidden, weight, softcap, kind, backend, dtype):
-    leaf = hidden.to(dtype).requires_grad_()
+    hidden, ref_hidden, weight = (each.detach().to(device_of(backend), dtype) for each in (hidden, ref_hidden, weight))
     value = ff.divergence(
-        leaf, ref_hidden.to(dtype), ff.LMHead(weight.to(dtype), softcap=softcap), kind, backend=backend
+        hidden.requires_grad_(), ref_hidden, ff.LMHead(weight, softcap=softcap), kind, backend=backend
     )
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+    return value.detach().cpu(), torch.autograd.grad(value.sum(), hidden)[0].cpu()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
