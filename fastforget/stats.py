@@ -107,14 +107,14 @@ def stats_of(
     backend: str,
 ) -> TokenStats:
     """`token_stats` of arguments that have been checked."""
-    labels = labels.to(hidden.device)
+    check_labels(labels, hidden.shape[1] if head.is_identity else head.weight.shape[0], positions)
+    labels = labels.to(hidden.device, non_blocking=True)
     masked = positions is None and torch.compiler.is_compiling()
     if masked:  # how many rows are kept is not known when the graph is built: all are computed, and masked afterwards
         kept_labels = labels.clamp(min=0)
     else:
         positions = positions_of(labels, positions, hidden)
         kept_labels = labels[positions]
-        check_labels(kept_labels, hidden.shape[1] if head.is_identity else head.weight.shape[0])
     fields = kept_token_stats(
         hidden,
         head,
@@ -226,12 +226,12 @@ def stats_in_place(
         raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise FastforgetError("in_place=True needs logits whose rows are contiguous")
-    labels = labels.to(logits.device)
+    check_labels(labels, logits.shape[1], positions)
+    labels = labels.to(logits.device, non_blocking=True)
     kept = labels != IGNORE_INDEX
     if positions is not None:
-        kept = kept & torch.zeros_like(kept).index_fill(0, positions.to(logits.device), True)
+        kept = kept & torch.zeros_like(kept).index_fill(0, positions.to(logits.device, non_blocking=True), True)
     labels = torch.where(kept, labels, 0)
-    check_labels(labels, logits.shape[1])
     fields = in_place_stats.label_stats(logits, labels, kept, outputs, backend=name)
     fields = {field: fields[field] for field in fields if field in (*outputs, "logp", "lse")}
     found: dict[str, Tensor | None] = {}
@@ -247,7 +247,7 @@ def positions_of(labels: Tensor, positions: Tensor | None, hidden: Tensor) -> Te
     """The kept rows, on the device of the states; found in the labels where they were not given."""
     if positions is None:
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    return positions.to(hidden.device)
+    return positions.to(hidden.device, non_blocking=True)
 
 
 def checked_against(
@@ -347,7 +347,7 @@ def divergence(
     if kind not in DIVERGENCES:
         raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
     if positions is not None:
-        positions = positions.to(hidden.device)
+        positions = positions.to(hidden.device, non_blocking=True)
     value = kept_divergence(hidden, ref_hidden, head, kind, positions=positions, backend=backend)
     return value if positions is None else spread(value, positions, len(hidden))
 
@@ -427,10 +427,13 @@ def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Raise for a label outside the vocabulary. Only on the CPU: on a device looking would synchronise."""
-    if torch.compiler.is_compiling():
+def check_labels(labels: Tensor, vocabulary: int, positions: Tensor | None = None) -> None:
+    """Raise for a kept label outside the vocabulary. Only on the CPU: on a device looking would synchronise."""
+    if torch.compiler.is_compiling() or not labels.is_cpu:
         return
-    if labels.is_cpu and labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < vocabulary):
-        wrong = labels[(labels < 0) | (labels >= vocabulary)][0]
-        raise FastforgetError(f"label {int(wrong)} is outside the vocabulary of {vocabulary} (ignored labels are -100)")
+    kept = labels[labels != IGNORE_INDEX] if positions is None else labels[positions.cpu()]
+    wrong = kept[(kept < 0) | (kept >= vocabulary)]
+    if len(wrong):
+        raise FastforgetError(
+            f"label {int(wrong[0])} is outside the vocabulary of {vocabulary} (ignored labels are -100)"
+        )

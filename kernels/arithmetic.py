@@ -29,16 +29,16 @@ def expm1_excess(x):
     """(e^x - 1) - x, >= 0, with full relative precision near 0."""
     near = tl.minimum(tl.maximum(x, -1.0), 1.0)
     # Horner's scheme of x^2/2 + x^3/6 + ...; the first term left out is below 2^-27 of the first at |x| = 1
-    series = 1.0 + near / 12.0
-    series = 1.0 + near / 11.0 * series
-    series = 1.0 + near / 10.0 * series
-    series = 1.0 + near / 9.0 * series
-    series = 1.0 + near / 8.0 * series
-    series = 1.0 + near / 7.0 * series
-    series = 1.0 + near / 6.0 * series
-    series = 1.0 + near / 5.0 * series
-    series = 1.0 + near / 4.0 * series
-    series = 1.0 + near / 3.0 * series
+    series = 1.0 + near * (1.0 / 12.0)
+    series = 1.0 + near * (1.0 / 11.0) * series
+    series = 1.0 + near * (1.0 / 10.0) * series
+    series = 1.0 + near * (1.0 / 9.0) * series
+    series = 1.0 + near * (1.0 / 8.0) * series
+    series = 1.0 + near * (1.0 / 7.0) * series
+    series = 1.0 + near * (1.0 / 6.0) * series
+    series = 1.0 + near * (1.0 / 5.0) * series
+    series = 1.0 + near * (1.0 / 4.0) * series
+    series = 1.0 + near * (1.0 / 3.0) * series
     return tl.where(tl.abs(x) <= 1.0, 0.5 * near * near * series, tl.exp(x) - 1.0 - x)
 
 

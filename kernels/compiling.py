@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping, state_rows
-from fastforget_kernels.launching import Variant, interpreting
+from fastforget_kernels.launching import UNALIGNED, Variant, interpreting
 
 TARGETS = {  # the arguments of GPUTarget
     "sm_80": ("cuda", 80, 32),
@@ -48,7 +48,7 @@ TARGETS = {  # the arguments of GPUTarget
 }
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FORMS = {"sm_80": ("aligned",), "sm_90": ("aligned", "general"), "sm_100": ("aligned",), "gfx942": ("aligned",)}
-DIVISIBLE = {"vocabulary", "width", "anchor_width", "bias_count", "part_length"}  # and every stride
+DIVISIBLE = {"vocabulary", "padded", "width", "part_length"}  # and every stride
 MODULES = (label_rows, paired_rows, gradient_rows, state_rows, skipping)
 
 README = Path(__file__).with_name("README.md")
@@ -112,15 +112,13 @@ def source(variant: Variant, form: str, backend: str) -> ASTSource:
     types, constants = variant.types(), dict(variant.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
     if form == "aligned":
-        if "write" in types:  # Triton compiles an argument that is 1 as a constant
-            types["write"], constants["write"] = "constexpr", 1
         for index, (name, kind) in enumerate(types.items()):
             if name.endswith("_stride"):
                 types[name] = "i32"  # what an int below 2^31 becomes
-            if kind.startswith("*") or name.endswith("_stride") or name in DIVISIBLE:
+            if (kind.startswith("*") and name not in UNALIGNED) or name.endswith("_stride") or name in DIVISIBLE:
                 attributes[(index,)] = [["tt.divisibility", 16]]
             if kind.startswith("*") and backend == "hip":
-                attributes[(index,)].append(["tt.pointer_range", 32])  # tensors below 2 GB
+                attributes.setdefault((index,), []).append(["tt.pointer_range", 32])  # tensors below 2 GB
     return ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=attributes)
 
 

@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastforget_kernels.arithmetic import finish_logits, finite_or_zero, narrow, softcap_slope, softplus
-from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting, pointer, row_stride
 
-BLOCK = 1024
+BLOCK = 2048
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
-WARPS = 8
+WARPS = 16  # a chunk may have fewer rows than the device has processors
 COEFFICIENTS = ("lse", "unit", "entropy", "label_logit", "max_logit", "logit_mean")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_rows_kernel(
     logits,
     logits_stride,
@@ -42,6 +42,7 @@ def gradient_rows_kernel(
     out_stride,
     row_count,
     vocabulary,
+    padded,  # elements of a row that may be read and written: V, or more where the buffers are ours
     scale,
     softcap,
     bias_count,
@@ -72,7 +73,7 @@ def gradient_rows_kernel(
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocabulary
-        product = tl.load(logits + columns, mask=mask, other=0.0)
+        product = tl.load(logits + columns, mask=columns < padded, other=0.0)
         others = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
         others = tl.where(mask & (columns != label), others, float("-inf"))
         new_top = tl.maximum(top, tl.max(others, 0))
@@ -84,8 +85,8 @@ def gradient_rows_kernel(
         offset_sum = (offset_sum + moved * total) * fade + tl.sum(weights * offsets, 0)
         total = total * fade + tl.sum(weights, 0)
         if PROJECTED:
-            along = tl.load(projected + columns, mask=mask, other=0.0) * scale
-            projected_sum = projected_sum * fade + tl.sum(weights * along, 0)
+            along = tl.load(projected + columns, mask=columns < padded, other=0.0) * scale
+            projected_sum = projected_sum * fade + tl.sum(tl.where(mask, weights * along, 0.0), 0)
         top = new_top
     base = finite_or_zero(top)
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
@@ -103,7 +104,7 @@ def gradient_rows_kernel(
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocabulary
-        product = tl.load(logits + columns, mask=mask, other=0.0)
+        product = tl.load(logits + columns, mask=columns < padded, other=0.0)
         row_logits = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
         is_label = columns == label
         unit = tl.where(is_label, 0.0, tl.exp(row_logits - base) * share)
@@ -111,12 +112,13 @@ def gradient_rows_kernel(
         offset = tl.where(is_label, label_offset, (row_logits - base) - over)
         factor = for_lse - for_entropy * (offset - mean)
         if PROJECTED:
-            factor += tl.load(projected + columns, mask=mask, other=0.0) * scale - projected_mean
+            factor += tl.load(projected + columns, mask=columns < padded, other=0.0) * scale - projected_mean
         gradient = probability * factor + for_unit * tl.where(is_label, -1.0, unit) + for_mean
         gradient += tl.where(is_label, for_label, 0.0) + tl.where(columns == best, for_max, 0.0)
         if TRANSFORM:
             gradient *= softcap_slope(row_logits, softcap)
-        tl.store(out + columns, narrow(gradient, out.dtype.element_ty), mask=mask)
+        gradient = tl.where(mask, gradient, 0.0)
+        tl.store(out + columns, narrow(gradient, out.dtype.element_ty), mask=columns < padded)
 
 
 def gradient_rows(
@@ -130,6 +132,7 @@ def gradient_rows(
     scale: float = 1.0,
     softcap: float | None = None,
     out: Tensor,
+    padded: int | None = None,
 ) -> None:
     """Write the gradient over the logits of each row into `out`, which may be `logits`.
 
@@ -137,6 +140,7 @@ def gradient_rows(
         logits: (n, V) products with the head, float32.
         coefficients: name in COEFFICIENTS -> (n,) upstream gradient; what is not named is 0.
         projected: (n, V) products of the head with the upstream gradient of the expected embedding.
+        padded: as in `label_rows`, of `projected` too.
     """
     count, vocabulary = logits.shape
     if count == 0:
@@ -155,6 +159,7 @@ def gradient_rows(
         row_stride(out),
         count,
         vocabulary,
+        padded or vocabulary,
         scale,
         softcap or 0.0,
         0 if bias is None else vocabulary,
@@ -174,7 +179,7 @@ def variants() -> list[Variant]:
             **dict.fromkeys(("labels", "argmax"), torch.int64),
             "out": written,
             **dict.fromkeys(("logits_stride", "projected_stride", "out_stride"), "i64"),
-            **dict.fromkeys(("row_count", "vocabulary", "bias_count"), "i32"),
+            **dict.fromkeys(("row_count", "vocabulary", "padded", "bias_count"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
         }
         for transform in (False, True):

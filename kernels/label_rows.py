@@ -37,7 +37,15 @@ from fastforget_kernels.arithmetic import (
     softcap_slope,
     softplus,
 )
-from fastforget_kernels.launching import Variant, interpreting, pointer, processor_count, row_stride
+from fastforget_kernels.launching import (
+    UNALIGNED,
+    UNSPECIALISED,
+    Variant,
+    interpreting,
+    pointer,
+    processor_count,
+    row_stride,
+)
 from fastforget_kernels.state_rows import BLOCK as STATE_BLOCK
 from fastforget_kernels.state_rows import GROUP, state_arguments, state_distances, state_rows
 
@@ -74,6 +82,7 @@ def scan(
     scale,
     softcap,
     bias_count,
+    padded,
     TRANSFORM: tl.constexpr,
     MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -94,7 +103,7 @@ def scan(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < end
-        product = tl.load(logits + columns, mask=mask, other=0.0)
+        product = tl.load(logits + columns, mask=columns < padded, other=0.0)
         all_logits = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
         others = tl.where(mask & (columns != label), all_logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(others, 0))
@@ -114,7 +123,7 @@ def scan(
             mean, deviations = merge(
                 mean + moved, deviations * fade, total - block_total, block_mean, block_deviations, block_total
             )
-            present = tl.where(mask, all_logits, float("-inf"))
+            present = tl.where(mask & (all_logits == all_logits), all_logits, float("-inf"))
             block_best = tl.max(present, 0)
             block_index = start + tl.argmax(present, 0)
             best_index = tl.where(block_best > best, block_index, best_index)
@@ -183,7 +192,9 @@ def store_fields(
         from_label = mean_label - logp_mean
         from_others = mean_others - logp_mean
         variance = p_label * from_label * from_label + p_others * (spread + from_others * from_others)
-        tl.store(out + 4 * row_count, best)
+        # maxima pass over NaN, sums do not
+        known = (total == total) & (label_logit == label_logit)
+        tl.store(out + 4 * row_count, tl.where(known, best, total + label_logit))
         tl.store(out + 5 * row_count, plain / vocabulary)
         tl.store(out + 6 * row_count, logp_mean)
         tl.store(out + 7 * row_count, variance)
@@ -209,6 +220,7 @@ def write_row(
     total,
     row_scale,
     mass_count,
+    padded,
     TRANSFORM: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -219,12 +231,12 @@ def write_row(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < end
-        product = tl.load(logits + columns, mask=mask, other=0.0)
+        product = tl.load(logits + columns, mask=columns < padded, other=0.0)
         others = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
         row = tl.where(mask & (columns != label), tl.exp(others - base) * share, 0.0)
         if TRANSFORM:
             row *= softcap_slope(others, softcap)
-        tl.store(out + columns, narrow(row * row_scale, out.dtype.element_ty), mask=mask)
+        tl.store(out + columns, narrow(row * row_scale, out.dtype.element_ty), mask=columns < padded)
         if mass_count > 0:
             tiles = start // TILE + tl.arange(0, BLOCK // TILE)
             tile_masses = tl.sum(tl.reshape(row, (BLOCK // TILE, TILE)), 1)
@@ -240,7 +252,7 @@ def scale_of_row(total, SCALED: tl.constexpr):
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def label_rows_kernel(
     logits,
     logits_stride,
@@ -260,6 +272,7 @@ def label_rows_kernel(
     nearest,
     row_count,
     vocabulary,
+    padded,  # elements of a row that may be read and written: V, or more where the buffer is ours
     scale,
     softcap,
     bias_count,
@@ -283,7 +296,7 @@ def label_rows_kernel(
     logits += row * logits_stride
     label = tl.load(labels + row)
     top, total, mean, deviations, best, best_index, plain = scan(
-        logits, bias, label, 0, vocabulary, scale, softcap, bias_count, TRANSFORM, MOMENTS, BLOCK
+        logits, bias, label, 0, vocabulary, scale, softcap, bias_count, padded, TRANSFORM, MOMENTS, BLOCK
     )
     label_logit = finish_logits(tl.load(logits + label), bias, label, scale, softcap, bias_count, TRANSFORM)
     row_scale = scale_of_row(total, SCALED)
@@ -337,13 +350,14 @@ def label_rows_kernel(
             total,
             row_scale,
             mass_count,
+            padded,
             TRANSFORM,
             BLOCK,
             TILE,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def scan_part_kernel(
     logits,
     logits_stride,
@@ -351,6 +365,7 @@ def scan_part_kernel(
     labels,
     partials,  # (n, parts, 7) float32
     vocabulary,
+    padded,
     part_length,  # a multiple of BLOCK
     scale,
     softcap,
@@ -375,6 +390,7 @@ def scan_part_kernel(
         scale,
         softcap,
         bias_count,
+        padded,
         TRANSFORM,
         MOMENTS,
         BLOCK,
@@ -389,7 +405,7 @@ def scan_part_kernel(
     tl.store(out + 6, plain)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def finish_part_kernel(
     logits,
     logits_stride,
@@ -404,6 +420,7 @@ def finish_part_kernel(
     partials,
     row_count,
     vocabulary,
+    padded,
     part_length,
     scale,
     softcap,
@@ -487,6 +504,7 @@ def finish_part_kernel(
             total,
             row_scale,
             mass_count,
+            padded,
             TRANSFORM,
             BLOCK,
             TILE,
@@ -513,6 +531,7 @@ def label_rows(
     softcap: float | None = None,
     moments: bool = False,
     out: Tensor | None = None,
+    padded: int | None = None,
     masses: bool = False,
     states: tuple[Tensor, Tensor | None, Tensor | None, str] | None = None,
 ) -> LabelRows:
@@ -523,6 +542,8 @@ def label_rows(
         labels: (n,) int64, each in 0..V-1: nothing checks that on a device.
         moments: fill max_logit, logit_mean, logp_mean, logp_var and argmax too.
         out: (n, V) for the written rows, in the dtype that the second product takes; may be `logits` itself.
+        padded: how many elements of a row, of `logits` and of `out`, may be read and written: a multiple of 16 keeps
+            both in wide accesses where V is none. What is there is ignored, and overwritten with 0. Default V.
         masses: sum the written row over each tile of TILE tokens.
         states: (hidden (n, D), anchor (n, D) or (D,) float32 or None, `prepared_centres` or None, metric).
     """
@@ -553,7 +574,8 @@ def label_rows(
     flags = {"TRANSFORM": transform, "MOMENTS": moments or transform, "BLOCK": block, "num_warps": WARPS}
     fused = states is not None and (transform or not moments) and states[0].dtype == written.dtype
     hidden, anchor, centres, metric = states if states is not None and fused else (written, None, None, "l2")
-    parts, part_length = split(count, vocabulary, device)
+    # 16-bit logits are a model's own, of so many rows that none needs to be split
+    parts, part_length = split(count, vocabulary, device) if logits.dtype == torch.float32 else (1, vocabulary)
     if parts == 1:
         label_rows_kernel[(count,)](
             logits,
@@ -572,6 +594,7 @@ def label_rows(
             nearest,
             count,
             vocabulary,
+            padded or vocabulary,
             *finish,
             int(out is not None),
             tiles,
@@ -589,7 +612,6 @@ def label_rows(
         if states and not fused:
             found.states, found.nearest = state_rows(*states)
         return found
-    flags["MOMENTS"] = True  # one configuration less, and rows that are split are few
     partials = torch.empty(count, parts, PARTIALS, dtype=torch.float32, device=device)
     label_logits = logits.gather(1, labels[:, None])[:, 0]
     scan_part_kernel[(count, parts)](
@@ -599,6 +621,7 @@ def label_rows(
         labels,
         partials,
         vocabulary,
+        padded or vocabulary,
         part_length,
         *finish,
         PARTIALS=PARTIALS,
@@ -618,6 +641,7 @@ def label_rows(
         partials,
         count,
         vocabulary,
+        padded or vocabulary,
         part_length,
         *finish,
         int(out is not None),
@@ -669,21 +693,17 @@ def variants() -> list[Variant]:
                 constants |= {"STATE_BLOCK": STATE_BLOCK, "GROUP": GROUP}
                 extra = f", {written.itemsize} D + 4 D read" if states else ""
                 found.append(Variant(label_rows_kernel, arguments, constants, WARPS, traffic=traffic + extra))
-            parts = {**shared, "MOMENTS": True, "PARTIALS": PARTIALS}
-            if dtype == written:
-                scanned = f"{dtype.itemsize} V read"
-                found.append(
-                    Variant(
-                        scan_part_kernel, signature(scan_part_kernel, dtype, written), parts, WARPS, traffic=scanned
-                    )
-                )
-            traffic = f"{dtype.itemsize} V read, {written.itemsize} V written"
-            constants = {**parts, **scaled, **tile}
-            found.append(
-                Variant(
-                    finish_part_kernel, signature(finish_part_kernel, dtype, written), constants, WARPS, traffic=traffic
-                )
-            )
+            if dtype != torch.float32:
+                continue
+            for moments in (True,) if transform else (False, True):
+                parts = {**shared, "MOMENTS": moments, "PARTIALS": PARTIALS}
+                if dtype == written:
+                    arguments = signature(scan_part_kernel, dtype, written)
+                    found.append(Variant(scan_part_kernel, arguments, parts, WARPS, traffic=f"{dtype.itemsize} V read"))
+                traffic = f"{dtype.itemsize} V read, {written.itemsize} V written"
+                arguments = signature(finish_part_kernel, dtype, written)
+                constants = {**parts, **scaled, **tile}
+                found.append(Variant(finish_part_kernel, arguments, constants, WARPS, traffic=traffic))
     return found
 
 

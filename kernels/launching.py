@@ -24,6 +24,21 @@ POINTERS = {
 }
 
 
+# Triton compiles an int anew where it is 1 or a multiple of 16, and a pointer where it is aligned. Of these arguments
+# that would only cost compilations in the middle of a training: they change with the batch.
+UNSPECIALISED = (
+    "row_count",
+    "tile_count",
+    "mass_count",
+    "write",
+    "cosine",
+    "centre_count",
+    "anchor_width",
+    "bias_count",
+)
+UNALIGNED = ("labels", "argmax")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One configuration of a kernel, as it is compiled.

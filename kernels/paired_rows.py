@@ -28,37 +28,57 @@ from fastforget_kernels.arithmetic import (
     power_of_two_below,
     softcap_slope,
 )
-from fastforget_kernels.launching import Variant, interpreting, row_stride
+from fastforget_kernels.launching import UNSPECIALISED, Variant, interpreting, row_stride
 
-BLOCK = 1024  # of two rows at a time
+BLOCK = 2048  # of two rows at a time
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
-WARPS = 8
+WARPS = 16  # a chunk may have fewer rows than the device has processors
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 LOG_2 = 0.6931471805599453
 
 
 @triton.jit
-def log_normaliser(logits, bias, vocabulary, scale, softcap, bias_count, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr):
-    """(largest logit, log of the sum of e^(z - it)) of one row."""
-    top = float("-inf")
-    total = 0.0
+def normalisers(
+    policy,
+    reference,
+    bias,
+    vocabulary,
+    padded,
+    scale,
+    softcap,
+    bias_count,
+    TRANSFORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(largest logit, log of the sum of e^(z - it)) of a row of each, in one loop over both."""
+    top_p = float("-inf")
+    total_p = 0.0
+    top_q = float("-inf")
+    total_q = 0.0
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocabulary
-        product = tl.load(logits + columns, mask=mask, other=0.0)
-        row = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
-        row = tl.where(mask, row, float("-inf"))
-        new_top = tl.maximum(top, tl.max(row, 0))
-        base = finite_or_zero(new_top)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(row - base), 0)
-        top = new_top
-    return finite_or_zero(top), tl.log(total)
+        product_p = tl.load(policy + columns, mask=columns < padded, other=0.0)
+        product_q = tl.load(reference + columns, mask=columns < padded, other=0.0)
+        row_p = finish_logits(product_p, bias, columns, scale, softcap, bias_count, TRANSFORM)
+        row_q = finish_logits(product_q, bias, columns, scale, softcap, bias_count, TRANSFORM)
+        top_p, total_p = online(top_p, total_p, tl.where(mask, row_p, float("-inf")))
+        top_q, total_q = online(top_q, total_q, tl.where(mask, row_q, float("-inf")))
+    return finite_or_zero(top_p), tl.log(total_p), finite_or_zero(top_q), tl.log(total_q)
 
 
 @triton.jit
-def log_probs(logits, bias, columns, mask, top, log_total, scale, softcap, bias_count, TRANSFORM: tl.constexpr):
+def online(top, total, row):
+    """The largest logit and the sum of e^(z - it), with a block more."""
+    new_top = tl.maximum(top, tl.max(row, 0))
+    base = finite_or_zero(new_top)
+    return new_top, total * tl.exp(top - base) + tl.sum(tl.exp(row - base), 0)
+
+
+@triton.jit
+def log_probs(logits, bias, columns, padded, top, log_total, scale, softcap, bias_count, TRANSFORM: tl.constexpr):
     """(log-probabilities, slopes of the softcap); centred before log_total, or large logits would cost their digits."""
-    product = tl.load(logits + columns, mask=mask, other=0.0)
+    product = tl.load(logits + columns, mask=columns < padded, other=0.0)
     row = finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM)
     slope = softcap_slope(row, softcap)
     return (row - top) - log_total, slope
@@ -70,7 +90,8 @@ def relative_entropy(log_from, gap):
     near = tl.exp(log_from) * expm1_excess(tl.minimum(tl.maximum(gap, -1.0), 1.0))
     # where |gap| is large, expm1 may overflow against a probability that is 0: there it is to - from - from * gap
     probability = tl.exp(log_from)
-    far = tl.maximum(tl.exp(log_from + gap) - probability - probability * gap, 0.0)
+    far = tl.exp(log_from + gap) - probability - probability * gap
+    far = tl.where(far < 0.0, 0.0, far)  # not tl.maximum, which would make 0 of NaN
     return tl.where(tl.abs(gap) <= 1.0, near, far)
 
 
@@ -92,7 +113,7 @@ def log1m(x):
     return tl.where(rest == 1.0, -x, tl.log(rest) * (x / exact))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def paired_rows_kernel(
     policy,
     policy_stride,
@@ -104,6 +125,7 @@ def paired_rows_kernel(
     values,  # (2, n) float32: the divergence, and what the written row was multiplied with
     row_count,
     vocabulary,
+    padded,  # elements of a row that may be read and written: V, or more where the buffers are ours
     scale,
     softcap,
     bias_count,
@@ -118,8 +140,9 @@ def paired_rows_kernel(
     policy += row * policy_stride
     reference += row * reference_stride
     out += row * out_stride
-    top_p, log_total_p = log_normaliser(policy, bias, vocabulary, scale, softcap, bias_count, TRANSFORM, BLOCK)
-    top_q, log_total_q = log_normaliser(reference, bias, vocabulary, scale, softcap, bias_count, TRANSFORM, BLOCK)
+    top_p, log_total_p, top_q, log_total_q = normalisers(
+        policy, reference, bias, vocabulary, padded, scale, softcap, bias_count, TRANSFORM, BLOCK
+    )
     row_scale = 1.0
     if SCALED and KIND == 0:  # |p - q| is at most the larger of the two tops, e^-log_total
         row_scale = 8192.0 * power_of_two_below(tl.exp(tl.minimum(log_total_p, log_total_q)))
@@ -129,8 +152,12 @@ def paired_rows_kernel(
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocabulary
-        log_p, slope = log_probs(policy, bias, columns, mask, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM)
-        log_q, _ = log_probs(reference, bias, columns, mask, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM)
+        log_p, slope = log_probs(
+            policy, bias, columns, padded, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM
+        )
+        log_q, _ = log_probs(
+            reference, bias, columns, padded, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM
+        )
         log_p = tl.where(mask, log_p, -200.0)  # tokens that are not there: probability 0 on both sides
         log_q = tl.where(mask, log_q, -200.0)
         gap = log_p - log_q
@@ -139,7 +166,9 @@ def paired_rows_kernel(
             if write != 0:
                 near = tl.exp(log_q) * expm1(tl.minimum(tl.maximum(gap, -1.0), 1.0))
                 difference = tl.where(tl.abs(gap) <= 1.0, near, tl.exp(log_p) - tl.exp(log_q))
-                tl.store(out + columns, narrow(difference * slope * row_scale, out.dtype.element_ty), mask=mask)
+                tl.store(
+                    out + columns, narrow(difference * slope * row_scale, out.dtype.element_ty), mask=columns < padded
+                )
         elif KIND == 1:
             first += tl.sum(relative_entropy(log_p, -gap), 0)
             if SCALED:
@@ -161,16 +190,16 @@ def paired_rows_kernel(
             columns = start + tl.arange(0, BLOCK)
             mask = columns < vocabulary
             log_p, slope = log_probs(
-                policy, bias, columns, mask, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM
+                policy, bias, columns, padded, top_p, log_total_p, scale, softcap, bias_count, TRANSFORM
             )
             log_q, _ = log_probs(
-                reference, bias, columns, mask, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM
+                reference, bias, columns, padded, top_q, log_total_q, scale, softcap, bias_count, TRANSFORM
             )
             if KIND == 1:
                 gradient = tl.exp(log_p) * ((log_p - log_q) - first)
             else:
                 gradient = 0.5 * tl.exp(log_p) * (-log_mixture_above(log_q - log_p) - first)
-            tl.store(out + columns, narrow(gradient * slope * row_scale, out.dtype.element_ty), mask=mask)
+            tl.store(out + columns, narrow(gradient * slope * row_scale, out.dtype.element_ty), mask=columns < padded)
     tl.store(values + row, value)
     tl.store(values + row_count + row, row_scale)
 
@@ -184,11 +213,12 @@ def paired_rows(
     scale: float = 1.0,
     softcap: float | None = None,
     out: Tensor | None = None,
+    padded: int | None = None,
 ) -> Tensor:
     """(2, n) float32: the divergence of each row, and what the row written into `out` was multiplied with.
 
     policy, reference: (n, V) products with the head, float32, rows contiguous; out: (n, V) in the dtype that the second
-    product takes, `policy` itself among them, or None where no gradient is wanted.
+    product takes, `policy` itself among them, or None where no gradient is wanted; padded: as in `label_rows`.
     """
     count, vocabulary = policy.shape
     values = torch.empty(2, count, dtype=torch.float32, device=policy.device)
@@ -205,6 +235,7 @@ def paired_rows(
             values,
             count,
             vocabulary,
+            padded or vocabulary,
             scale,
             softcap or 0.0,
             0 if bias is None else vocabulary,
@@ -226,7 +257,7 @@ def variants() -> list[Variant]:
             **dict.fromkeys(("policy", "reference", "bias", "values"), torch.float32),
             "out": written,
             **dict.fromkeys(("policy_stride", "reference_stride", "out_stride"), "i64"),
-            **dict.fromkeys(("row_count", "vocabulary", "bias_count", "write"), "i32"),
+            **dict.fromkeys(("row_count", "vocabulary", "padded", "bias_count", "write"), "i32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
         }
         for index, kind in enumerate(KINDS):

@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastforget_kernels.label_rows import INTERPRETED_TILE, TILE
-from fastforget_kernels.launching import Variant, interpreting, row_stride
+from fastforget_kernels.launching import UNSPECIALISED, Variant, interpreting, row_stride
 
 ROWS = 64  # of a block: more share the weight's tiles, fewer have more tiles to leave out
 COLUMNS = 128
 WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def skipping_product_kernel(
     rows,
     rows_stride,

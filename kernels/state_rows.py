@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.launching import Variant, interpreting, pointer, row_stride
+from fastforget_kernels.launching import UNSPECIALISED, Variant, interpreting, pointer, row_stride
 
 BLOCK = 256  # of the state's width
 GROUP = 16  # centres at a time
@@ -50,7 +50,8 @@ def state_distances(
     from_anchor = 0.0
     pull = float("inf")
     nearest = 0
-    for group in range(0, tl.maximum(centre_count, 1), GROUP):
+    all_distances = 0.0  # is NaN where one of them is: the smallest would pass over it
+    for group in range(0, tl.maximum(centre_count, 1), GROUP):  # once without centres too: for the anchor
         members = group + tl.arange(0, GROUP)
         present = members < centre_count
         from_centres = tl.zeros((GROUP,), tl.float32)
@@ -71,14 +72,15 @@ def state_distances(
         undirected = hidden_factor * lengths == 0.0  # a vector of length 0 has no direction: 1
         cosines = tl.where(undirected, 1.0, 0.5 * from_centres)
         distances = tl.where(cosine != 0, cosines, tl.sqrt(from_centres))
-        distances = tl.where(present, distances, float("inf"))
+        all_distances += tl.sum(tl.where(present, distances, 0.0), 0)
+        distances = tl.where(present & (distances == distances), distances, float("inf"))
         smallest = tl.min(distances, 0)
         index = group + tl.argmin(distances, 0)
         nearest = tl.where(smallest < pull, index, nearest)
         pull = tl.minimum(smallest, pull)
     undirected = hidden_factor * anchor_factor == 0.0
     distance = tl.where(cosine != 0, tl.where(undirected, 1.0, 0.5 * from_anchor), tl.sqrt(from_anchor))
-    return distance, pull, nearest
+    return distance, tl.where(all_distances == all_distances, pull, all_distances), nearest
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def reciprocal(value):
     return tl.where(value > 0.0, 1.0 / tl.where(value > 0.0, value, 1.0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def state_rows_kernel(
     hidden,
     hidden_stride,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -46,6 +47,8 @@ def why_not_triton(device: torch.device) -> str | None:
         return f"they need a GPU, not {device.type}"
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed (pip install "fastforget[gpu]")'
+    if device.type in TRITON_DEVICES and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "Triton builds its launchers with a C compiler, and there is none: install gcc, or set CC"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "they need compute capability 8.0 or newer"
     return None

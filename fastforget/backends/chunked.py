@@ -37,6 +37,7 @@ def label_pass(
     names: Collection[str],
     out: Tensor | None,
     *,
+    padded: int | None = None,
     masses: bool = False,
     against: Against | None = None,
 ) -> LabelPass:
@@ -92,7 +93,9 @@ def moments_of_logp(others: Tensor, offsets: Tensor, total: Tensor, logp: Tensor
     return {"entropy": -mean, "logp_mean": mean, "logp_var": variance}
 
 
-def paired_pass(policy: Tensor, reference: Tensor, head: LMHead, kind: str, out: Tensor | None) -> PairedPass:
+def paired_pass(
+    policy: Tensor, reference: Tensor, head: LMHead, kind: str, out: Tensor | None, padded: int | None = None
+) -> PairedPass:
     """A divergence of each row, and where `out` is given its gradient over the logits."""
     policy, reference = gemm.finish_logits_(policy, head), gemm.finish_logits_(reference, head)
     slope = gemm.softcap_slope(policy, head) if out is not None else None
@@ -111,6 +114,7 @@ def gradient_pass(
     argmax: Tensor | None,
     projected: Tensor | None,
     out: Tensor,
+    padded: int | None = None,
 ) -> Tensor:
     """The gradient over the logits for any mix of upstream gradients (the formula: kernels/gradient_rows.py)."""
     logits = gemm.finish_logits_(product, head)

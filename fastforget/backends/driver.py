@@ -25,6 +25,7 @@ from fastforget.head import LMHead
 
 NOT_DIFFERENTIABLE = {"logp_mean", "logp_var", "argmax"}
 NEEDS_RECOMPUTE = {"entropy", "expected_embedding"}
+ALIGNMENT = 64  # rows of logits begin at a multiple of so many elements: kernels and products then use wide accesses
 ALWAYS = ("logp", "lse", "log_not_label")  # what the backward pass needs, beside what was asked for
 
 
@@ -72,16 +73,19 @@ class Chunks:
     hidden: Tensor
     positions: Tensor | None
     head: LMHead
+    buffers: int = 1  # of products at a time, which share the byte budget
 
     def __post_init__(self) -> None:
         self.count = len(self.hidden if self.positions is None else self.positions)
         self.vocabulary = self.hidden.shape[1] if self.head.is_identity else self.head.weight.shape[0]
         self.dtype = gemm.compute_dtype(self.hidden)
-        self.step = min(self.count, gemm.chunk_rows(self.vocabulary, self.hidden))
+        self.padded = -(-self.vocabulary // ALIGNMENT) * ALIGNMENT
+        self.step = min(self.count, gemm.chunk_rows(self.buffers * self.padded, self.hidden))
 
     def buffer(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer for one chunk of logits."""
-        return torch.empty(self.step, self.vocabulary, dtype=dtype or self.dtype, device=self.hidden.device)
+        """A buffer (rows, V) for one chunk of logits; a row takes `padded` elements."""
+        shape = (self.step, self.padded)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.hidden.device)[:, : self.vocabulary]
 
     def empty_states(self) -> Tensor:
         """An empty (n, D), float32 or float64."""
@@ -102,15 +106,22 @@ class Chunks:
         measured = self.hidden if against.states is None else against.states
         return Against(self.of(measured, rows), anchor, against.centres, against.metric)
 
+    def narrow(self) -> Iterator[slice]:
+        """Kept rows whose float32 states fit the budget of a weight tile."""
+        width = self.hidden.shape[1] * self.dtype.itemsize
+        return gemm.row_chunks(self.count, max(1, gemm.TILE_BYTES // width))
+
+    def put(self, part: Tensor, rows: slice, out: Tensor) -> None:
+        """Write the states of these kept rows into the rows of `out` (N, D) that they are kept from."""
+        if self.positions is None:
+            out[rows] = part
+        else:
+            out.index_copy_(0, self.positions[rows], part.to(out.dtype))
+
     def scatter_scaled(self, kept: Tensor, factor: Tensor, out: Tensor) -> None:
-        """Write `kept * factor` (n, D) into the rows of `out` (N, D), a bounded chunk at a time."""
-        width = max(1, gemm.TILE_BYTES // (kept.shape[1] * kept.dtype.itemsize))
-        for rows in gemm.row_chunks(self.count, width):
-            part = kept[rows] * factor[rows, None]
-            if self.positions is None:
-                out[rows] = part
-            else:
-                out.index_copy_(0, self.positions[rows], part.to(out.dtype))
+        """Write `kept * factor` (n, D) into the rows of `out` (N, D), a bounded part at a time."""
+        for rows in self.narrow():
+            self.put(kept[rows] * factor[rows, None], rows, out)
 
 
 def passes_of(backend: str, dtype: torch.dtype) -> Any:
@@ -147,7 +158,8 @@ def label_forward(
     chunks = Chunks(hidden, positions, head)
     passes = passes_of(backend, chunks.dtype)
     want_unit = compute_grad or "expected_embedding" in names
-    skipping = want_unit and tail_mass > 0 and hasattr(passes, "skipping_product") and not head.is_identity
+    skipping = tail_mass > 0 and compute_grad and hasattr(passes, "skipping_product") and not head.is_identity
+    skipping = skipping and "expected_embedding" not in names  # a value, and exact
     unit_grad = chunks.empty_states() if want_unit else None
     expected = chunks.empty_states() if "expected_embedding" in names else None
     dropped = torch.zeros(chunks.count, dtype=chunks.dtype, device=hidden.device) if tail_mass > 0 else None
@@ -166,6 +178,7 @@ def label_forward(
             head,
             names,
             written[:count] if want_unit else None,
+            padded=chunks.padded,
             masses=skipping,
             against=chunks.against(against, rows) if against else None,
         )
@@ -175,7 +188,7 @@ def label_forward(
             continue
         grad = unit_grad[rows]
         if skipping:
-            weight = None if whole_rows or expected is not None else found.fields["log_not_label"].exp()
+            weight = None if whole_rows else found.fields["log_not_label"].exp()
             dropped[rows] = passes.skipping_product(found, labels[rows], head, weight, tail_mass, out=grad)  # type: ignore[index]
         else:
             gemm.rows_to_hidden(found.row, head, out=grad)
@@ -183,6 +196,7 @@ def label_forward(
             grad.div_(found.row_scale[:, None])
         if expected is not None:
             torch.mul(grad, found.fields["log_not_label"].exp()[:, None], out=expected[rows])
+            gemm.add_head_rows(expected[rows], labels[rows], found.fields["logp"].exp(), head)
         # The label's -1 is one row of the head: in the product, the others' small terms would be rounded against it
         label_slope = torch.ones_like(found.fields["lse"]) if found.label_slope is None else found.label_slope
         gemm.add_head_rows(grad, labels[rows], -label_slope, head)
@@ -191,7 +205,6 @@ def label_forward(
         fields = empty_fields(names, chunks.dtype, hidden.device)
     if expected is not None:
         fields["expected_embedding"] = expected
-        gemm.add_head_rows(expected, labels, fields["logp"].exp(), head)
     if against and not {"distance", "pull"} & set(fields):  # no part of this backend's row pass, or there was no row
         measured = hidden if against.states is None else against.states
         fields |= states.measure(measured, positions, against.anchor, against.centres, against.metric)
@@ -238,13 +251,14 @@ def label_backward(
         return grad, grad_weight, grad_bias
     assert forward.unit_grad is not None
     grad = torch.empty_like(hidden) if positions is None else torch.zeros_like(hidden)
-    direct = {"lse", "label_logit", "max_logit", "logit_mean"} & set(upstream)
-    kept, factor = forward.unit_grad, unit_coefficient(upstream, logp, log_not)
-    if direct:
-        kept = kept * factor[:, None]
-        add_direct_gradients(kept, chunks, labels, argmax, upstream)
-        factor = torch.ones_like(factor)
-    chunks.scatter_scaled(kept, factor, grad)
+    factor = unit_coefficient(upstream, logp, log_not)
+    mean_row = None
+    if "logit_mean" in upstream and not head.is_identity:
+        mean_row = head.scale * head.weight.mean(dim=0, dtype=factor.dtype)
+    for rows in chunks.narrow():
+        part = forward.unit_grad[rows] * factor[rows, None]
+        add_direct_gradients(part, chunks, rows, labels, argmax, upstream, mean_row)
+        chunks.put(part, rows, grad)
     return grad, None, None
 
 
@@ -280,24 +294,28 @@ def unit_coefficient(upstream: dict[str, Tensor], logp: Tensor, log_not: Tensor)
 
 
 def add_direct_gradients(
-    grad: Tensor, chunks: Chunks, labels: Tensor, argmax: Tensor | None, upstream: dict[str, Tensor]
+    grad: Tensor,
+    chunks: Chunks,
+    rows: slice,
+    labels: Tensor,
+    argmax: Tensor | None,
+    upstream: dict[str, Tensor],
+    mean_row: Tensor | None,
 ) -> None:
-    """Add the gradients that are single rows of the head (label_logit, lse's label part, max_logit) or their mean."""
+    """Add, for some kept rows, the gradients that are single rows of the head (label_logit, lse's label part,
+    max_logit) or the mean of all."""
     head = chunks.head
-    single = [(labels, upstream.get("lse")), (labels, upstream.get("label_logit")), (argmax, upstream.get("max_logit"))]
-    for index, coefficient in single:
-        if coefficient is None or index is None or len(grad) == 0:
+    for index, name in ((labels, "lse"), (labels, "label_logit"), (argmax, "max_logit")):
+        if name not in upstream or index is None:
             continue
+        coefficient = upstream[name][rows]
         if head.softcap is not None:
-            logit = head_logit(head, chunks.of(chunks.hidden, slice(0, chunks.count)), index)
+            logit = head_logit(head, chunks.of(chunks.hidden, rows), index[rows])
             coefficient = coefficient * (1.0 - (logit / head.softcap).square())
-        gemm.add_head_rows(grad, index, coefficient, head)
+        gemm.add_head_rows(grad, index[rows], coefficient, head)
     if "logit_mean" in upstream:
-        coefficient = upstream["logit_mean"][:, None]
-        if head.is_identity:
-            grad += coefficient / grad.shape[1]
-        else:
-            grad += coefficient * (head.scale * head.weight.mean(dim=0, dtype=grad.dtype))
+        coefficient = upstream["logit_mean"][rows, None]
+        grad += coefficient / grad.shape[1] if mean_row is None else coefficient * mean_row
 
 
 def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
@@ -357,6 +375,7 @@ def recompute(
             argmax=None if argmax is None else argmax[rows],
             projected=along,
             out=written[:count],
+            padded=chunks.padded,
         )
         gemm.rows_to_hidden(row, head, out=grad_hidden[rows])
         if grad_weight is not None:
@@ -380,7 +399,7 @@ def divergence_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(divergence (n,) of the kept rows, gradient (n, D) over their states)."""
-    chunks = Chunks(hidden, positions, head)
+    chunks = Chunks(hidden, positions, head, buffers=2)
     passes = passes_of(backend, chunks.dtype)
     value = torch.empty(chunks.count, dtype=chunks.dtype, device=hidden.device)
     grad = chunks.empty_states() if compute_grad else None
@@ -393,7 +412,7 @@ def divergence_forward(
         gemm.product_into(policy[:count], chunks.of(hidden, rows), head)
         gemm.product_into(reference[:count], chunks.of(ref_hidden, rows), head)
         out = written[:count] if compute_grad else None
-        found: PairedPass = passes.paired_pass(policy[:count], reference[:count], head, kind, out)
+        found: PairedPass = passes.paired_pass(policy[:count], reference[:count], head, kind, out, chunks.padded)
         value[rows] = found.value
         if grad is not None and found.row is not None:
             gemm.rows_to_hidden(found.row, head, out=grad[rows])

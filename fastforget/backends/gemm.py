@@ -16,6 +16,7 @@ from fastforget.head import LMHead
 
 CHUNK_BYTES = 64 * 2**20  # one logits buffer
 DEVICE_CHUNK_BYTES = 128 * 2**20  # on a GPU, where fewer rows would leave the products short of work
+ROW_TILE = 128  # rows that a GPU's product works on together: a chunk of 131 would cost it as much as one of 256
 TILE_BYTES = 32 * 2**20  # one tile of a 16-bit weight, cast to float32
 
 
@@ -25,9 +26,10 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_rows(vocabulary: int, hidden: Tensor) -> int:
-    """How many rows of logits fit the byte budget; at least one."""
+    """How many rows of logits fit the byte budget; at least one, and a multiple of ROW_TILE where that many fit."""
     budget = CHUNK_BYTES if hidden.is_cpu else DEVICE_CHUNK_BYTES
-    return max(1, budget // (vocabulary * compute_dtype(hidden).itemsize))
+    rows = max(1, budget // (vocabulary * compute_dtype(hidden).itemsize))
+    return rows // ROW_TILE * ROW_TILE if rows >= ROW_TILE and not hidden.is_cpu else rows
 
 
 def row_chunks(row_count: int, rows: int) -> Iterator[slice]:

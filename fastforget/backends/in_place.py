@@ -25,7 +25,8 @@ def label_stats(
 ) -> dict[str, Tensor]:
     """{field: (N,)} of logits (N, V), which are overwritten; labels (N,) are valid ones where not `kept` (N,) too."""
     names = tuple(name for name in OUTPUTS if name in outputs or name in driver.ALWAYS)
-    return dict(zip(names, StatsInPlace.apply(logits, labels, kept, names, backend), strict=True))
+    with torch.cuda.device_of(logits):  # Triton launches on whichever device is current
+        return dict(zip(names, StatsInPlace.apply(logits, labels, kept, names, backend), strict=True))
 
 
 class StatsInPlace(torch.autograd.Function):

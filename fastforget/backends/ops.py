@@ -7,7 +7,8 @@ be seen. An empty tensor stands for what is not needed, as an op returns a fixed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,17 @@ from fastforget.backends import OUTPUTS, driver, gemm
 from fastforget.head import LMHead
 
 SEPARATOR = ","  # names cross the border as one string
+
+
+def on_device(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an op, run on the device of its first tensor: Triton launches on whichever device is current."""
+
+    @functools.wraps(body)
+    def run(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return body(first, *others)
+
+    return run
 
 
 def label_stats(
@@ -66,6 +78,7 @@ def label_stats(
 
 
 @torch.library.custom_op("fastforget::token_stats", mutates_args=())
+@on_device
 def token_stats_op(
     hidden: Tensor,
     labels: Tensor,
@@ -149,6 +162,7 @@ token_stats_op.register_autograd(token_stats_backward, setup_context=save_token_
 
 
 @torch.library.custom_op("fastforget::token_stats_backward", mutates_args=())
+@on_device
 def token_stats_backward_op(
     hidden: Tensor,
     labels: Tensor,
@@ -223,6 +237,7 @@ def divergence(
 
 
 @torch.library.custom_op("fastforget::divergence", mutates_args=())
+@on_device
 def divergence_op(
     hidden: Tensor,
     ref_hidden: Tensor,
@@ -269,6 +284,7 @@ divergence_op.register_autograd(divergence_backward, setup_context=save_divergen
 
 
 @torch.library.custom_op("fastforget::divergence_backward", mutates_args=())
+@on_device
 def divergence_backward_op(hidden: Tensor, positions: Tensor | None, grad: Tensor, upstream: Tensor) -> Tensor:
     """The gradient over hidden (N, D)."""
     out = torch.empty_like(hidden) if positions is None else torch.zeros_like(hidden)
@@ -295,6 +311,7 @@ def state_stats(
 
 
 @torch.library.custom_op("fastforget::state_stats", mutates_args=())
+@on_device
 def state_stats_op(
     hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,6 +355,7 @@ state_stats_op.register_autograd(state_stats_backward, setup_context=save_state_
 
 
 @torch.library.custom_op("fastforget::state_stats_backward", mutates_args=())
+@on_device
 def state_stats_backward_op(
     hidden: Tensor,
     anchor: Tensor | None,

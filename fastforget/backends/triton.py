@@ -30,6 +30,7 @@ def label_pass(
     names: Collection[str],
     out: Tensor | None,
     *,
+    padded: int | None = None,
     masses: bool = False,
     against: Against | None = None,
 ) -> LabelPass:
@@ -42,6 +43,7 @@ def label_pass(
         softcap=head.softcap,
         moments=bool(MOMENTS & set(names)),
         out=out,
+        padded=padded,
         masses=masses,
         states=None if against is None else measured(against),
     )
@@ -60,10 +62,12 @@ def label_pass(
     return result
 
 
-def paired_pass(policy: Tensor, reference: Tensor, head: LMHead, kind: str, out: Tensor | None) -> PairedPass:
+def paired_pass(
+    policy: Tensor, reference: Tensor, head: LMHead, kind: str, out: Tensor | None, padded: int | None = None
+) -> PairedPass:
     """A divergence of each row, and where `out` is given its gradient over the logits."""
     value, row_scale = paired_rows.paired_rows(
-        policy, reference, kind, bias=head.bias, scale=head.scale, softcap=head.softcap, out=out
+        policy, reference, kind, bias=head.bias, scale=head.scale, softcap=head.softcap, out=out, padded=padded
     )
     scaled = out is not None and out.dtype == torch.float16
     return PairedPass(value, out, row_scale if scaled else None)
@@ -78,6 +82,7 @@ def gradient_pass(
     argmax: Tensor | None,
     projected: Tensor | None,
     out: Tensor,
+    padded: int | None = None,
 ) -> Tensor:
     """The gradient over the logits for any mix of upstream gradients, written into `out`."""
     gradient_rows.gradient_rows(
@@ -90,6 +95,7 @@ def gradient_pass(
         scale=head.scale,
         softcap=head.softcap,
         out=out,
+        padded=padded,
     )
     return out
 
