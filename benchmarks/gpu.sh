@@ -58,7 +58,7 @@ surroundings() {
 gpu_tests() {
     local files
     # the other test files may need packages that this machine lacks
-    mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests --include='*.py')
+    mapfile -t files < <(grep -rlE 'mark\.gpu\b|kernel_device' tests --include='test_*.py')
     if ((${#files[@]} == 0)); then
         echo "no test is marked gpu"
         return 1

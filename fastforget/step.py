@@ -129,7 +129,9 @@ class UnlearnLoss:
         reference = self.reference.of(prepared, wanted, self.backend) if self.reference and wanted else {}
         states = self.backbone.states(prepared.inputs, prepared.positions, {request.layer for request in requests})
         hidden, head = states[None], self.backbone.head
-        logp = kept_token_stats(hidden, head, prepared.labels, backend=self.backend)["logp"]
+        learned = any(term.learns_from_logp for _, term in terms)
+        with torch.set_grad_enabled(learned and torch.is_grad_enabled()):  # else logp is only reported
+            logp = kept_token_stats(hidden, head, prepared.labels, backend=self.backend)["logp"]
         tokens, sequences = counts.of(side)
         stats = SideStats(
             logp=logp,

@@ -28,6 +28,7 @@ class StateTerm(Term):
     `level`: "token" takes each label token's state, "sequence" the mean state over each answer's label tokens.
     """
 
+    learns_from_logp: ClassVar[bool] = False
     layer: int | None = None
     metric: str = "l2"
     level: str = "token"

@@ -93,6 +93,9 @@ class Term:
     """Base of all terms: a positive weight, and the side of the batch that it is on."""
 
     name: ClassVar[str] = "term"
+    learns_from_logp: ClassVar[bool] = (
+        True  # False: its gradient does not come from `logp`, whose own then costs nothing
+    )
     weight: float = 1.0
     on: Side = "forget"
 
@@ -150,6 +153,7 @@ class KL(Term):
     """
 
     name: ClassVar[str] = "kl"
+    learns_from_logp: ClassVar[bool] = False
     on: Side = "retain"
     direction: str = "forward_kl"
 
