@@ -1,5 +1,8 @@
 """What the backends promise of the machine: torch.compile traces through them, and nothing synchronises."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_device import OURS, device_of
@@ -176,3 +179,16 @@ def test_the_guard_itself_sees_a_look():
         float(torch.ones(1).sum())
     with NoLooking(), pytest.raises(AssertionError, match="boolean"):
         torch.ones(3)[torch.tensor([True, False, True])]
+
+
+def test_no_kernel_launcher_or_driver_names_what_brings_values_to_the_host():
+    """By their sources, too: on the CPU some of these leave no trace among the operations."""
+    forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize", "unique"}
+    root = Path(ff.__file__).parents[1]
+    files = [*root.glob("kernels/*_rows.py"), root / "kernels" / "skipping.py", root / "kernels" / "launching.py"]
+    files += [root / "fastforget" / "backends" / f"{name}.py" for name in ("driver", "ops", "triton", "in_place", "gemm")]
+    assert len(files) >= 10
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in forbidden, f"{file.name}:{node.lineno} calls .{node.func.attr}()"

@@ -178,7 +178,7 @@ def test_a_difference_of_two_expected_embeddings_would_fail_that(noise):
     ]
     difference = (embeddings[0] - embeddings[1]).bfloat16().double()
     error, theirs = ((result.double() - truth).square().mean().sqrt() for result in (difference, eager.bfloat16()))
-    assert error > 10 * theirs, (float(error), float(theirs))
+    assert error > 28 * theirs, (float(error), float(theirs))  # 110 to 720 times, measured
 
 
 def near_the_reference(dtype, noise):
