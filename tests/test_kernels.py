@@ -132,6 +132,17 @@ def test_extreme_probabilities_row_by_row(vocabulary, label_probability):
     assert float(fields["logp_var"]) == pytest.approx(float(variance), rel=1e-5, abs=1e-12)
 
 
+def test_a_block_far_below_the_top_does_not_spoil_the_moments():
+    """Its total is a subnormal number, one over which is infinite."""
+    logits = torch.zeros(1, 3 * 2048, device=DEVICE)
+    logits[0, 0] = 100.0  # every other block's total is about e^-100 times its length
+    truth = logits.double().log_softmax(1)
+    found = label_rows.label_rows(logits, torch.tensor([5], device=DEVICE), moments=True).fields[:, 0].cpu().double()
+    mean = (truth.exp() * truth).sum().cpu()
+    assert found.isfinite().all()
+    assert float(found[FIELDS.index("logp_mean")]) == pytest.approx(float(mean), abs=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_logits_of_any_dtype_and_stride_are_written_in_place_or_apart(dtype, in_place):
