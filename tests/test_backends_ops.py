@@ -186,7 +186,9 @@ def test_no_kernel_launcher_or_driver_names_what_brings_values_to_the_host():
     forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize", "unique"}
     root = Path(ff.__file__).parents[1]
     files = [*root.glob("kernels/*_rows.py"), root / "kernels" / "skipping.py", root / "kernels" / "launching.py"]
-    files += [root / "fastforget" / "backends" / f"{name}.py" for name in ("driver", "ops", "triton", "in_place", "gemm")]
+    files += [
+        root / "fastforget" / "backends" / f"{name}.py" for name in ("driver", "ops", "triton", "in_place", "gemm")
+    ]
     assert len(files) >= 10
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
