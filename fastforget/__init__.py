@@ -10,7 +10,23 @@ from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
 from fastforget.jobs.unlearn import unlearn
 from fastforget.models import load, save_adapter
-from fastforget.objectives import CE, KL, NPO, ClusterPull, EmbeddingDistance, NegatedCE, SimNPO, Term, preset
+from fastforget.objectives import (
+    CE,
+    KL,
+    NPO,
+    TNPO,
+    WGA,
+    ClusterPull,
+    EmbeddingDistance,
+    MaxEntropy,
+    NegatedCE,
+    SatImp,
+    SimNPO,
+    Term,
+    TokenTerm,
+    Unlikelihood,
+    preset,
+)
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnLoss, UnlearnOutput, UnlearnStep
 
@@ -38,19 +54,25 @@ __all__ = [
     "CE",
     "KL",
     "NPO",
+    "TNPO",
+    "WGA",
     "ClusterPull",
     "EmbeddingDistance",
     "FastforgetError",
     "LMHead",
     "LabelCounts",
+    "MaxEntropy",
     "NegatedCE",
     "NonFiniteLossError",
+    "SatImp",
     "SimNPO",
     "Term",
     "TokenStats",
+    "TokenTerm",
     "UnlearnLoss",
     "UnlearnOutput",
     "UnlearnStep",
+    "Unlikelihood",
     "cluster_centres",
     "count_labels",
     "demo",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastforget.backbone import Backbone
+from fastforget.backends import OUTPUTS
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, prepare, split_roles, split_rows
 from fastforget.errors import FastforgetError
 from fastforget.objectives import SideStats, StateDistances, StateRequest, Term, preset
@@ -131,7 +132,9 @@ class UnlearnLoss:
         hidden, head = states[None], self.backbone.head
         learned = any(term.learns_from_logp for _, term in terms)
         with torch.set_grad_enabled(learned and torch.is_grad_enabled()):  # else logp is only reported
-            logp = kept_token_stats(hidden, head, prepared.labels, backend=self.backend)["logp"]
+            names = ("logp", *(name for name in OUTPUTS if name in needs))
+            fields = kept_token_stats(hidden, head, prepared.labels, outputs=names, backend=self.backend)
+        logp = fields["logp"]
         tokens, sequences = counts.of(side)
         stats = SideStats(
             logp=logp,
@@ -144,6 +147,8 @@ class UnlearnLoss:
                 kind: kept_divergence(hidden, reference[states_of(None)], head, kind, backend=self.backend)
                 for kind in kinds
             },
+            fields=fields,
+            vocabulary=self.backbone.vocabulary,
         )
         for request in requests:
             stats.states[request] = self.state_distances(request, states[request.layer], reference, prepared, stats)

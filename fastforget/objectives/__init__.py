@@ -3,19 +3,26 @@
 from fastforget.objectives.presets import PRESETS, preset
 from fastforget.objectives.states import ClusterPull, EmbeddingDistance
 from fastforget.objectives.terms import CE, KL, NPO, NegatedCE, SideStats, SimNPO, StateDistances, StateRequest, Term
+from fastforget.objectives.weighted import TNPO, WGA, MaxEntropy, SatImp, TokenTerm, Unlikelihood
 
 __all__ = [
     "CE",
     "KL",
     "NPO",
     "PRESETS",
+    "TNPO",
+    "WGA",
     "ClusterPull",
     "EmbeddingDistance",
+    "MaxEntropy",
     "NegatedCE",
+    "SatImp",
     "SideStats",
     "SimNPO",
     "StateDistances",
     "StateRequest",
     "Term",
+    "TokenTerm",
+    "Unlikelihood",
     "preset",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastforget.errors import FastforgetError
 from fastforget.objectives.states import ClusterPull, EmbeddingDistance
 from fastforget.objectives.terms import CE, KL, NPO, NegatedCE, SimNPO, Term
+from fastforget.objectives.weighted import TNPO, WGA, MaxEntropy, SatImp, TokenTerm, Unlikelihood
 
 RETAIN_TERMS: dict[str, tuple[type[Term], ...]] = {"ce": (CE,), "kl": (KL,), "ce+kl": (CE, KL)}
 
@@ -72,6 +74,26 @@ def simnpo(
     return [SimNPO(beta=beta, delta=delta, weight=forget_weight), *retain_terms(retain, retain_weight)]
 
 
+def weighted(term: type[TokenTerm], default_weight: float = 1.0) -> Callable[..., list[Term]]:
+    """A preset of one term on the forget set, whose own parameters it takes, and retain terms."""
+    own = [each for each in fields(term) if each.name not in ("weight", "on")]
+
+    def terms(
+        *,
+        forget_weight: float = default_weight,
+        retain: str | None = "ce",
+        retain_weight: float = 1.0,
+        **parameters: Any,
+    ) -> list[Term]:
+        return [term(weight=forget_weight, **parameters), *retain_terms(retain, retain_weight)]
+
+    terms.__name__, terms.__doc__ = term.name, term.__doc__
+    common = [each for each in inspect.signature(terms).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    given = [inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default) for each in own]
+    terms.__signature__ = inspect.Signature([*given, *common])  # type: ignore[attr-defined]
+    return terms
+
+
 def distance_cluster(
     *,
     margin: float | None = 1.0,
@@ -105,6 +127,11 @@ PRESETS: dict[str, Callable[..., list[Term]]] = {
     "npo_mean": npo_mean,
     "npo_token": npo_token,
     "simnpo": simnpo,
+    "wga": weighted(WGA),
+    "tnpo": weighted(TNPO),
+    "satimp": weighted(SatImp),
+    "unlikelihood": weighted(Unlikelihood),
+    "me": weighted(MaxEntropy, default_weight=0.1),
     "distance_cluster": distance_cluster,
 }
 

@@ -68,6 +68,12 @@ class SideStats:
     ref_logp: Tensor | None = None  # (n,) log p_y under the frozen reference
     divergences: dict[str, Tensor] = field(default_factory=dict)  # kind -> (n,)
     states: dict[StateRequest, StateDistances] = field(default_factory=dict)  # what terms asked of hidden states
+    fields: dict[str, Tensor] = field(default_factory=dict)  # other fields of TokenStats by name, (n,)
+    vocabulary: int = 0
+
+    def statistic(self, name: str) -> Tensor:
+        """A field of TokenStats (n,) that a term named in its `needs`."""
+        return present(self.fields.get(name), name)
 
     def token_mean(self, per_token: Tensor) -> Tensor:
         """Mean over all label tokens of the whole batch of (n,) values: this part's share of it."""
@@ -93,9 +99,8 @@ class Term:
     """Base of all terms: a positive weight, and the side of the batch that it is on."""
 
     name: ClassVar[str] = "term"
-    learns_from_logp: ClassVar[bool] = (
-        True  # False: its gradient does not come from `logp`, whose own then costs nothing
-    )
+    # False: its gradient does not come from `logp` or `fields`, which then are only reported, and cost no product
+    learns_from_logp: ClassVar[bool] = True
     weight: float = 1.0
     on: Side = "forget"
 
@@ -107,7 +112,7 @@ class Term:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be there beyond `logp`: "ref_logp", or kinds of divergence from the reference."""
+        """What must be there beyond `logp`: "ref_logp", kinds of divergence, or names of TokenStats' fields."""
         return frozenset()
 
     @property

@@ -1,0 +1,150 @@
+"""Terms that weigh each token by how well it is known (WGA, TNPO, SatImp), and bounded ones (unlikelihood, ME).
+
+Notation: l = -logp the NLL of a label token, p = exp(-l), p_ref the frozen reference's, sg stop-gradient. "mean" is
+over all label tokens of the batch, or with `reduction="sequence"` over each answer's and then over the answers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastforget.errors import FastforgetError
+from fastforget.objectives.terms import SideStats, Term, present
+
+REDUCTIONS = ("token", "sequence")
+
+
+@dataclass(kw_only=True)
+class TokenTerm(Term):
+    """Base of terms that are a mean over tokens.
+
+    `reduction`: "token", the mean over all label tokens; "sequence", over each answer's tokens, then over the answers.
+    """
+
+    reduction: str = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduction not in REDUCTIONS:
+            raise FastforgetError(f"{self.name}: reduction must be token or sequence, not {self.reduction!r}")
+
+    def value(self, stats: SideStats) -> Tensor:
+        per_token = self.per_token(stats)
+        if self.reduction == "token":
+            return stats.token_mean(per_token)
+        return stats.sequence_mean(stats.sequence_average(per_token))
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        """The term (n,) of each label token."""
+        raise NotImplementedError
+
+    def check_exponent(self, **exponents: float) -> None:
+        """Raise for an exponent that is negative or not finite."""
+        for name, exponent in exponents.items():
+            if not (math.isfinite(exponent) and exponent >= 0):
+                raise FastforgetError(f"{self.name}: {name} must be finite and not negative, not {exponent}")
+
+
+@dataclass(kw_only=True)
+class WGA(TokenTerm):
+    """Weighted gradient ascent (arXiv 2502.19301): -mean[sg(p^beta) l]. Ascent that fades as a token is forgotten."""
+
+    name: ClassVar[str] = "wga"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_exponent(beta=self.beta)
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        return (self.beta * stats.logp.detach()).exp() * stats.logp
+
+
+@dataclass(kw_only=True)
+class TNPO(TokenTerm):
+    """Token-wise NPO (arXiv 2502.19301): -mean[sg(2 p^beta / (p^beta + p_ref^beta)) l]."""
+
+    name: ClassVar[str] = "tnpo"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_exponent(beta=self.beta)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logp"})
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        log_ratio = stats.logp.detach() - present(stats.ref_logp, "ref_logp")
+        return 2.0 * torch.sigmoid(self.beta * log_ratio) * stats.logp
+
+
+@dataclass(kw_only=True)
+class SatImp(TokenTerm):
+    """Saturation and importance (arXiv 2505.11953): -mean[sg(p^beta1 (1 - p)^beta2) l].
+
+    `beta1` weighs tokens that are still known, `beta2` those that are not certain yet.
+    """
+
+    name: ClassVar[str] = "satimp"
+    beta1: float = 5.0
+    beta2: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_exponent(beta1=self.beta1, beta2=self.beta2)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"log_not_label"})
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        log_not = stats.statistic("log_not_label").detach()
+        return (self.beta1 * stats.logp.detach() + self.beta2 * log_not).exp() * stats.logp
+
+
+@dataclass(kw_only=True)
+class Unlikelihood(TokenTerm):
+    """Unlikelihood, a bounded cross-entropy (as in MOLLM, arXiv 2412.20412): -mean log(1 - p), stable up to p = 1."""
+
+    name: ClassVar[str] = "unlikelihood"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"log_not_label"})
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        return -stats.statistic("log_not_label")
+
+
+@dataclass(kw_only=True)
+class MaxEntropy(TokenTerm):
+    """Maximum entropy (arXiv 2410.08109, ME): KL(U || p), U uniform over the vocabulary, as its code has it.
+
+    `direction="reverse"` is KL(p || U) = log V - H(p), as its paper writes it.
+    """
+
+    name: ClassVar[str] = "me"
+    weight: float = 0.1
+    direction: str = "forward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction not in ("forward", "reverse"):
+            raise FastforgetError(f"me: direction must be forward or reverse, not {self.direction!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"lse", "logit_mean"} if self.direction == "forward" else {"entropy"})
+
+    def per_token(self, stats: SideStats) -> Tensor:
+        log_vocabulary = math.log(stats.vocabulary)
+        if self.direction == "forward":
+            return stats.statistic("lse") - stats.statistic("logit_mean") - log_vocabulary
+        return log_vocabulary - stats.statistic("entropy")
