@@ -5,13 +5,16 @@ ctypes, so one library serves every Python and every torch: its file name carrie
 tagged `py3-none-<platform>`. Without a compiler the package still installs, and `fastforget doctor` says so.
 """
 
+import os
 import sys
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
-SUFFIX = ".dll" if sys.platform == "win32" else ".so"  # fastforget/backends/native.py knows them too
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"  # fastforget/backends/library.py knows them too
 
 
 class BuildLibrary(build_ext):
@@ -29,9 +32,21 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         if self.compiler.compiler_type == "msvc":
             ext.extra_compile_args = ["/std:c++17", "/O2"]
-        else:
-            ext.extra_compile_args = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
-        super().build_extension(ext)
+            super().build_extension(ext)
+            return
+        # FASTFORGET_CXXFLAGS: more flags for the compiler and the linker (`make sanitize`)
+        given = os.environ.get("FASTFORGET_CXXFLAGS", "").split()
+        # torch's threads are OpenMP's: with it, both share one pool. Without it (Apple's clang) threads are made anew.
+        for threading in (["-fopenmp"], ["-pthread"]):
+            # no contraction: a * s - b * s must be 0 where a is b; what may be fused is written as multiply_add
+            ext.extra_compile_args = ["-std=c++17", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden", *threading, *given]
+            ext.extra_link_args = [*threading, *given]
+            try:
+                super().build_extension(ext)
+                return
+            except (CompileError, LinkError):
+                if threading == ["-pthread"]:
+                    raise
 
 
 class PlatformWheel(bdist_wheel):
@@ -46,8 +61,8 @@ setup(
     ext_modules=[
         Extension(
             "fastforget._csrc",
-            sources=["csrc/cpu.cpp"],
-            depends=["csrc/fastforget.h"],
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             include_dirs=["csrc"],
             language="c++",
             optional=True,

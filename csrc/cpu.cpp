@@ -1,6 +1,6 @@
 // Which instruction set the CPU kernels use, chosen when they run: one build serves every x86-64 machine, and others.
 
-#include "fastforget.h"
+#include "row_passes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -17,7 +17,7 @@ constexpr const char* names[instruction_set_count] = {"scalar", "avx2", "avx512"
 InstructionSet best_supported() {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return scalar;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return scalar;  // AVX2 brings F16C along
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return has_avx512 ? avx512 : avx2;
@@ -27,6 +27,17 @@ InstructionSet best_supported() {
 }
 
 }  // namespace
+
+const fastforget::RowPasses* fastforget::passes_of(std::int32_t instruction_set) {
+    if (instruction_set < scalar || instruction_set >= instruction_set_count) return nullptr;
+    switch (std::min<int>(instruction_set, best_supported())) {
+#ifdef FASTFORGET_X86
+        case avx512: return &avx512_passes;
+        case avx2: return &avx2_passes;
+#endif
+        default: return &scalar_passes;
+    }
+}
 
 std::int32_t fastforget_abi_version() { return FASTFORGET_ABI_VERSION; }
 

@@ -108,9 +108,9 @@ def _cuda_device(index: int) -> str:
 
 
 def _native_library() -> list[Row]:
-    from fastforget.backends import native
+    from fastforget.backends import library
 
-    status = native.status()
+    status = library.status()
     if not status.available:
         return [("csrc", f"not available: {status.reason}")]
     return [("csrc", f"loaded; instruction set {status.instruction_set}: {status.reason}")]

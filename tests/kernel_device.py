@@ -1,9 +1,9 @@
-"""Where the Triton kernels run in these tests: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Which backends of ours the tests run, and where: Triton's on a GPU, else in its interpreter on the CPU."""
 
 import pytest
 import torch
 
-from fastforget.backends import why_not_triton
+from fastforget.backends import why_not_native, why_not_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = why_not_triton(DEVICE)
@@ -13,7 +13,9 @@ needs_triton = [
     pytest.mark.skipif(WHY_NOT is not None, reason=f"the kernels do not run here: {WHY_NOT}"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of the interpreter's NumPy: infinities that are not chosen
 ]
-OURS = ["chunked", pytest.param("triton", marks=needs_triton)]
+WHY_NOT_NATIVE = why_not_native(torch.device("cpu"))
+needs_native = pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=f"no C++ row passes: {WHY_NOT_NATIVE}")
+OURS = ["chunked", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
 
 
 def device_of(backend):

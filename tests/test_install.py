@@ -18,10 +18,10 @@ TORCH = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULT
 
 IMPORT_ALL = """
 import fastforget, fastforget_kernels, fastforget.doctor
-from fastforget.backends import native
+from fastforget.backends import library
 print(fastforget.__file__)
 print(fastforget_kernels.__path__[0])
-print(native.status())
+print(library.status())
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastforget import doctor
-from fastforget.backends import native
+from fastforget.backends import library as native
 
 ROOT = Path(__file__).parents[1]
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

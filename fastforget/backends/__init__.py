@@ -1,4 +1,6 @@
-"""Who computes the statistics: `eager` (the oracle), `chunked` (torch) or `triton` (kernels), and which `auto` picks.
+"""Who computes the statistics, and which of them `auto` picks.
+
+`eager` is the oracle, `chunked` plain torch, `native` C++ on the CPU, `triton` kernels on a GPU.
 
 `eager` holds all logits and leaves gradients to autograd. The others are row passes under one driver (`driver.py`),
 behind torch.library ops (`ops.py`).
@@ -12,9 +14,10 @@ import shutil
 
 import torch
 
+from fastforget.backends import library
 from fastforget.errors import FastforgetError
 
-BACKENDS = ("eager", "chunked", "triton")
+BACKENDS = ("eager", "chunked", "native", "triton")
 OUTPUTS = (
     "logp",
     "lse",
@@ -34,11 +37,23 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 def explain_auto(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` picks on a device, and why."""
     if device.type == "cpu":  # interpreted kernels are for tests: only who names them gets them
-        return "chunked", "products and rows in plain torch, never N x V logits"
+        missing = why_not_native(device)
+        if missing is None:
+            return "native", "one fused C++ pass over each row of logits, between two products; chunked for float64"
+        return "chunked", f"products and rows in plain torch, never N x V logits; no C++ passes: {missing}"
     missing = why_not_triton(device)
     if missing is None:
         return "triton", "one fused pass over each row of logits, between two products with the head"
     return "chunked", f"products and rows in plain torch, never N x V logits; no Triton kernels: {missing}"
+
+
+@torch.compiler.assume_constant_result  # what it looks at, torch.compile cannot trace
+def why_not_native(device: torch.device) -> str | None:
+    """Why the C++ row passes cannot run on a device, or None where they can."""
+    if device.type != "cpu":
+        return f"they need the CPU, not {device.type}"
+    status = library.status()
+    return None if status.available else status.reason
 
 
 def why_not_triton(device: torch.device) -> str | None:
@@ -58,14 +73,14 @@ def pick(backend: str, device: torch.device) -> str:
     """The name of the backend that runs where the user named `backend`.
 
     Raises:
-        FastforgetError: an unknown name (the known ones are listed), or Triton where it cannot run.
+        FastforgetError: an unknown name (the known ones are listed), or Triton or the C++ passes where they cannot run.
     """
     if backend == "auto":
         return explain_auto(device)[0]
     if backend not in BACKENDS:
         raise FastforgetError(f"unknown backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-    if backend == "triton":
-        missing = why_not_triton(device)
+    if backend in ("native", "triton"):
+        missing = why_not_native(device) if backend == "native" else why_not_triton(device)
         if missing is not None:
-            raise FastforgetError(f"backend 'triton' cannot run here: {missing}; choose auto or chunked")
+            raise FastforgetError(f"backend {backend!r} cannot run here: {missing}; choose auto or chunked")
     return backend

@@ -1,0 +1,193 @@
+// Functions of vectors of floats, to about one unit in the last place, and blocks of logits. Included by each instruction
+// set into its own namespace, after its simd_*.h. Everything lets NaN through.
+
+static inline Floats zero() { return all(0.0f); }
+
+// a + x * b, for polynomials
+static inline Floats horner(Floats b, Floats x, float a) { return multiply_add(b, x, all(a)); }
+
+// e^x; 0 below -104, infinite above 88.7
+static inline Floats exp_of(Floats x) {
+    x = smaller(all(89.0f), larger(all(-104.0f), x));
+    const Floats n = rounded(x * all(1.44269504088896341f));
+    // ln 2 in two parts, the first with few bits: n times it is exact
+    Floats r = multiply_add(n, all(-0.693359375f), x);
+    r = multiply_add(n, all(2.12194440e-4f), r);
+    Floats p = horner(all(1.9875691500e-4f), r, 1.3981999507e-3f);  // Cephes' expf
+    p = horner(p, r, 8.3334519073e-3f);
+    p = horner(p, r, 4.1665795894e-2f);
+    p = horner(p, r, 1.6666665459e-1f);
+    p = horner(p, r, 5.0000001201e-1f);
+    p = multiply_add(p, r * r, r) + all(1.0f);
+    return times_power_of_two(p, n);
+}
+
+constexpr float NEAR = 0.5f;  // where expm1_excess holds
+
+// (e^x - 1) - x >= 0 for |x| <= 1/2, with full relative precision near 0: x^2/2 + x^3/6 + ...
+static inline Floats expm1_excess(Floats x) {
+    Floats p = horner(all(1.0f / 3628800.0f), x, 1.0f / 362880.0f);
+    p = horner(p, x, 1.0f / 40320.0f);
+    p = horner(p, x, 1.0f / 5040.0f);
+    p = horner(p, x, 1.0f / 720.0f);
+    p = horner(p, x, 1.0f / 120.0f);
+    p = horner(p, x, 1.0f / 24.0f);
+    p = horner(p, x, 1.0f / 6.0f);
+    p = horner(p, x, 0.5f);
+    return p * (x * x);
+}
+
+static inline Floats clamp_near(Floats x) { return smaller(all(NEAR), larger(all(-NEAR), x)); }
+
+// e^x - 1
+static inline Floats expm1_of(Floats x) {
+    const Floats near = clamp_near(x);
+    return select(at_most(size_of(x), all(NEAR)), near + expm1_excess(near), exp_of(x) - all(1.0f));
+}
+
+// log(1 + x) for -1/2 <= x <= 0, as 2 artanh(x / (2 + x)): nothing is lost near 0
+static inline Floats log1p_of(Floats x) {
+    const Floats s = x / (x + all(2.0f));
+    const Floats square = s * s;
+    Floats p = horner(all(2.0f / 17.0f), square, 2.0f / 15.0f);
+    p = horner(p, square, 2.0f / 13.0f);
+    p = horner(p, square, 2.0f / 11.0f);
+    p = horner(p, square, 2.0f / 9.0f);
+    p = horner(p, square, 2.0f / 7.0f);
+    p = horner(p, square, 2.0f / 5.0f);
+    p = horner(p, square, 2.0f / 3.0f);
+    return multiply_add(p * square, s, s + s);
+}
+
+static inline Floats tanh_of(Floats x) {
+    const Floats less_one = expm1_of(size_of(x) * all(-2.0f));  // in [-1, 0]
+    const Floats size = (zero() - less_one) / (less_one + all(2.0f));
+    return select(at_most(x, zero()), zero() - size, size);
+}
+
+// Rows are worked on in blocks of BLOCK floats, copied into a buffer: conversion, scale, bias, softcap and the rest of a
+// row that fills no vector are dealt with there once, and what follows has whole vectors of plain logits.
+struct alignas(64) Block {
+    float at[BLOCK];
+};
+
+static inline int whole_vectors(int count) { return (count + Floats::lanes - 1) / Floats::lanes * Floats::lanes; }
+
+static inline int length_of_block(std::int64_t start, std::int64_t end) {
+    return end - start < BLOCK ? static_cast<int>(end - start) : BLOCK;
+}
+
+// Fill the last vector of a block
+static inline void pad(Block& block, int count, float value) {
+    const int end = whole_vectors(count);
+    for (int i = count; i < end; ++i) block.at[i] = value;
+}
+
+template <class In>
+static inline void read_block(const In* from, int count, float scale, Block& block) {
+    const int whole = count / Floats::lanes * Floats::lanes;
+    for (int i = 0; i < whole; i += Floats::lanes) store(block.at + i, load(from + i) * all(scale));
+    if (whole < count) {
+        In last[Floats::lanes] = {};
+        for (int i = whole; i < count; ++i) last[i - whole] = from[i];
+        store(block.at + whole, load(last) * all(scale));
+    }
+}
+
+template <class Out>
+static inline void write_block(const Block& block, int count, Out* to) {
+    const int whole = count / Floats::lanes * Floats::lanes;
+    for (int i = 0; i < whole; i += Floats::lanes) store(to + i, load(block.at + i));
+    if (whole < count) {
+        Out last[Floats::lanes];
+        store(last, load(block.at + whole));
+        for (int i = whole; i < count; ++i) to[i] = last[i - whole];
+    }
+}
+
+// Logits of `count` tokens from `start` on: scale, bias and softcap. The last vector is padded with `padding`.
+template <class In>
+static inline void load_logits(const In* row, std::int64_t start, int count, const FastforgetCommon& common,
+                               float padding, Block& block) {
+    read_block(row + start, count, common.scale, block);
+    const int end = whole_vectors(count);
+    if (common.bias != nullptr) {
+        Block bias;
+        read_block(common.bias + start, count, 1.0f, bias);
+        for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, load(block.at + i) + load(bias.at + i));
+    }
+    if (common.softcap > 0.0f) {
+        const Floats cap = all(common.softcap);
+        for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, tanh_of(load(block.at + i) / cap) * cap);
+    }
+    pad(block, count, padding);
+}
+
+// One logit, by the same arithmetic
+template <class In>
+static inline float logit_at(const In* row, std::int64_t index, const FastforgetCommon& common) {
+    Block block;
+    load_logits(row, index, 1, common, 0.0f, block);
+    return block.at[0];
+}
+
+// d z / d (z before the cap) = 1 - (z / cap)^2; 1 where there is no cap
+static inline Floats softcap_slope(Floats logits, float softcap) {
+    const Floats ratio = logits / all(softcap);
+    return all(1.0f) - ratio * ratio;
+}
+static inline float softcap_slope(float logit, float softcap) {
+    return softcap > 0.0f ? 1.0f - (logit / softcap) * (logit / softcap) : 1.0f;
+}
+
+static inline float sum_of_block(const Block& block, int count) {
+    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    const int end = whole_vectors(count);
+    int i = 0;
+    for (; i + 4 * Floats::lanes <= end; i += 4 * Floats::lanes) {
+        for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(block.at + i + k * Floats::lanes);
+    }
+    for (; i < end; i += Floats::lanes) sums[0] = sums[0] + load(block.at + i);
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The largest number of a block, -infinity where all are NaN
+static inline float largest_of_block(const Block& block, int count) {
+    Floats top[4];
+    for (Floats& each : top) each = all(-INFINITY);
+    const int end = whole_vectors(count);
+    int i = 0;
+    for (; i + 4 * Floats::lanes <= end; i += 4 * Floats::lanes) {
+        for (int k = 0; k < 4; ++k) top[k] = larger(load(block.at + i + k * Floats::lanes), top[k]);
+    }
+    for (; i < end; i += Floats::lanes) top[0] = larger(load(block.at + i), top[0]);
+    return largest_of(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+}
+
+// The sum of e^(z - base) over a block; where KEEP, these weights too
+template <bool KEEP>
+static inline float weigh_block(const Block& block, int count, float base, Block* weights) {
+    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    const Floats shift = all(base);
+    const int end = whole_vectors(count);
+    int i = 0;
+    for (; i + 4 * Floats::lanes <= end; i += 4 * Floats::lanes) {
+        for (int k = 0; k < 4; ++k) {
+            const Floats weight = exp_of(load(block.at + i + k * Floats::lanes) - shift);
+            if (KEEP) store(weights->at + i + k * Floats::lanes, weight);
+            sums[k] = sums[k] + weight;
+        }
+    }
+    for (; i < end; i += Floats::lanes) {
+        const Floats weight = exp_of(load(block.at + i) - shift);
+        if (KEEP) store(weights->at + i, weight);
+        sums[0] = sums[0] + weight;
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The largest logit to subtract: 0 where there was none, so that -infinity - top stays -infinity
+static inline float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
+
+// log(1 + e^x)
+static inline double softplus(double x) { return (x > 0.0 ? x : 0.0) + ::log1p(::exp(-::fabs(x))); }

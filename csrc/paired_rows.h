@@ -1,0 +1,117 @@
+// The paired row pass: a divergence of policy p from reference q, and its gradient over the logits.
+//
+//     forward KL(q||p)   sum of q (expm1(d) - d),  d = log p - log q     row  p - q
+//     reverse KL(p||q)   sum of p (expm1(-d) + d)                        row  p (d - KL)
+//     JSD                half of KL(p||m) and KL(q||m), m = (p + q) / 2  row  p/2 (log p - log m - KL(p||m))
+//
+// d is (z_p - z_q) - (lse_p - lse_q): where p is almost q the difference of logits is exact, and nothing cancels after it.
+
+struct Softmax {
+    Floats base;   // the largest logit
+    Floats share;  // one over the sum of e^(z - base)
+    double lse;
+
+    explicit Softmax(const Scanned& found)
+        : base(all(finite_or_zero(found.top))),
+          share(all(static_cast<float>(1.0 / found.total))),
+          lse(finite_or_zero(found.top) + ::log(found.total)) {}
+
+    Floats of(Floats logits) const { return exp_of(logits - base) * share; }
+};
+
+// from * (expm1(gap) - gap) >= 0, gap = log to - log from: what KL(from||to) sums
+static inline Floats relative_entropy(Floats from, Floats to, Floats gap) {
+    const Floats near = from * expm1_excess(clamp_near(gap));
+    // where |gap| is large, expm1 may overflow against a probability that is 0
+    const Floats far = larger(zero(), (to - from) - from * gap);
+    return select(at_most(size_of(gap), all(NEAR)), near, far);
+}
+
+// log m - log p and log m - log q, m = (p + q) / 2: of gap = log p - log q, both exact where the two are close
+static inline void above_mixture(Floats gap, Floats& above_p, Floats& above_q) {
+    const Floats size = size_of(gap);
+    const Floats smaller_side = log1p_of(expm1_of(zero() - size) * all(0.5f));  // from the larger probability
+    const Floats larger_side = size + smaller_side;
+    const Mask policy_less = at_most(gap, zero());
+    above_p = select(policy_less, larger_side, smaller_side);
+    above_q = select(policy_less, smaller_side, larger_side);
+}
+
+constexpr float NO_TOKEN = -1e30f;  // a logit that is not there: probability 0 on both sides, and a finite gap
+
+template <int KIND>
+static void paired_row_of(const FastforgetPairedRows& arguments, std::int64_t row) {
+    const FastforgetCommon& common = arguments.common;
+    const float* policy = arguments.policy + row * arguments.policy_stride;
+    const float* reference = arguments.reference + row * arguments.reference_stride;
+    float* out = arguments.out == nullptr ? nullptr : arguments.out + row * arguments.out_stride;
+    const Softmax softmax_p(scan_row(policy, common, -1, false)), softmax_q(scan_row(reference, common, -1, false));
+    const Floats shift = all(static_cast<float>(softmax_p.lse - softmax_q.lse));
+    const Floats near = all(NEAR);
+    const bool capped = common.softcap > 0.0f;
+    Block block_p, block_q;
+    double first = 0.0, second = 0.0;  // forward KL; reverse KL; KL(p||m) and KL(q||m)
+    for (std::int64_t start = 0; start < common.vocabulary; start += BLOCK) {
+        const int count = length_of_block(start, common.vocabulary);
+        load_logits(policy, start, count, common, NO_TOKEN, block_p);
+        load_logits(reference, start, count, common, NO_TOKEN, block_q);
+        Floats sum = zero(), other_sum = zero();
+        for (int i = 0; i < whole_vectors(count); i += Floats::lanes) {
+            const Floats z_p = load(block_p.at + i), z_q = load(block_q.at + i);
+            const Floats gap = (z_p - z_q) - shift;
+            const Floats p = softmax_p.of(z_p), q = softmax_q.of(z_q);
+            if (KIND == 0) {
+                const Mask is_near = at_most(size_of(gap), near);
+                const Floats close = clamp_near(gap), excess = expm1_excess(close);
+                const Floats far = larger(zero(), (p - q) - q * gap);
+                sum = sum + select(is_near, q * excess, far);
+                Floats gradient = select(is_near, q * (close + excess), p - q);
+                if (capped) gradient = gradient * softcap_slope(z_p, common.softcap);
+                store(block_p.at + i, gradient);
+            } else if (KIND == 1) {
+                sum = sum + relative_entropy(p, q, zero() - gap);
+            } else {
+                Floats above_p, above_q;
+                above_mixture(gap, above_p, above_q);
+                const Floats mixture = (p + q) * all(0.5f);
+                sum = sum + relative_entropy(p, mixture, above_p);
+                other_sum = other_sum + relative_entropy(q, mixture, above_q);
+            }
+        }
+        first += sum_of(sum);
+        second += sum_of(other_sum);
+        if (KIND == 0 && out != nullptr) write_block(block_p, count, out + start);
+    }
+    arguments.values[row] = static_cast<float>(KIND == 2 ? 0.5 * (first + second) : first);
+    if (KIND == 0 || out == nullptr) return;
+    const Floats value = all(static_cast<float>(first));
+    for (std::int64_t start = 0; start < common.vocabulary; start += BLOCK) {
+        const int count = length_of_block(start, common.vocabulary);
+        load_logits(policy, start, count, common, NO_TOKEN, block_p);
+        load_logits(reference, start, count, common, NO_TOKEN, block_q);
+        for (int i = 0; i < whole_vectors(count); i += Floats::lanes) {
+            const Floats z_p = load(block_p.at + i);
+            const Floats gap = (z_p - load(block_q.at + i)) - shift;
+            const Floats p = softmax_p.of(z_p);
+            Floats gradient;
+            if (KIND == 1) {
+                gradient = p * (gap - value);
+            } else {
+                Floats above_p, above_q;
+                above_mixture(gap, above_p, above_q);
+                gradient = p * all(-0.5f) * (above_p + value);
+            }
+            if (capped) gradient = gradient * softcap_slope(z_p, common.softcap);
+            store(block_p.at + i, gradient);
+        }
+        write_block(block_p, count, out + start);
+    }
+}
+
+static void paired_row(const FastforgetPairedRows& arguments, std::int64_t row) {
+    switch (arguments.kind) {
+        case 0: return paired_row_of<0>(arguments, row);
+        case 1: return paired_row_of<1>(arguments, row);
+        default: return paired_row_of<2>(arguments, row);
+    }
+}
