@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-install proof format clean
+.PHONY: help venv demo test test-install sanitize proof format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -47,6 +47,19 @@ test: $(STAMP)
 ## make test-install  build the sdist and the wheel, install them into clean environments, and import
 test-install: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_install.py
+
+## make sanitize      build csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on that build
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(STAMP)
+	@mkdir -p build/sanitize
+	@if ! echo 'int main() {}' | $(CXX) $(SANITIZE) -x c++ - -o build/sanitize/probe 2>/dev/null; then \
+	    echo "skipped: $(CXX) has no AddressSanitizer or UndefinedBehaviorSanitizer"; exit 0; \
+	fi; set -e; \
+	echo "Building csrc/ with $(SANITIZE) ..."; \
+	$(CXX) -std=c++17 -O1 -ffp-contract=off -g -fno-omit-frame-pointer $(SANITIZE) -fopenmp -fPIC -shared csrc/*.cpp -o build/sanitize/_csrc.so; \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	FASTFORGET_CSRC=build/sanitize/_csrc.so $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_native_tail.py
 
 ## make proof         the tests that take minutes, then the demo with every preset and three seeds (ARGS="..." for options);
 ##                    writes dated results under benchmarks/results/

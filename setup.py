@@ -5,7 +5,6 @@ ctypes, so one library serves every Python and every torch: its file name carrie
 tagged `py3-none-<platform>`. Without a compiler the package still installs, and `fastforget doctor` says so.
 """
 
-import os
 import sys
 from glob import glob
 
@@ -34,13 +33,18 @@ class BuildLibrary(build_ext):
             ext.extra_compile_args = ["/std:c++17", "/O2"]
             super().build_extension(ext)
             return
-        # FASTFORGET_CXXFLAGS: more flags for the compiler and the linker (`make sanitize`)
-        given = os.environ.get("FASTFORGET_CXXFLAGS", "").split()
         # torch's threads are OpenMP's: with it, both share one pool. Without it (Apple's clang) threads are made anew.
         for threading in (["-fopenmp"], ["-pthread"]):
             # no contraction: a * s - b * s must be 0 where a is b; what may be fused is written as multiply_add
-            ext.extra_compile_args = ["-std=c++17", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden", *threading, *given]
-            ext.extra_link_args = [*threading, *given]
+            ext.extra_compile_args = [
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=off",
+                "-g0",
+                "-fvisibility=hidden",
+                *threading,
+            ]
+            ext.extra_link_args = threading
             try:
                 super().build_extension(ext)
                 return

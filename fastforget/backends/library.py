@@ -21,7 +21,11 @@ INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 OVERRIDE = "FASTFORGET_CPU"  # environment variable: one of INSTRUCTION_SETS, to use less than the machine has
 TILE = 128  # FASTFORGET_TILE
 
-LIBRARY = Path(__file__).parents[1] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
+# FASTFORGET_CSRC: another build of it (`make sanitize`)
+LIBRARY = Path(
+    os.environ.get("FASTFORGET_CSRC")
+    or Path(__file__).parents[1] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
+)
 
 
 class Common(ctypes.Structure):
