@@ -49,13 +49,14 @@ class Part:
 
 HEAD = "-m benchmarks.head --device cpu --tokens 1024 --hidden 2048 --vocab 50272 --p flat"
 QUICK_PEERS = "floor,ours,ours_chunked,eager,torch_lce,torch_lce_chunked,trl"  # those that compile take too long
+QUICK_STEP = "--methods grad_diff --loops loop_selected,ours_first,ours_later,floor --batches 1 --warmup 0 --rounds 3"
 STEP = "-m benchmarks.step --device cpu"
 ROWS = "-m pytest benchmarks/test_rows.py --benchmark-only -q -p no:cacheprovider"
 PARTS = {
-    "head": Part(f"{HEAD} --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --losses nll,npo,kl", 150),
-    "step": Part(f"{STEP} --methods grad_diff --batches 1 --warmup 0 --rounds 3", f"{STEP} --bits 32,8", 150),
-    "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 90),
-    "rows": Part(ROWS, ROWS, 90, option="--benchmark-json", good=(0,)),
+    "head": Part(f"{HEAD} --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --losses nll,npo,kl", 120),
+    "step": Part(f"{STEP} {QUICK_STEP}", f"{STEP} --bits 32,8", 120),
+    "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 60),
+    "rows": Part(ROWS, ROWS, 60, option="--benchmark-json", good=(0,)),
 }
 FULL_LIMIT = 3600.0
 

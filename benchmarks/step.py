@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
             for method in options.methods:
                 print(f"{method}, {setting.name}: ", end="", flush=True)
-                row = measure_row(runner, setting, base, method, effort)
+                row = measure_row(runner, setting, base, method, options.loops, effort)
                 results["rows"].append(row)
-                print(row["contestants"]["ours_later"]["status"], flush=True)
+                print(row["contestants"].get("ours_later", {}).get("status", "done"), flush=True)
                 if options.json:
                     text = json.dumps(without_paths(results), indent=2, ensure_ascii=False)
                     write_whole(options.json, text + "\n")
@@ -74,14 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def measure_row(runner: Runner, setting: StepSetting, base: Path, method: str, effort: Effort) -> dict[str, Any]:
+def measure_row(
+    runner: Runner, setting: StepSetting, base: Path, method: str, loops: Sequence[str], effort: Effort
+) -> dict[str, Any]:
     """One method: its loops' seconds and peaks, and the check."""
-    records: dict[str, Record] = {name: {"status": "failed: nothing came back"} for name in LOOPS}
+    records: dict[str, Record] = {name: {"status": "failed: nothing came back"} for name in loops}
     try:
         # twice the limit: the first calls and the last round are not interrupted
-        records |= runner(step_measure.time_loops, setting, base, method, effort, seconds=2 * effort.limit)
+        records |= runner(step_measure.time_loops, setting, base, method, loops, effort, seconds=2 * effort.limit)
     except Died as death:
-        records |= {name: {"status": f"failed: {death}"} for name in LOOPS}
+        records |= {name: {"status": f"failed: {death}"} for name in loops}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the last minute, our own included
     for name in step_measure.names_of_peaks(effort, records):
         try:
@@ -157,6 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", type=names_of("shape", shapes), default=("small",), help=", ".join(shapes))
     parser.add_argument("--bits", type=bits, default=(32,), help="of the base: 32, 16, 8 or 4; comma-separated")
     parser.add_argument("--methods", type=names_of("method", METHODS), default=tuple(METHODS), help="default: all")
+    parser.add_argument("--loops", type=names_of("loop", LOOPS), default=tuple(LOOPS), help=", ".join(LOOPS))
     parser.add_argument("--sequences", type=whole, help="of each side; default 8")
     parser.add_argument("--length", type=whole, help="tokens of a sequence; default 128")
     parser.add_argument("--labelled", type=float, default=0.4, help="share of the tokens; default 0.4")

@@ -46,14 +46,14 @@ def make_base(setting: StepSetting, folder: Path, say: Say) -> None:
     say("", {"status": MEASURED})
 
 
-def time_loops(setting: StepSetting, folder: Path, method: str, effort: Effort, say: Say) -> None:
+def time_loops(setting: StepSetting, folder: Path, method: str, names: Sequence[str], effort: Effort, say: Say) -> None:
     """Seconds a step of each loop, in turns."""
     started = time.monotonic()
     model = load_policy(setting, folder)
     batches = epoch(setting)
     loops: dict[str, Loop] = {}
     records: dict[str, Record] = {}
-    for name in LOOPS:
+    for name in names:
         say(name, None)
         records[name] = {"status": OUT_OF_TIME}
         try:

@@ -92,6 +92,6 @@ def goals(row: Row) -> list[dict[str, Any]]:
     goal(f"{peer} / ours, first epoch", ratio(row, peer, "ours_first"), FIRST_FASTER, "≥")
     records = row["contestants"]
     peaks = [records[name].get("peak_mb") for name in records if LOOPS[name].role == "peer"]
-    ours, smallest = records["ours_later"].get("peak_mb"), min((peak for peak in peaks if peak), default=None)
+    ours, smallest = records.get("ours_later", {}).get("peak_mb"), min((peak for peak in peaks if peak), default=None)
     goal("peak memory, ours / loop", ours / smallest if ours and smallest else None, MEMORY, "≤")
     return found
