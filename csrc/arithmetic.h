@@ -184,7 +184,7 @@ static inline void fetch(const void*) {}
 // The sum of e^(z - base) over a block; where KEEP, these weights too. Meanwhile the next block is asked for: a core's
 // own guesses leave half of the memory's bandwidth unused. An address past the end does no harm.
 template <bool KEEP>
-static inline float weigh_block(const float* block, int count, float base, Block* weights, const char* next) {
+static inline float weigh_block(const float* block, int count, float base, float* weights, const char* next) {
     Floats sums[4] = {zero(), zero(), zero(), zero()};
     const Floats shift = all(base);
     const int end = whole_vectors(count);
@@ -193,13 +193,13 @@ static inline float weigh_block(const float* block, int count, float base, Block
         for (int k = 0; k < 4; ++k) {
             if (k % (16 / Floats::lanes) == 0) fetch(next + sizeof(float) * (i + k * Floats::lanes));
             const Floats weight = exp_of(load(block + i + k * Floats::lanes) - shift);
-            if (KEEP) store(weights->at + i + k * Floats::lanes, weight);
+            if (KEEP) store(weights + i + k * Floats::lanes, weight);
             sums[k] = sums[k] + weight;
         }
     }
     for (; i < end; i += Floats::lanes) {
         const Floats weight = exp_of(load(block + i) - shift);
-        if (KEEP) store(weights->at + i, weight);
+        if (KEEP) store(weights + i, weight);
         sums[0] = sums[0] + weight;
     }
     return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));

@@ -5,10 +5,11 @@
 // rows. Offsets are 64-bit throughout. Nothing here allocates what it returns, throws, or keeps a pointer.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 // Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another number.
-#define FASTFORGET_ABI_VERSION 4
+#define FASTFORGET_ABI_VERSION 5
 
 #if defined(_WIN32)
 #define FASTFORGET_API extern "C" __declspec(dllexport)
@@ -65,6 +66,51 @@ struct FastforgetLabelRows {
     std::int32_t out_dtype;  // a float16 row is multiplied with a power of two, which is a field
 };
 FASTFORGET_API std::int32_t fastforget_label_rows(const FastforgetLabelRows* arguments);
+
+// What is known of a row's softmax after some of its logits. `mean` and the like are of the other tokens than the label.
+struct FastforgetLabelState {
+    double total = 0.0;           // of e^(z - top)
+    double mean = 0.0;            // of z - top, weighted
+    double deviations = 0.0;      // summed squared deviations from it, weighted
+    double plain = 0.0;           // the sum of all tokens' logits
+    std::int64_t best_index = 0;  // of the largest of all tokens
+    float best = -INFINITY;
+    float top = -INFINITY;  // the largest of the others
+    float label_logit = 0.0f;
+    float unused = 0.0f;
+};
+
+// The same pass a tile of vocabulary after the other, so that no row of logits is ever whole. `common.vocabulary` and
+// `tile` are the tile's, `common.bias` and `labels` those of the whole vocabulary. The products become weights e^(z - top), 0
+// at the label, where `top` is the largest logit of the other tokens so far; where a row's rises, what its earlier weights
+// have added up to in `grad` is brought down to it.
+struct FastforgetLabelTile {
+    FastforgetCommon common;
+    std::int64_t whole;        // the whole vocabulary
+    float* tile;               // (row_count, vocabulary)
+    std::int64_t tile_stride;  // at least `vocabulary` brought up to a multiple of 16: what lies between is overwritten
+    std::int64_t first_column;  // of the tile; 0: the states are begun
+    const std::int64_t* labels;
+    FastforgetLabelState* states;  // (row_count)
+    float* grad;                   // (row_count, width), or null
+    std::int64_t grad_stride;
+    std::int64_t width;
+    std::int32_t write;    // 0: nothing is wanted but the states, and `tile` is left as anything
+    std::int32_t moments;  // whether the fields of the pass with argmax are wanted
+};
+FASTFORGET_API std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments);
+
+// After the last tile: the fields, and `grad` as scale / total of what it was: softmax over the others, times scale * W.
+struct FastforgetLabelEnd {
+    FastforgetCommon common;  // `vocabulary`: the whole one
+    const FastforgetLabelState* states;
+    float* fields;         // (12, row_count)
+    std::int64_t* argmax;  // (row_count), or null
+    float* grad;           // (row_count, width), or null
+    std::int64_t grad_stride;
+    std::int64_t width;
+};
+FASTFORGET_API std::int32_t fastforget_label_end(const FastforgetLabelEnd* arguments);
 
 // Policy and reference side by side, float32. kind: 0 forward KL, 1 reverse KL, 2 JSD.
 struct FastforgetPairedRows {

@@ -28,7 +28,7 @@ static void gradient_row(const FastforgetGradientRows& arguments, std::int64_t r
         const double fade = new_top > top ? ::exp(static_cast<double>(top) - base) : 1.0;
         const double moved = top == -INFINITY ? 0.0 : static_cast<double>(top) - base;
         const double block_total = weigh_block<true>(
-            block.at, count, base, &weights, reinterpret_cast<const char*>(logits + start + BLOCK));
+            block.at, count, base, weights.at, reinterpret_cast<const char*>(logits + start + BLOCK));
         Floats offsets = zero(), products = zero();
         for (int i = 0; i < whole_vectors(count); i += Floats::lanes) {
             const Floats offset = larger(all(-200.0f), load(block.at + i) - all(base));  // not infinite times a weight 0

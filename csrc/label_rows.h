@@ -4,31 +4,21 @@
 // p_y = 1e-12 as at 1 - p_y = 1e-9. Sums are of floats inside a block and of doubles between blocks. The row is read
 // twice, the second time from the second-level cache, and written once.
 
-struct Scanned {
-    float top = -INFINITY;  // largest of the others
-    double total = 0.0;     // of e^(z - top) over the others
-    double mean = 0.0;      // of z - top, weighted
-    double deviations = 0.0;  // summed squared deviations from it, weighted
-    float best = -INFINITY;   // of all tokens
-    std::int64_t best_index = 0;
-    double plain = 0.0;  // the sum of all logits
-};
-
 // The mean of z - base and the deviations from it of one block, by Chan's formula into those so far.
-static inline void add_moments(const float* block, const Block& weights, int count, float base, double block_total,
-                               double fade, Scanned& found) {
+static inline void add_moments(const float* block, const float* weights, int count, float base, double block_total,
+                               double fade, FastforgetLabelState& found) {
     const Floats shift = all(base), lowest = all(-200.0f);  // there the weight is 0: 0 times infinity would be NaN
     const int end = whole_vectors(count);
     Floats sum = zero();
     for (int i = 0; i < end; i += Floats::lanes) {
-        sum = multiply_add(load(weights.at + i), larger(lowest, load(block + i) - shift), sum);
+        sum = multiply_add(load(weights + i), larger(lowest, load(block + i) - shift), sum);
     }
     const double block_mean = block_total > 0.0 ? sum_of(sum) / block_total : 0.0;
     const Floats middle = all(static_cast<float>(block_mean));
     Floats squares = zero();
     for (int i = 0; i < end; i += Floats::lanes) {
         const Floats gap = larger(lowest, load(block + i) - shift) - middle;
-        squares = multiply_add(load(weights.at + i) * gap, gap, squares);
+        squares = multiply_add(load(weights + i) * gap, gap, squares);
     }
     const double moved = found.top == -INFINITY ? 0.0 : static_cast<double>(found.top) - base;
     const double mean = found.mean + moved;
@@ -38,9 +28,36 @@ static inline void add_moments(const float* block, const Block& weights, int cou
     found.deviations = found.deviations * fade + sum_of(squares) + gap * gap * found.total * share;
 }
 
+// Adds a block of logits of other tokens, none above `top`, which is not below the largest so far. What was found so far is
+// multiplied with the number returned. The weights e^(z - top) go to `weights`, which may be the block itself: with
+// `moments` always, else where it is not null.
+static inline double add_block(const float* block, int count, float top, bool moments, float* weights, const char* next,
+                               FastforgetLabelState& found) {
+    const float base = finite_or_zero(top);
+    const double fade = top > found.top ? ::exp(static_cast<double>(found.top) - base) : 1.0;
+    const double total = weights != nullptr ? weigh_block<true>(block, count, base, weights, next)
+                                            : weigh_block<false>(block, count, base, nullptr, next);
+    found.total *= fade;
+    if (moments) add_moments(block, weights, count, base, total, fade, found);
+    found.total += total;
+    found.top = top;
+    return fade;
+}
+
+// The largest of all tokens' logits, the first of them, in a block that begins at `start`
+static inline void look_for_best(const float* block, int count, std::int64_t start, FastforgetLabelState& found) {
+    const float best = largest_of_block(block, count);
+    if (!(best > found.best)) return;
+    int index = 0;
+    while (block[index] != best) ++index;
+    found.best = best;
+    found.best_index = start + index;
+}
+
 template <class In>
-static inline Scanned scan_row(const In* row, const FastforgetCommon& common, std::int64_t label, bool moments) {
-    Scanned found;
+static inline FastforgetLabelState scan_row(const In* row, const FastforgetCommon& common, std::int64_t label,
+                                            bool moments) {
+    FastforgetLabelState found;
     Block buffer, weights;
     for (std::int64_t start = 0; start < common.vocabulary; start += BLOCK) {
         const int count = length_of_block(start, common.vocabulary);
@@ -52,27 +69,12 @@ static inline Scanned scan_row(const In* row, const FastforgetCommon& common, st
         }
         if (moments) found.plain += sum_of_block(block, count);
         if (block == buffer.at) pad(buffer, count, -INFINITY);
-        if (moments) {
-            const float best = largest_of_block(block, count);
-            if (best > found.best) {
-                int index = 0;
-                while (block[index] != best) ++index;
-                found.best = best;
-                found.best_index = start + index;
-            }
-        }
+        if (moments) look_for_best(block, count, start, found);
         if (has_label) buffer.at[label - start] = -INFINITY;
         const float block_top = largest_of_block(block, count);
-        const float top = block_top > found.top ? block_top : found.top;
-        const float base = finite_or_zero(top);
-        const double fade = top > found.top ? ::exp(static_cast<double>(found.top) - base) : 1.0;
         const char* const next = reinterpret_cast<const char*>(row + start) + sizeof(In) * BLOCK;
-        const double total = moments ? weigh_block<true>(block, count, base, &weights, next)
-                                     : weigh_block<false>(block, count, base, nullptr, next);
-        found.total *= fade;
-        if (moments) add_moments(block, weights, count, base, total, fade, found);
-        found.total += total;
-        found.top = top;
+        add_block(block, count, block_top > found.top ? block_top : found.top, moments, moments ? weights.at : nullptr, next,
+                  found);
     }
     return found;
 }
@@ -85,20 +87,20 @@ static inline float power_of_two_below(double x) {
     return static_cast<float>(::ldexp(1.0, exponent - 1));
 }
 
-static inline void store_fields(const FastforgetLabelRows& arguments, std::int64_t row, const Scanned& found,
-                                float label_logit, float row_scale) {
-    const FastforgetCommon& common = arguments.common;
+static inline void store_fields(float* fields, std::int64_t* argmax, const FastforgetCommon& common, std::int64_t row,
+                                const FastforgetLabelState& found, float row_scale) {
+    const float label_logit = found.label_logit;
     const double log_total = ::log(found.total);  // -infinity where the vocabulary is one token
     const double top = finite_or_zero(found.top);
     const double gap = (label_logit - top) - log_total;
     const double logp = -softplus(-gap), log_not = -softplus(gap), others = top + log_total;
-    float* out = arguments.fields + row;
+    float* out = fields + row;
     const std::int64_t step = common.row_count;
     out[0] = static_cast<float>(logp);
     out[step] = static_cast<float>((label_logit > others ? label_logit : others) + ::log1p(::exp(-::fabs(gap))));
     out[2 * step] = label_logit;
     out[3 * step] = static_cast<float>(log_not);
-    if (arguments.argmax != nullptr) {
+    if (argmax != nullptr) {
         const double p_label = ::exp(logp), p_others = ::exp(log_not);
         const double mean_label = p_label > 0.0 ? logp : 0.0;
         const double mean_others = p_others > 0.0 ? found.mean - log_total + log_not : 0.0;
@@ -113,11 +115,16 @@ static inline void store_fields(const FastforgetLabelRows& arguments, std::int64
         out[7 * step] = static_cast<float>(
             known ? p_label * from_label * from_label + p_others * (spread + from_others * from_others) : unknown);
         out[11 * step] = found.total == 0.0 ? 0.0f : static_cast<float>(log_total - found.mean);
-        arguments.argmax[row] = found.best_index;
+        argmax[row] = found.best_index;
     }
     out[8 * step] = softcap_slope(label_logit, common.softcap);
     out[9 * step] = row_scale;
     out[10 * step] = static_cast<float>(others);
+}
+
+// What a weight e^(z - top) is multiplied with to be a probability among the others; a vocabulary of one token has none
+static inline float share_of(const FastforgetLabelState& found) {
+    return found.total > 0.0 || found.total != found.total ? static_cast<float>(1.0 / found.total) : 1.0f;
 }
 
 // Where a part of the written row goes without a copy
@@ -174,18 +181,17 @@ static void label_row_of(const FastforgetLabelRows& arguments, std::int64_t row)
     const FastforgetCommon& common = arguments.common;
     const In* logits = static_cast<const In*>(arguments.logits) + row * arguments.logits_stride;
     const std::int64_t label = arguments.labels[row];
-    const Scanned found = scan_row(logits, common, label, arguments.argmax != nullptr);
-    const float label_logit = logit_at(logits, label, common);
+    FastforgetLabelState found = scan_row(logits, common, label, arguments.argmax != nullptr);
+    found.label_logit = logit_at(logits, label, common);
     const bool scaled = arguments.out != nullptr && arguments.out_dtype == FASTFORGET_FLOAT16;
     // the largest entry, 1 / total, near 2^13: most of a float16 row would flush to zero otherwise
     const float row_scale = scaled ? 8192.0f * power_of_two_below(found.total) : 1.0f;
-    store_fields(arguments, row, found, label_logit, row_scale);
+    store_fields(arguments.fields, arguments.argmax, common, row, found, row_scale);
     if (arguments.out == nullptr) return;
     const std::int64_t tiles = (common.vocabulary + FASTFORGET_TILE - 1) / FASTFORGET_TILE;
-    const float share = found.total > 0.0 || found.total != found.total ? static_cast<float>(1.0 / found.total) : 1.0f;
     write_label_row(common, logits, static_cast<Out*>(arguments.out) + row * arguments.out_stride,
                     arguments.masses == nullptr ? nullptr : arguments.masses + row * tiles, label,
-                    finite_or_zero(found.top), share, row_scale);
+                    finite_or_zero(found.top), share_of(found), row_scale);
 }
 
 template <class In>

@@ -20,7 +20,7 @@ struct Softmax {
     double label_log_prob;  // of the token that the scan left out
 
     // `label_logit`: that token's, -infinity where the scan left none out
-    Softmax(const Scanned& others, float label_logit) {
+    Softmax(const FastforgetLabelState& others, float label_logit) {
         const float top = finite_or_zero(others.top > label_logit ? others.top : label_logit);
         const double total =
             others.total * ::exp(static_cast<double>(others.top) - top) + ::exp(static_cast<double>(label_logit) - top);

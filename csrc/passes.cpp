@@ -38,6 +38,26 @@ std::int32_t fastforget_label_rows(const FastforgetLabelRows* arguments) {
     return FASTFORGET_OK;
 }
 
+std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments) {
+    const FastforgetCommon& common = arguments->common;
+    const RowPasses* passes;
+    if (const std::int32_t result = begin(common, passes)) return result;
+    const std::int64_t last = arguments->whole - common.vocabulary;
+    if (arguments->first_column < 0 || arguments->first_column > last) return FASTFORGET_BAD_ARGUMENT;
+    if (arguments->tile_stride < (common.vocabulary + 15) / 16 * 16) return FASTFORGET_BAD_ARGUMENT;
+    if (!inside(arguments->labels, common.row_count, arguments->whole)) return FASTFORGET_BAD_INDEX;
+    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->label_tile(*arguments, row); });
+    return FASTFORGET_OK;
+}
+
+std::int32_t fastforget_label_end(const FastforgetLabelEnd* arguments) {
+    const FastforgetCommon& common = arguments->common;
+    const RowPasses* passes;
+    if (const std::int32_t result = begin(common, passes)) return result;
+    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->label_end(*arguments, row); });
+    return FASTFORGET_OK;
+}
+
 std::int32_t fastforget_paired_rows(const FastforgetPairedRows* arguments) {
     const FastforgetCommon& common = arguments->common;
     const RowPasses* passes;

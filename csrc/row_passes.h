@@ -8,6 +8,8 @@ namespace fastforget {
 
 struct RowPasses {
     void (*label_row)(const FastforgetLabelRows&, std::int64_t row);
+    void (*label_tile)(const FastforgetLabelTile&, std::int64_t row);
+    void (*label_end)(const FastforgetLabelEnd&, std::int64_t row);
     void (*paired_row)(const FastforgetPairedRows&, std::int64_t row);
     void (*gradient_row)(const FastforgetGradientRows&, std::int64_t row);
     void (*state_row)(const FastforgetStateRows&, std::int64_t row, float* scratch);  // scratch: width floats, of 16-bit states

@@ -29,6 +29,8 @@ namespace avx2 {
 //
 #include "label_rows.h"
 //
+#include "label_tiles.h"
+//
 #include "gradient_rows.h"
 #include "paired_rows.h"
 #include "state_rows.h"
@@ -36,8 +38,8 @@ namespace avx2 {
 }  // namespace avx2
 
 const RowPasses avx2_passes = {
-    avx2::label_row, avx2::paired_row,   avx2::gradient_row,
-    avx2::state_row, avx2::tile_product, avx2::STEP,
+    avx2::label_row,    avx2::label_tile, avx2::label_end,    avx2::paired_row,
+    avx2::gradient_row, avx2::state_row,  avx2::tile_product, avx2::STEP,
 };
 
 }  // namespace fastforget

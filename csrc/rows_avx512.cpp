@@ -29,6 +29,8 @@ namespace avx512 {
 //
 #include "label_rows.h"
 //
+#include "label_tiles.h"
+//
 #include "gradient_rows.h"
 #include "paired_rows.h"
 #include "state_rows.h"
@@ -36,8 +38,8 @@ namespace avx512 {
 }  // namespace avx512
 
 const RowPasses avx512_passes = {
-    avx512::label_row, avx512::paired_row,   avx512::gradient_row,
-    avx512::state_row, avx512::tile_product, avx512::STEP,
+    avx512::label_row,    avx512::label_tile, avx512::label_end,    avx512::paired_row,
+    avx512::gradient_row, avx512::state_row,  avx512::tile_product, avx512::STEP,
 };
 
 }  // namespace fastforget

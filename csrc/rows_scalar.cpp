@@ -14,6 +14,8 @@ namespace scalar {
 //
 #include "label_rows.h"
 //
+#include "label_tiles.h"
+//
 #include "gradient_rows.h"
 #include "paired_rows.h"
 #include "state_rows.h"
@@ -21,8 +23,8 @@ namespace scalar {
 }  // namespace scalar
 
 const RowPasses scalar_passes = {
-    scalar::label_row, scalar::paired_row,   scalar::gradient_row,
-    scalar::state_row, scalar::tile_product, scalar::STEP,
+    scalar::label_row,    scalar::label_tile, scalar::label_end,    scalar::paired_row,
+    scalar::gradient_row, scalar::state_row,  scalar::tile_product, scalar::STEP,
 };
 
 }  // namespace fastforget

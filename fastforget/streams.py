@@ -170,10 +170,16 @@ def prepared_parts(
 ) -> Iterator[dict[str, PreparedSide]]:
     """A group's streams, made ready, in parts of at most `micro_batch` sequences; rows that belong together stay so.
 
+    Without `micro_batch` streams that share a forward come in as many parts as they are: no forward then needs the
+    memory of more sequences than one of them has (one more, where their number is odd).
     Nothing comes of a part without a label: there is none in this part of a larger batch.
     """
     chosen = [stream_of(batch, stream) or {} for stream in streams]
-    rows = max(1, micro_batch // len(streams)) if micro_batch else None
+    rows = None
+    if micro_batch:
+        rows = max(1, micro_batch // len(streams))
+    elif len(streams) > 1:
+        rows = -(-len(chosen[0]["labels"]) // len(streams))
     for parts in zip(*(split_rows(part, rows) if rows else [part] for part in chosen), strict=True):
         prepared = {
             stream: prepare(part, side if stream == "answer" else f"{side} {stream}", device, vocabulary)

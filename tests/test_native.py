@@ -40,6 +40,9 @@ def instructions(request, monkeypatch):
 def small_chunks(monkeypatch):
     monkeypatch.setattr(gemm, "CHUNK_BYTES", 3000)
     monkeypatch.setattr(gemm, "TILE_BYTES", 700)
+    monkeypatch.setattr(gemm, "LOGIT_TILE_BYTES", 700)
+    monkeypatch.setattr(gemm, "LOGIT_TILE_ROWS", 5)
+    monkeypatch.setattr(gemm, "COLUMN_STEP", 16)
 
 
 @given(problem=problems())

@@ -8,7 +8,7 @@ from kernel_device import needs_native
 from test_stats import DRAWS
 
 import fastforget as ff
-from fastforget.backends import native
+from fastforget.backends import live_tiles, native
 from fastforget.backends.library import TILE
 
 pytestmark = needs_native
@@ -84,8 +84,8 @@ def test_memorised_text_drops_tiles_and_unlikelihood_none_that_it_needs():
 @pytest.mark.parametrize("dense_share", [1, 3, 1000])
 def test_however_rows_are_grouped_the_product_is_the_same(monkeypatch, dense_share):
     """All rows by their tiles, some, or none; runs of tiles longer than what is gathered at a time."""
-    monkeypatch.setattr(native, "DENSE_SHARE", dense_share)
-    monkeypatch.setattr(native, "GATHERED", 3 * TILE)
+    monkeypatch.setattr(live_tiles, "DENSE_SHARE", dense_share)
+    monkeypatch.setattr(live_tiles, "GATHERED", 3 * TILE)
     generator = torch.Generator().manual_seed(3)
     probs, labels = probabilities(KINDS * 4, generator)
     weight = torch.randn(VOCABULARY, 24, generator=generator)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_device import OURS, WHY_NOT, device_of
+from kernel_device import OURS, WHY_NOT, device_of, needs_native
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
-from fastforget.backends import gemm, ops
+from fastforget.backends import gemm, ops, workspace
 from fastforget.stats import DIVERGENCES, OUTPUTS
 
 if WHY_NOT is None:
@@ -469,8 +469,11 @@ def test_divergence_of_one_hot_distributions_is_finite(kind):
     assert torch.allclose(value.detach().double(), truth, rtol=1e-6) and logits.grad.isfinite().all()
 
 
-def test_chunked_never_holds_all_logits(monkeypatch):
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("native", marks=needs_native)])
+def test_no_tensor_holds_all_logits(monkeypatch, backend):
     monkeypatch.setattr(gemm, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(gemm, "LOGIT_TILE_BYTES", 2**20)
+    workspace.release()  # else a larger buffer that is there already is taken
     largest = 0
 
     class Recorder(TorchDispatchMode):
@@ -489,11 +492,12 @@ def test_chunked_never_holds_all_logits(monkeypatch):
     hidden, weight, labels = realistic(rows=400, width=16, vocabulary=5003)  # 8 MB of float32 logits
     hidden.requires_grad_()
     with Recorder():
-        stats = ff.token_stats(hidden, ff.LMHead(weight), labels, outputs=OUTPUTS)
+        stats = ff.token_stats(hidden, ff.LMHead(weight), labels, outputs=OUTPUTS, backend=backend)
         sum(getattr(stats, name).sum() for name in DIFFERENTIABLE).backward()
-        ff.token_stats(hidden, ff.LMHead(weight.clone().requires_grad_()), labels).logp.sum().backward()
+        trained = ff.LMHead(weight.clone().requires_grad_())
+        ff.token_stats(hidden, trained, labels, backend=backend).logp.sum().backward()
         for kind in DIVERGENCES:
-            ff.divergence(hidden, hidden.detach(), ff.LMHead(weight), kind).sum().backward()
+            ff.divergence(hidden, hidden.detach(), ff.LMHead(weight), kind, backend=backend).sum().backward()
     assert weight.numel() * 4 < largest <= 2**20
 
 

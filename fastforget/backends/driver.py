@@ -50,7 +50,7 @@ class LabelPass:
     """What a label row pass found of a chunk, and the row that it wrote."""
 
     fields: dict[str, Tensor]
-    row: Tensor
+    row: Tensor | None
     label_slope: Tensor | None = None  # of the softcap at the label's logit; None: 1
     row_scale: Tensor | None = None  # what each row was multiplied with; None: 1
     masses: Tensor | None = None  # (n, tiles)
@@ -74,19 +74,23 @@ class Chunks:
     positions: Tensor | None
     head: LMHead
     buffers: int = 1  # of products at a time, which share the byte budget
+    tiled: bool = False  # a buffer holds a tile of the vocabulary, and many rows
 
     def __post_init__(self) -> None:
         self.count = len(self.hidden if self.positions is None else self.positions)
         self.vocabulary = self.hidden.shape[1] if self.head.is_identity else self.head.weight.shape[0]
         self.dtype = gemm.compute_dtype(self.hidden)
-        self.padded = -(-self.vocabulary // ALIGNMENT) * ALIGNMENT
         self.block: Tensor | None = None  # of the workspace, which the buffers are cut from
         self.taken = 0
+        if self.tiled:
+            self.step, self.padded = gemm.logit_tile(self.count, self.head.weight)
+            return
+        self.padded = -(-self.vocabulary // ALIGNMENT) * ALIGNMENT
         most = gemm.chunk_rows(self.buffers * self.padded, self.hidden)
         self.step = gemm.even_rows(self.count, most, self.hidden)
 
     def buffer(self, dtype: torch.dtype | None = None, times: int = 1) -> Tensor:
-        """A buffer (rows, V) for `times` chunks of logits, until `give_back`; a row takes `padded` elements."""
+        """A buffer (rows, V or a tile of it) for `times` chunks, until `give_back`; a row takes `padded` elements."""
         shape, dtype = (times * self.step, self.padded), dtype or self.dtype
         if not self.hidden.is_cpu:
             return torch.empty(shape, dtype=dtype, device=self.hidden.device)[:, : self.vocabulary]
@@ -172,43 +176,48 @@ def label_forward(
     `whole_rows`: the gradient of log(1 - p_y) is wanted too. It is p_y times the unit row, that of logp 1 - p_y times:
     this is what counts against `tail_mass`.
     """
-    chunks = Chunks(hidden, positions, head)
-    passes = passes_of(backend, chunks.dtype)
+    passes = passes_of(backend, gemm.compute_dtype(hidden))
     want_unit = compute_grad or "expected_embedding" in names
     skipping = tail_mass > 0 and compute_grad and hasattr(passes, "skipping_product") and not head.is_identity
     skipping = skipping and "expected_embedding" not in names  # a value, and exact
     skipping = skipping and head.weight.dtype.itemsize <= 4
+    tiled = hasattr(passes, "tiled_label_pass") and not skipping and not head.is_identity
+    chunks = Chunks(hidden, positions, head, tiled=tiled)
     unit_grad = chunks.empty_states() if want_unit else None
     expected = chunks.empty_states() if "expected_embedding" in names else None
     dropped = torch.zeros(chunks.count, dtype=chunks.dtype, device=hidden.device) if tail_mass > 0 else None
     parts: dict[str, list[Tensor]] = {}
     product = chunks.buffer()
     # rows in 16 bit are good for gradients, which are rounded to it anyway; an expected embedding is a value
-    row_dtype = product.dtype if expected is not None else passes.row_dtype(head, hidden)
+    row_dtype = product.dtype if tiled or expected is not None else passes.row_dtype(head, hidden)
     written = product if row_dtype == product.dtype or not want_unit else chunks.buffer(row_dtype)
     for rows in chunks:
         count = rows.stop - rows.start
         state = chunks.of(hidden, rows)
-        gemm.product_into(product[:count], state, head)
-        found: LabelPass = passes.label_pass(
-            product[:count],
-            labels[rows],
-            head,
-            names,
-            written[:count] if want_unit else None,
-            padded=chunks.padded,
-            masses=skipping,
-            against=chunks.against(against, rows) if against else None,
-        )
+        grad = None if unit_grad is None else unit_grad[rows]
+        found: LabelPass
+        if tiled:
+            found = passes.tiled_label_pass(state, labels[rows], head, names, product, grad)
+        else:
+            gemm.product_into(product[:count], state, head)
+            found = passes.label_pass(
+                product[:count],
+                labels[rows],
+                head,
+                names,
+                written[:count] if want_unit else None,
+                padded=chunks.padded,
+                masses=skipping,
+                against=chunks.against(against, rows) if against else None,
+            )
         for name, value in {**found.fields, **found.states}.items():
             parts.setdefault(name, []).append(value)
-        if unit_grad is None:
+        if grad is None:
             continue
-        grad = unit_grad[rows]
         if skipping:
             weight = None if whole_rows else found.fields["log_not_label"].exp()
             dropped[rows] = passes.skipping_product(found, labels[rows], head, weight, tail_mass, out=grad)  # type: ignore[index]
-        else:
+        elif found.row is not None:
             gemm.rows_to_hidden(found.row, head, out=grad)
         if found.row_scale is not None:
             grad.div_(found.row_scale[:, None])
@@ -225,11 +234,20 @@ def label_forward(
     if expected is not None:
         fields["expected_embedding"] = expected
     if against and not {"distance", "pull"} & set(fields):  # no part of this backend's row pass, or there was no row
-        measured = hidden if against.states is None else against.states
-        fields |= states.measure(measured, positions, against.anchor, against.centres, against.metric)
+        fields |= measure_states(chunks, against, backend)
     if dropped is not None:
         fields["dropped_mass"] = dropped
     return Forward(fields, unit_grad, fields.pop("nearest", None))
+
+
+def measure_states(chunks: Chunks, against: Against, backend: str) -> dict[str, Tensor]:
+    """`distance`, `pull` and `nearest` (n,) of the kept rows, where the label pass did not measure them."""
+    parts = []
+    for rows in list(chunks.narrow()) or [slice(0, 0)]:
+        part = chunks.against(against, rows)
+        assert part.states is not None
+        parts.append(state_forward(part.states, part.anchor, part.centres, part.metric, backend))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def empty_fields(names: Collection[str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

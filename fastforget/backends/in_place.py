@@ -50,7 +50,7 @@ class StatsInPlace(torch.autograd.Function):
             # torch's passes compute in float32; the kernels read and write the logits in their own dtype
             product = chunk if passes.ANY_DTYPE else chunk.to(gemm.compute_dtype(logits))
             found = passes.label_pass(product, labels[rows], head, names, product)
-            if product is not chunk:
+            if product is not chunk and found.row is not None:
                 chunk.copy_(found.row)
             for name, value in found.fields.items():
                 parts.setdefault(name, []).append(value)

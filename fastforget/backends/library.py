@@ -10,13 +10,13 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch  # noqa: F401  first: the library then shares its OpenMP instead of bringing another
 
-ABI_VERSION = 4  # FASTFORGET_ABI_VERSION in csrc/fastforget.h
+ABI_VERSION = 5  # FASTFORGET_ABI_VERSION in csrc/fastforget.h
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 OVERRIDE = "FASTFORGET_CPU"  # environment variable: one of INSTRUCTION_SETS, to use less than the machine has
 TILE = 128  # FASTFORGET_TILE
@@ -57,6 +57,49 @@ class LabelRows(ctypes.Structure):
         ("masses", c_void_p),
         ("logits_dtype", c_int32),
         ("out_dtype", c_int32),
+    )
+
+
+class LabelState(ctypes.Structure):
+    """What is known of a row after some tiles: only its size matters here."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("total", "mean", "deviations", "plain")),
+        ("best_index", c_int64),
+        *((name, c_float) for name in ("best", "top", "label_logit", "unused")),
+    )
+
+
+class LabelTile(ctypes.Structure):
+    """Arguments of fastforget_label_tile."""
+
+    _fields_ = (
+        ("common", Common),
+        ("whole", c_int64),
+        ("tile", c_void_p),
+        ("tile_stride", c_int64),
+        ("first_column", c_int64),
+        ("labels", c_void_p),
+        ("states", c_void_p),
+        ("grad", c_void_p),
+        ("grad_stride", c_int64),
+        ("width", c_int64),
+        ("write", c_int32),
+        ("moments", c_int32),
+    )
+
+
+class LabelEnd(ctypes.Structure):
+    """Arguments of fastforget_label_end."""
+
+    _fields_ = (
+        ("common", Common),
+        ("states", c_void_p),
+        ("fields", c_void_p),
+        ("argmax", c_void_p),
+        ("grad", c_void_p),
+        ("grad_stride", c_int64),
+        ("width", c_int64),
     )
 
 
@@ -153,6 +196,8 @@ class TileProduct(ctypes.Structure):
 
 PASSES = {
     "fastforget_label_rows": LabelRows,
+    "fastforget_label_tile": LabelTile,
+    "fastforget_label_end": LabelEnd,
     "fastforget_paired_rows": PairedRows,
     "fastforget_gradient_rows": GradientRows,
     "fastforget_state_rows": StateRows,
