@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastforget as ff
 from fastforget.backends import BACKENDS, gemm, pick
-from fastforget.backends.driver import ALIGNMENT, Against
+from fastforget.backends.chunks import ALIGNMENT, Against
 from fastforget.errors import FastforgetError
 
 pytest.importorskip("pytest_benchmark")

@@ -59,7 +59,7 @@ struct FastforgetLabelRows {
     const std::int64_t* labels;
     void* out;  // written rows, or null; may be `logits`, in the same dtype
     std::int64_t out_stride;
-    float* fields;         // (12, row_count), in the order of native.py's FIELDS
+    float* fields;         // (12, row_count), in the order of label_fields.py
     std::int64_t* argmax;  // (row_count), or null: no moments
     float* masses;         // (row_count, tiles): the written row's sum over each tile; or null
     std::int32_t logits_dtype;

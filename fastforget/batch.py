@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastforget.checks import IGNORE_INDEX
 from fastforget.errors import FastforgetError
-from fastforget.stats import IGNORE_INDEX
 
 Batch = Mapping[str, Any]  # tensors by name; a companion batch under its stream's name; anything else for the model
 FLAT_KEYS = ("role", "example_id")  # of a flat batch; never passed to the model

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastforget.backbone import Backbone, without_dropout
 from fastforget.backends.states import unit_vectors
 from fastforget.batch import Batch, prepare
+from fastforget.checks import check_metric
 from fastforget.errors import FastforgetError
 from fastforget.objectives import ClusterPull, Term
 from fastforget.reference import reference_mode
-from fastforget.stats import check_metric
 
 CENTRES_FILE = "centres.safetensors"
 CANDIDATES = (2, 4, 8, 16, 32)  # numbers of clusters that the silhouette chooses from

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastforget.backbone import Backbone
 from fastforget.backends import OUTPUTS
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, count_name, split_roles
+from fastforget.divergences import kept_divergence, kept_divergence_and_logp
 from fastforget.errors import FastforgetError
 from fastforget.objectives import (
     SideStats,
@@ -26,7 +27,7 @@ from fastforget.objectives import (
 from fastforget.objectives.needs import OF_REFERENCE, reference_fields
 from fastforget.objectives.needs import divergences as divergences_among
 from fastforget.reference import DEFAULT_CACHE_BYTES, STATES, Reference, states_of
-from fastforget.stats import hidden_stats, kept_divergence, kept_divergence_and_logp, kept_token_stats, label_anchor
+from fastforget.stats import hidden_stats, kept_token_stats, label_anchor
 from fastforget.streams import check_labelled, check_streams, join, prepared_parts, seen_by, stream_work, used_streams
 from fastforget.term_state import States, initial_states
 

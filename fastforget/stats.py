@@ -5,7 +5,6 @@ Losses are a few lines of PyTorch over what these functions return (`fastforget.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -14,16 +13,21 @@ import torch
 from torch import Tensor
 
 from fastforget import backends
-from fastforget.backends import OUTPUTS, eager, ops
+from fastforget.backends import eager, ops
 from fastforget.backends import in_place as in_place_stats
-from fastforget.backends.driver import Against
+from fastforget.backends.chunks import Against
+from fastforget.checks import (
+    EMPTY,
+    IGNORE_INDEX,
+    check_anchor,
+    check_labels,
+    check_metric,
+    check_token_arguments,
+    masked_rows,
+    spread,
+)
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
-
-IGNORE_INDEX = -100
-EMPTY = {"argmax": -1}  # what a field holds where the label is ignored, if not 0
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-METRICS = ("l2", "cosine")
 
 
 @dataclass(frozen=True)
@@ -318,202 +322,3 @@ def label_anchor(anchor: str, head: LMHead, labels: Tensor) -> Tensor:
     if head.weight is None:
         raise FastforgetError("anchor='label' needs the head's rows, and here there are only logits")
     return head.weight.detach()[labels.clamp(min=0)]
-
-
-def divergence(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str = "forward_kl",
-    *,
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_shift: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """Divergence (N,), in nats, of the model's distribution p from the reference's q, through the same frozen head.
-
-    Args:
-        hidden: (N, D) the model's states; gradients flow into them.
-        ref_hidden: (N, D) the frozen reference's states; none do.
-        head: frozen: a head that trains is not the reference's.
-        kind: "forward_kl" KL(q||p), "reverse_kl" KL(p||q) or "jsd".
-        positions: int64, the rows wanted; the others are 0. Without it, all.
-        labels: (N,) int64, for `label_shift`; at -100 there is no shift.
-        label_shift: nats, at most 0: what is added to the reference's logit (after a softcap) of each row's label, so
-            that q is softmax(z_ref + label_shift onehot(label)): the target of UNDIAL.
-        backend: "auto", "triton", "native", "chunked" or "eager".
-
-    Raises:
-        FastforgetError: shapes that do not fit, an unknown kind or backend, a head that trains, a shift that is
-            positive or without labels, or a label outside the vocabulary (seen where labels are on the CPU).
-    """
-    check_hidden(hidden, head)
-    if ref_hidden.shape != hidden.shape:
-        raise FastforgetError(f"ref_hidden is {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}: they must agree")
-    if kind not in DIVERGENCES:
-        raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
-    labels = shifted_labels(hidden, head, labels, label_shift, positions)
-    if positions is not None:
-        positions = positions.to(hidden.device, non_blocking=True)
-        labels = None if labels is None else labels[positions]
-    value = kept_divergence(
-        hidden, ref_hidden, head, kind, positions=positions, labels=labels, label_shift=label_shift, backend=backend
-    )
-    return value if positions is None else spread(value, positions, len(hidden))
-
-
-def kept_divergence(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    *,
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_shift: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """The same over kept rows alone, labels (n,) are theirs; without `positions` every row is one."""
-    return divergence_of(hidden, ref_hidden, head, kind, positions, labels, label_shift, False, backend)[0]
-
-
-def kept_divergence_and_logp(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    labels: Tensor,
-    *,
-    label_shift: float = 0.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The divergence of every row, and log p_y (n,) of labels (n,), none of them ignored, without a gradient.
-
-    To be told log p_y beside a divergence costs no product with the head of its own.
-    """
-    return divergence_of(hidden, ref_hidden, head, kind, None, labels, label_shift, True, backend)
-
-
-def divergence_of(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    positions: Tensor | None,
-    labels: Tensor | None,
-    label_shift: float,
-    tell_logp: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(divergence, log p_y or an empty tensor) of kept rows."""
-    if head.trainable:
-        raise FastforgetError(
-            "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
-            "gone; freeze it (model.get_output_embeddings().requires_grad_(False))"
-        )
-    name = backends.pick(backend, hidden.device)
-    if name == "eager":
-        rows = slice(None) if positions is None else positions
-        kept, shifted = hidden[rows], labels if label_shift else None
-        value = eager.divergence(kept, ref_hidden[rows].detach(), head, kind, shifted, label_shift)
-        with torch.no_grad():
-            if not tell_logp or labels is None:
-                return value, value.new_empty(0)
-            return value, eager.label_stats(kept, labels, head, ("logp",))["logp"]
-    return ops.divergence(
-        hidden,
-        ref_hidden,
-        head,
-        kind,
-        positions=positions,
-        labels=labels,
-        label_shift=label_shift,
-        tell_logp=tell_logp,
-        backend=name,
-    )
-
-
-def shifted_labels(
-    hidden: Tensor, head: LMHead, labels: Tensor | None, label_shift: float, positions: Tensor | None
-) -> Tensor | None:
-    """Labels whose logits the reference has shifted, checked, on the device of the states; None where none is."""
-    if not (math.isfinite(label_shift) and label_shift <= 0):
-        raise FastforgetError(f"label_shift must be finite and at most 0, not {label_shift}")
-    if label_shift == 0:
-        return None
-    if labels is None:
-        raise FastforgetError("label_shift shifts the logits of labels: give labels (N,) too")
-    if labels.shape != hidden.shape[:1]:
-        raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
-    if labels.is_cpu:  # on a device, looking would synchronise
-        kept = labels if positions is None else labels[positions.cpu()]
-        check_labels(kept, hidden.shape[1] if head.is_identity else head.weight.shape[0])
-    return labels.to(hidden.device, non_blocking=True)
-
-
-def masked_rows(value: Tensor, labels: Tensor, name: str = "") -> Tensor:
-    """Values (N, ...) of all rows, 0 (argmax: -1) where the label is ignored."""
-    kept = (labels != IGNORE_INDEX).view(-1, *[1] * (value.dim() - 1))
-    return torch.where(kept, value, EMPTY.get(name, 0))
-
-
-def spread(value: Tensor, positions: Tensor, count: int, name: str = "") -> Tensor:
-    """Kept values (n, ...) at their positions among `count` rows, 0 elsewhere (argmax: -1)."""
-    empty = value.new_full((count, *value.shape[1:]), EMPTY.get(name, 0))
-    return empty.index_copy(0, positions, value)
-
-
-def check_token_arguments(
-    hidden: Tensor, head: LMHead, labels: Tensor, outputs: Collection[str], tail_mass: float
-) -> None:
-    """Raise where the arguments of `token_stats` do not fit."""
-    check_hidden(hidden, head)
-    if labels.shape != hidden.shape[:1]:
-        raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
-    if labels.dtype != torch.int64:
-        raise FastforgetError(f"labels must be int64, not {labels.dtype}")
-    unknown = set(outputs) - set(OUTPUTS)
-    if unknown:
-        raise FastforgetError(f"unknown output {sorted(unknown)[0]!r}: choose from {', '.join(OUTPUTS)}")
-    if "expected_embedding" in outputs and (head.softcap is not None or head.is_identity):
-        raise FastforgetError("expected_embedding is defined for heads with a weight and without a softcap only")
-    if not 0.0 <= tail_mass < 1.0:
-        raise FastforgetError(f"tail_mass must be from 0 (exact) to less than 1, not {tail_mass}")
-
-
-def check_hidden(hidden: Tensor, head: LMHead) -> None:
-    """Raise where hidden states and head do not fit."""
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise FastforgetError(f"hidden must be a floating-point (N, D), not {hidden.dtype} {tuple(hidden.shape)}")
-    if not head.is_identity and head.weight.shape[1] != hidden.shape[1]:
-        raise FastforgetError(f"hidden has D = {hidden.shape[1]}, the head's weight D = {head.weight.shape[1]}")
-
-
-def check_metric(metric: str, margin: float | None) -> None:
-    """Raise for an unknown metric or a margin that is not positive."""
-    if metric not in METRICS:
-        raise FastforgetError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
-    if margin is not None and not (math.isfinite(margin) and margin > 0):
-        raise FastforgetError(f"margin must be positive and finite, or None, not {margin}")
-
-
-def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
-    """Raise where an anchor does not fit the states."""
-    count, width = hidden.shape
-    if anchor.shape not in ((count, width), (width,)):
-        raise FastforgetError(
-            f"anchor must be ({count}, {width}) or ({width},) for these states, not {tuple(anchor.shape)}"
-        )
-
-
-def check_labels(labels: Tensor, vocabulary: int, positions: Tensor | None = None) -> None:
-    """Raise for a kept label outside the vocabulary. Only on the CPU: on a device looking would synchronise."""
-    if torch.compiler.is_compiling() or not labels.is_cpu:
-        return
-    kept = labels[labels != IGNORE_INDEX] if positions is None else labels[positions.cpu()]
-    wrong = kept[(kept < 0) | (kept >= vocabulary)]
-    if len(wrong):
-        raise FastforgetError(
-            f"label {int(wrong[0])} is outside the vocabulary of {vocabulary} (ignored labels are -100)"
-        )

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.batch import COMPANIONS, FLAT_KEYS, ROLES, Batch, LabelCounts, PreparedSide, prepare, split_rows
+from fastforget.checks import IGNORE_INDEX
 from fastforget.errors import FastforgetError
 from fastforget.objectives import SideStats, Term
-from fastforget.stats import IGNORE_INDEX
 
 STREAMS = ("answer", *COMPANIONS)
 NOT_OF_THE_MODEL = ("labels", "attention_mask", *FLAT_KEYS)  # or made where it is missing

@@ -17,7 +17,7 @@ from test_stats import DRAWS, NOISES, SHIFTS, check, problems, realistic
 
 import fastforget as ff
 from fastforget.backends import gemm
-from fastforget.stats import DIVERGENCES
+from fastforget.divergences import DIVERGENCES
 
 # The interpreter takes about 0.1 s for a row: a short sample in `make test`, the rest in `make proof` and on a GPU
 FEW = settings(DRAWS, max_examples=100 if DEVICE.type == "cuda" else 6)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastforget as ff
-from fastforget.stats import DIVERGENCES, OUTPUTS
+from fastforget.backends import OUTPUTS
+from fastforget.divergences import DIVERGENCES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,10 +14,10 @@ from kernel_device import WHY_NOT_NATIVE, needs_native
 from test_stats import DRAWS, NOISES, SHIFTS, check, problems
 
 import fastforget as ff
-from fastforget.backends import gemm, library, native
+from fastforget.backends import OUTPUTS, gemm, library, native
 from fastforget.backends.library import INSTRUCTION_SETS, OVERRIDE
+from fastforget.divergences import DIVERGENCES
 from fastforget.head import LMHead
-from fastforget.stats import DIVERGENCES
 
 pytestmark = needs_native
 HERE = library.instruction_set() if WHY_NOT_NATIVE is None else -1
@@ -85,7 +85,7 @@ def test_extreme_probabilities_row_by_row(instructions, vocabulary, label_probab
         logits[0, 1] = math.log(label_probability / (1 - label_probability) * (vocabulary - 1))
     labels = torch.tensor([min(1, vocabulary - 1)])
     truth = logits.double()
-    found = native.label_pass(logits, labels, LMHead(None), ff.stats.OUTPUTS, logits).fields
+    found = native.label_pass(logits, labels, LMHead(None), OUTPUTS, logits).fields
     others = truth.scatter(1, labels[:, None], -torch.inf)
     log_probs = truth.log_softmax(1)
     assert float(found["logp"]) == pytest.approx(float(log_probs[0, labels[0]]), rel=1e-6)

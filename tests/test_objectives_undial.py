@@ -10,9 +10,10 @@ from test_objectives_weighted import with_known_labels
 from test_step import gradients, load_perturbed
 
 import fastforget as ff
+from fastforget.divergences import kept_divergence
 from fastforget.objectives import SideStats
 from fastforget.objectives.needs import divergences, reference_fields, shifted
-from fastforget.stats import kept_divergence, kept_token_stats
+from fastforget.stats import kept_token_stats
 
 
 def test_names_of_needs():

@@ -14,8 +14,8 @@ from kernel_device import OURS, WHY_NOT, device_of, needs_native
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
-from fastforget.backends import gemm, ops, workspace
-from fastforget.stats import DIVERGENCES, OUTPUTS
+from fastforget.backends import OUTPUTS, gemm, ops, workspace
+from fastforget.divergences import DIVERGENCES
 
 if WHY_NOT is None:
     from fastforget_kernels import gradient_rows, label_rows

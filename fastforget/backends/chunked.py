@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.backends import gemm
-from fastforget.backends.driver import Against, LabelPass, PairedPass
+from fastforget.backends.chunks import Against, LabelPass, PairedPass
 from fastforget.backends.paired import KINDS, close_row_, shift_label_
 from fastforget.head import LMHead
 

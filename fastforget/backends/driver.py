@@ -7,147 +7,27 @@ and the backward pass only scales it by whatever the loss above turns out to be.
 expected embedding, a head that trains) does the backward pass compute the products again, chunk by chunk.
 
 A backend is a module with the row passes `label_pass`, `paired_pass`, `gradient_pass` and `row_dtype`; `chunked` has
-them in torch, `native` in C++, `triton` as kernels. Nothing here looks at a value on the device: no synchronisation.
+them in torch, `native` in C++, `triton` as kernels. One that has `tiled_label_pass` takes both products and what is
+between them a tile of vocabulary at a time, where nothing needs a whole row. Nothing here looks at a value on the
+device: no synchronisation.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastforget.backends import gemm, states, workspace
+from fastforget.backends import gemm, states
+from fastforget.backends.chunks import Against, Chunks, LabelPass, passes_of
 from fastforget.head import LMHead
 
 NOT_DIFFERENTIABLE = {"logp_mean", "logp_var", "others_entropy", "argmax"}
 NEEDS_RECOMPUTE = {"entropy", "expected_embedding"}
-ALIGNMENT = 64  # rows of logits begin at a multiple of so many elements: kernels and products then use wide accesses
 ALWAYS = ("logp", "lse", "log_not_label")  # what the backward pass needs, beside what was asked for
-
-
-@dataclass
-class Against:
-    """What states are measured against: `anchor` (N, D) or (D,), `centres` (K, D); nothing, where there are neither.
-
-    `states` (N, D) are those that are measured, where they are not the hidden states that enter the head.
-    """
-
-    states: Tensor | None = None
-    anchor: Tensor | None = None
-    centres: Tensor | None = None
-    metric: str = "l2"
-
-    def __bool__(self) -> bool:
-        return self.anchor is not None or self.centres is not None
-
-
-@dataclass
-class LabelPass:
-    """What a label row pass found of a chunk, and the row that it wrote."""
-
-    fields: dict[str, Tensor]
-    row: Tensor | None
-    label_slope: Tensor | None = None  # of the softcap at the label's logit; None: 1
-    row_scale: Tensor | None = None  # what each row was multiplied with; None: 1
-    masses: Tensor | None = None  # (n, tiles)
-    states: dict[str, Tensor] = field(default_factory=dict)  # distance, pull, nearest
-
-
-@dataclass
-class PairedPass:
-    """What a paired row pass found of a chunk, and the row that it wrote."""
-
-    value: Tensor
-    row: Tensor | None
-    row_scale: Tensor | None = None
-
-
-@dataclass
-class Chunks:
-    """Kept rows of hidden states, a chunk at a time, with the buffers that all chunks share."""
-
-    hidden: Tensor
-    positions: Tensor | None
-    head: LMHead
-    buffers: int = 1  # of products at a time, which share the byte budget
-    tiled: bool = False  # a buffer holds a tile of the vocabulary, and many rows
-
-    def __post_init__(self) -> None:
-        self.count = len(self.hidden if self.positions is None else self.positions)
-        self.vocabulary = self.hidden.shape[1] if self.head.is_identity else self.head.weight.shape[0]
-        self.dtype = gemm.compute_dtype(self.hidden)
-        self.block: Tensor | None = None  # of the workspace, which the buffers are cut from
-        self.taken = 0
-        if self.tiled:
-            self.step, self.padded = gemm.logit_tile(self.count, self.head.weight)
-            return
-        self.padded = -(-self.vocabulary // ALIGNMENT) * ALIGNMENT
-        most = gemm.chunk_rows(self.buffers * self.padded, self.hidden)
-        self.step = gemm.even_rows(self.count, most, self.hidden)
-
-    def buffer(self, dtype: torch.dtype | None = None, times: int = 1) -> Tensor:
-        """A buffer (rows, V or a tile of it) for `times` chunks, until `give_back`; a row takes `padded` elements."""
-        shape, dtype = (times * self.step, self.padded), dtype or self.dtype
-        if not self.hidden.is_cpu:
-            return torch.empty(shape, dtype=dtype, device=self.hidden.device)[:, : self.vocabulary]
-        size = shape[0] * shape[1] * dtype.itemsize
-        if self.block is None:
-            self.block = workspace.take(max(self.buffers, times) * size // times)
-        taken = slice(self.taken, self.taken + size)
-        part = self.block[taken] if taken.stop <= len(self.block) else torch.empty(size, dtype=torch.uint8)
-        self.taken += size
-        return part.view(dtype).view(shape)[:, : self.vocabulary]
-
-    def give_back(self) -> None:
-        """End the use of all buffers. Where an exception skips this, they are merely not kept."""
-        if self.block is not None:
-            workspace.give_back(self.block)
-            self.block = None
-
-    def empty_states(self) -> Tensor:
-        """An empty (n, D), float32 or float64."""
-        return torch.empty(self.count, self.hidden.shape[1], dtype=self.dtype, device=self.hidden.device)
-
-    def __iter__(self) -> Iterator[slice]:
-        return gemm.row_chunks(self.count, max(self.step, 1))
-
-    def of(self, tensor: Tensor, rows: slice) -> Tensor:
-        """These kept rows of a tensor that has one for each position."""
-        return tensor[rows] if self.positions is None else tensor.index_select(0, self.positions[rows])
-
-    def against(self, against: Against, rows: slice) -> Against:
-        """The same for these kept rows, with their states."""
-        anchor = against.anchor
-        if anchor is not None and anchor.dim() == 2:
-            anchor = self.of(anchor, rows)
-        measured = self.hidden if against.states is None else against.states
-        return Against(self.of(measured, rows), anchor, against.centres, against.metric)
-
-    def narrow(self) -> Iterator[slice]:
-        """Kept rows whose float32 states fit the budget of a weight tile."""
-        width = self.hidden.shape[1] * self.dtype.itemsize
-        return gemm.row_chunks(self.count, max(1, gemm.TILE_BYTES // width))
-
-    def put(self, part: Tensor, rows: slice, out: Tensor) -> None:
-        """Write the states of these kept rows into the rows of `out` (N, D) that they are kept from."""
-        if self.positions is None:
-            out[rows] = part
-        else:
-            out.index_copy_(0, self.positions[rows], part.to(out.dtype))
-
-    def scatter_scaled(self, kept: Tensor, factor: Tensor, out: Tensor) -> None:
-        """Write `kept * factor` (n, D) into the rows of `out` (N, D), a bounded part at a time."""
-        for rows in self.narrow():
-            self.put(kept[rows] * factor[rows, None], rows, out)
-
-
-def passes_of(backend: str, dtype: torch.dtype) -> Any:
-    """The module with a backend's row passes; float64 is `chunked`'s alone."""
-    return importlib.import_module(f"fastforget.backends.{'chunked' if dtype == torch.float64 else backend}")
 
 
 @dataclass
@@ -425,61 +305,3 @@ def recompute(
     if grad_bias is not None and head.bias is not None:
         grad_bias = grad_bias.to(head.bias.dtype)
     return grad_hidden, grad_weight, grad_bias
-
-
-def divergence_forward(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    positions: Tensor | None,
-    head: LMHead,
-    kind: str,
-    compute_grad: bool,
-    backend: str,
-    labels: Tensor | None = None,
-    label_shift: float = 0.0,
-    tell_logp: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(divergence (n,) of the kept rows, gradient (n, D) over their states, the model's log p_y (n,)).
-
-    With labels (n,) of the kept rows, `label_shift` is added to the reference's logit of each that is not negative.
-    `tell_logp`: they are wanted for log p_y too, which costs a row pass and no product.
-    """
-    chunks = Chunks(hidden, positions, head, buffers=2)
-    passes = passes_of(backend, chunks.dtype)
-    value = torch.empty(chunks.count, dtype=chunks.dtype, device=hidden.device)
-    grad = chunks.empty_states() if compute_grad else None
-    logp = torch.empty_like(value) if tell_logp else None
-    product = chunks.buffer(times=2)
-    written = product
-    if compute_grad and passes.row_dtype(head, hidden) != product.dtype:
-        written = chunks.buffer(passes.row_dtype(head, hidden))
-    for rows in chunks:
-        count = rows.stop - rows.start
-        policy, reference = product[:count], product[count : 2 * count]
-        both = [chunks.of(hidden, rows), chunks.of(ref_hidden, rows)]
-        if hidden.dtype == ref_hidden.dtype:  # one product of twice as many rows is faster than two
-            gemm.product_into(product[: 2 * count], torch.cat(both), head)
-        else:
-            gemm.product_into(policy, both[0], head)
-            gemm.product_into(reference, both[1], head)
-        if logp is not None and labels is not None:
-            logits = policy.clone() if passes.OVERWRITES_PRODUCTS else policy
-            logp[rows] = passes.label_pass(logits, labels[rows], head, (), None, padded=chunks.padded).fields["logp"]
-        out = written[:count] if compute_grad else None
-        found: PairedPass = passes.paired_pass(
-            policy,
-            reference,
-            head,
-            kind,
-            out,
-            chunks.padded,
-            labels=labels[rows] if labels is not None and label_shift else None,
-            label_shift=label_shift,
-        )
-        value[rows] = found.value
-        if grad is not None and found.row is not None:
-            gemm.rows_to_hidden(found.row, head, out=grad[rows])
-            if found.row_scale is not None:
-                grad[rows].div_(found.row_scale[:, None])
-    chunks.give_back()
-    return value, grad, logp

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastforget.backends import OUTPUTS, driver, gemm
+from fastforget.backends.chunks import passes_of
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
@@ -41,7 +42,7 @@ class StatsInPlace(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, kept: Tensor, names: tuple[str, ...], backend: str
     ) -> tuple[Tensor, ...]:
         rows_of_logits = logits.detach()
-        passes = driver.passes_of(backend, logits.dtype)
+        passes = passes_of(backend, logits.dtype)
         head = LMHead(None)
         parts: dict[str, list[Tensor]] = {}
         scales = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastforget.backends import gemm, library
 from fastforget.backends.calls import call, check_rows, check_vector, common, float32_bias, pointer
-from fastforget.backends.driver import LabelPass
+from fastforget.backends.chunks import LabelPass
 from fastforget.backends.label_fields import LabelFields
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead

@@ -1,6 +1,6 @@
 """The CPU library that `setup.py` builds from `csrc/`: loads it by path, and says why where it cannot be used.
 
-The structures mirror those of `csrc/fastforget.h`, field by field. Nothing here looks at a tensor: `native.py` does,
+The structures mirror those of `csrc/fastforget.h`, field by field. Nothing here looks at a tensor: `calls.py` does,
 before any pointer is passed. ctypes releases the GIL around each call.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastforget.backends import gemm, library
 from fastforget.backends.calls import DTYPES, call, check_rows, check_vector, common, pointer, rows_contiguous
-from fastforget.backends.driver import LabelPass
+from fastforget.backends.chunks import LabelPass
 from fastforget.head import LMHead
 
 GATHERED = 8192  # columns of rows that are gathered at a time

@@ -23,7 +23,7 @@ from fastforget.backends.calls import (
     pointer,
     rows_contiguous,
 )
-from fastforget.backends.driver import Against, LabelPass, PairedPass
+from fastforget.backends.chunks import Against, LabelPass, PairedPass
 from fastforget.backends.label_fields import LabelFields
 from fastforget.backends.label_tiles import tiled_label_pass as tiled_label_pass
 from fastforget.backends.library import TILE

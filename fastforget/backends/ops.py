@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastforget.backends import OUTPUTS, driver, gemm
+from fastforget.backends.chunks import Against, Chunks
+from fastforget.backends.paired_driver import divergence_forward
 from fastforget.head import LMHead
 
 SEPARATOR = ","  # names cross the border as one string
@@ -40,7 +42,7 @@ def label_stats(
     backend: str,
     positions: Tensor | None = None,
     tail_mass: float = 0.0,
-    against: driver.Against | None = None,
+    against: Against | None = None,
 ) -> dict[str, Tensor]:
     """{field: (n,) or (n, D)} of the kept rows of hidden (N, D); labels (n,) are theirs.
 
@@ -52,7 +54,7 @@ def label_stats(
         wanted.add("argmax")
     names = [name for name in OUTPUTS if name in wanted]
     names += ["dropped_mass"] * (tail_mass > 0)
-    against = against or driver.Against()
+    against = against or Against()
     names += ["distance"] * (against.anchor is not None) + ["pull"] * (against.centres is not None)
     wants_grad = any(tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias))
     found = token_stats_op(
@@ -108,7 +110,7 @@ def token_stats_op(
         backend,
         tail_mass,
         whole_rows,
-        driver.Against(states, anchor, centres, metric),
+        Against(states, anchor, centres, metric),
     )
     unit_grad = forward.unit_grad if compute_grad else None
     fields = [forward.fields[name] for name in names.split(SEPARATOR)]
@@ -211,9 +213,7 @@ def token_stats_backward_op(
     grad_states = or_zeros(None, states, need_states)
     if of_states:
         into = grad if states is None else grad_states
-        driver.states_backward(
-            into, hidden, positions, driver.Against(states, anchor, centres, metric), nearest, of_states
-        )
+        driver.states_backward(into, hidden, positions, Against(states, anchor, centres, metric), nearest, of_states)
     grad_weight, grad_bias = or_zeros(grad_weight, weight, need_weight), or_zeros(grad_bias, bias, need_bias)
     return [grad, grad_weight, grad_bias, grad_states]
 
@@ -268,7 +268,7 @@ def divergence_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence (n,); its gradient (n, D) for the backward pass; log p_y (n,) where it is to be told."""
     head = LMHead(weight, bias, scale, softcap or None)
-    value, grad, logp = driver.divergence_forward(
+    value, grad, logp = divergence_forward(
         hidden, ref_hidden, positions, head, kind, compute_grad, backend, labels, label_shift, tell_logp
     )
     return value, or_empty(grad, hidden), or_empty(logp, hidden)
@@ -307,7 +307,7 @@ divergence_op.register_autograd(divergence_backward, setup_context=save_divergen
 def divergence_backward_op(hidden: Tensor, positions: Tensor | None, grad: Tensor, upstream: Tensor) -> Tensor:
     """The gradient over hidden (N, D)."""
     out = torch.empty_like(hidden) if positions is None else torch.zeros_like(hidden)
-    driver.Chunks(hidden, positions, LMHead(None)).scatter_scaled(grad, upstream, out)
+    Chunks(hidden, positions, LMHead(None)).scatter_scaled(grad, upstream, out)
     return out
 
 
@@ -386,7 +386,7 @@ def state_stats_backward_op(
 ) -> Tensor:
     """The gradient over hidden (n, D)."""
     grad = torch.zeros_like(hidden)
-    against = driver.Against(None, anchor, centres, metric)
+    against = Against(None, anchor, centres, metric)
     given = dict(zip(names.split(SEPARATOR), upstream, strict=True))
     driver.states_backward(grad, hidden, None, against, nearest, given)
     return grad

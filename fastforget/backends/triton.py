@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fastforget.backends.driver import Against, LabelPass, PairedPass
+from fastforget.backends.chunks import Against, LabelPass, PairedPass
 from fastforget.head import LMHead
 from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping, state_rows
 

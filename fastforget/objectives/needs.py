@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastforget.stats import DIVERGENCES
+from fastforget.divergences import DIVERGENCES
 
 OF_REFERENCE = "ref_"
 

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastforget.checks import check_metric
 from fastforget.errors import FastforgetError
 from fastforget.objectives.terms import SideStats, StateDistances, StateRequest, Term, present
-from fastforget.stats import check_metric
 
 ANCHORS = ("reference", "label")
 LEVELS = ("token", "sequence")
