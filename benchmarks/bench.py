@@ -48,14 +48,13 @@ class Part:
 
 
 HEAD = "-m benchmarks.head --device cpu --tokens 1024 --hidden 2048 --vocab 50272"
-QUICK_PEERS = (
-    "floor,floor_tiled,ours,ours_chunked,eager,torch_lce,torch_lce_chunked,trl"  # those that compile take too long
-)
+# without those that are compiled, which takes too long
+QUICK_PEERS = "floor,floor_tiled,floor_together,ours,ours_chunked,eager,torch_lce,torch_lce_chunked,trl"
 QUICK_STEP = "--methods grad_diff --loops loop_selected,ours_first,ours_later,floor --batches 1 --warmup 0 --rounds 3"
 STEP = "-m benchmarks.step --device cpu"
 ROWS = "-m pytest benchmarks/test_rows.py --benchmark-only -q -p no:cacheprovider"
 LOSSES = f"{HEAD} --p flat --ignored 0.5 --losses npo,kl,distance_cluster"
-TAIL = f"{HEAD} --p zipf,zipf_99 --ignored 0 --contestants floor,floor_tiled,ours,ours_tail,ours_chunked,eager"
+TAIL = f"{HEAD} --p zipf,zipf_99 --ignored 0 --contestants floor_together,floor_tiled,ours,ours_tail,ours_chunked,eager"
 PARTS = {
     "head": Part(f"{HEAD} --p flat --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --p flat", 120),
     "losses": Part(f"{LOSSES} --rounds 2 --contestants ours,eager", LOSSES, 90),

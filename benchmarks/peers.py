@@ -113,18 +113,39 @@ def bare_products(problem: Problem, rows: int, columns: int | None = None) -> St
     return step
 
 
+def bare_tiles(problem: Problem) -> Step:
+    """The same of a cross-entropy in the tiles that ours takes: both products of one tile, then of the next."""
+    with torch.no_grad():
+        kept = problem.hidden[problem.positions]
+        rows, columns = gemm.logit_tile(len(kept), problem.weight)
+        buffer = torch.softmax(torch.randn(rows, columns), dim=1)
+        logits, gradient = torch.empty_like(buffer), torch.empty_like(kept, dtype=torch.float32)
+
+    def step() -> None:
+        with torch.no_grad():
+            for part in gemm.row_chunks(len(kept), rows):
+                states, total = kept[part], gradient[part]
+                for start in range(0, len(problem.weight), columns):
+                    tile = problem.weight[start : start + columns]
+                    mm_into(states, tile.T, logits[: len(states), : len(tile)])
+                    written = buffer[: len(states), : len(tile)]
+                    torch.addmm(total, written, tile, beta=1.0 if start else 0.0, out=total)
+
+    return step
+
+
 def floor(problem: Problem) -> Step:
-    """The products alone, in the chunks that ours takes."""
-    return bare_products(problem, our_rows(problem))
+    """The products alone, in chunks of whole rows that fit our memory."""
+    return bare_products(problem, chunk_rows(problem))
 
 
 def floor_tiled(problem: Problem) -> Step:
-    """The same with the logits in tiles of columns, as ours takes them on the CPU."""
-    return bare_products(problem, our_rows(problem), gemm.CPU_COLUMNS)
+    """The same with the logits in tiles of columns."""
+    return bare_products(problem, chunk_rows(problem), gemm.CPU_COLUMNS)
 
 
-def our_rows(problem: Problem) -> int:
-    """Tokens in one of our chunks."""
+def chunk_rows(problem: Problem) -> int:
+    """Tokens in a chunk of whole rows of ours."""
     buffers = 2 if problem.loss.fields == ("kl",) else 1
     most = gemm.chunk_rows(buffers * len(problem.weight), problem.hidden)
     return gemm.even_rows(len(problem.positions), most, problem.hidden)
@@ -289,11 +310,20 @@ def trl_divergence(problem: Problem) -> Step:
 
 
 CONTESTANTS = {
-    "floor": Contestant(floor, "bare GEMMs on the kept tokens, in our chunks", role="floor", losses=ALL_LOSSES),
+    "floor": Contestant(
+        floor, "bare GEMMs on the kept tokens, in chunks of whole rows", role="floor", losses=ALL_LOSSES
+    ),
     "floor_tiled": Contestant(
         floor_tiled, "the same, logits in tiles of columns", role="floor", losses=ALL_LOSSES, devices=("cpu",)
     ),
-    "floor_unchunked": Contestant(floor_unchunked, "the same, each at once", role="floor", losses=ALL_LOSSES),
+    "floor_together": Contestant(
+        bare_tiles,
+        "both GEMMs of a tile of vocabulary after each other, as ours",
+        role="floor",
+        losses=("nll", "npo", "distance_cluster"),
+        devices=("cpu",),
+    ),
+    "floor_unchunked": Contestant(floor_unchunked, "bare GEMMs, each at once", role="floor", losses=ALL_LOSSES),
     "ours": Contestant(ours, "fastforget", role="ours", losses=ALL_LOSSES),
     "ours_tail": Contestant(
         functools.partial(ours, tail_mass=TAIL_MASS),

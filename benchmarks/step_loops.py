@@ -31,7 +31,7 @@ from torch import Tensor
 
 import fastforget as ff
 from benchmarks.head_problem import Problem, Setting
-from benchmarks.peers import bare_products, our_rows
+from benchmarks.peers import bare_products, bare_tiles, chunk_rows
 from benchmarks.step_problem import IGNORE_INDEX, SHAPES, Batches, StepSetting
 from fastforget.models import load_base
 
@@ -158,7 +158,8 @@ def products_of(setting: StepSetting, model: Any, mismatch: bool) -> list[Callab
     found = []
     for loss in ("nll", "kl", *(["nll"] if mismatch else [])):
         problem = Problem(Setting(loss, count, shape.hidden, shape.vocabulary, dtype=dtype, device=setting.device))
-        found.append(bare_products(problem, our_rows(problem)))
+        together = loss == "nll" and setting.device == "cpu"
+        found.append(bare_tiles(problem) if together else bare_products(problem, chunk_rows(problem)))
     return found
 
 

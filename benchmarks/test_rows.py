@@ -31,6 +31,7 @@ ROUNDS, WARMUP = 9, 2
 FLOAT32_BYTES = 4
 PADDED = -(-VOCABULARY // ALIGNMENT) * ALIGNMENT
 ROWS = gemm.chunk_rows(PADDED, torch.empty(0))
+TILE_ROWS = 1024  # of the pass whose rows are never whole
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -125,6 +126,18 @@ def test_label_pass(benchmark: Any, passes: Any, copy_bandwidth: float, dtype: t
 
     run(benchmark, lambda given: passes.label_pass(given, labels, head, names, given, padded=PADDED), fresh)
     tell(benchmark, copy_bandwidth, 2 * ROWS * VOCABULARY * dtype.itemsize, ROWS * VOCABULARY)
+
+
+def test_tiled_label_pass(benchmark: Any, passes: Any, copy_bandwidth: float) -> None:
+    """The label pass a tile of vocabulary at a time, with both products of a head of one column: hardly any."""
+    if not hasattr(passes, "tiled_label_pass"):
+        pytest.skip("this backend's rows of logits are whole")
+    weight = matrix()[:1].T.contiguous()
+    hidden, labels, grad = torch.ones(TILE_ROWS, 1), labels_of(TILE_ROWS), torch.empty(TILE_ROWS, 1)
+    buffer = torch.empty(gemm.logit_tile(TILE_ROWS, weight))
+    head = ff.LMHead(weight)
+    run(benchmark, lambda: passes.tiled_label_pass(hidden, labels, head, ("logp",), buffer, grad), lambda: ())
+    tell(benchmark, copy_bandwidth, 2 * TILE_ROWS * VOCABULARY * FLOAT32_BYTES, TILE_ROWS * VOCABULARY)
 
 
 @pytest.mark.parametrize("written", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -45,16 +45,15 @@ def tiled_label_pass(
     bias = float32_bias(head, vocabulary)
     stride, width = (0, 0) if grad is None else (grad.stride(0), grad.shape[1])
     for columns, weight in gemm.weight_tiles(head.weight.detach(), torch.float32, buffer.shape[1]):
-        tile = buffer[:count, : len(weight)]
+        tile, first = buffer[:count, : len(weight)], columns.start
         torch.mm(wide, weight.T, out=tile)
-        first = columns.start
         call(
             "fastforget_label_tile",
             library.LabelTile(
                 common(count, len(weight), bias, head.scale, head.softcap),
                 vocabulary,
                 tile.data_ptr(),
-                buffer.stride(0),
+                tile.stride(0),
                 first,
                 labels.data_ptr(),
                 states.data_ptr(),
