@@ -46,7 +46,7 @@ def even_rows(count: int, most: int, hidden: Tensor) -> int:
 def logit_tile(count: int, weight: Tensor) -> tuple[int, int]:
     """(rows, columns) of the tiles of logits that `count` rows on the CPU go through: all of much the same size."""
     rows = -(-count // max(1, -(-count // LOGIT_TILE_ROWS)))
-    most = LOGIT_TILE_BYTES // (max(rows, 1) * torch.float32.itemsize)
+    most = min(CPU_COLUMNS, LOGIT_TILE_BYTES // (max(rows, 1) * torch.float32.itemsize))
     if weight.dtype != torch.float32:
         most = min(most, TILE_BYTES // (weight.shape[1] * torch.float32.itemsize))
     columns = -(-len(weight) // max(1, -(-len(weight) // max(most, COLUMN_STEP))))
