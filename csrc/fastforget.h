@@ -76,23 +76,23 @@ struct FastforgetLabelState {
     std::int64_t best_index = 0;  // of the largest of all tokens
     float best = -INFINITY;
     float top = -INFINITY;  // the largest of the others
-    float label_logit = 0.0f;
+    float label_logit = 0.0f;  // once its block was seen; of a whole row it is set apart
     float unused = 0.0f;
 };
 
 // The same pass a tile of vocabulary after the other, so that no row of logits is ever whole. `common.vocabulary` and
-// `tile` are the tile's, `common.bias` and `labels` those of the whole vocabulary. The products become weights e^(z - top), 0
-// at the label, where `top` is the largest logit of the other tokens so far; where a row's rises, what its earlier weights
-// have added up to in `grad` is brought down to it.
+// `tile` are the tile's, `common.bias` and `labels` those of the whole vocabulary. The products become weights
+// e^(z - top), 0 at the label, where `top` is the largest logit of the other tokens so far; where a row's rises, what its
+// earlier weights have added up to in `grad` is brought down to it.
 struct FastforgetLabelTile {
     FastforgetCommon common;
-    std::int64_t whole;        // the whole vocabulary
-    float* tile;               // (row_count, vocabulary)
-    std::int64_t tile_stride;  // at least `vocabulary` brought up to a multiple of 16: what lies between is overwritten
+    std::int64_t whole;         // the whole vocabulary
+    float* tile;                // (row_count, vocabulary)
+    std::int64_t tile_stride;   // at least `vocabulary` brought up to a multiple of 16, which rows are overwritten up to
     std::int64_t first_column;  // of the tile; 0: the states are begun
     const std::int64_t* labels;
     FastforgetLabelState* states;  // (row_count)
-    float* grad;                   // (row_count, width), or null
+    float* grad;                   // (row_count, width), or null: at the first tile nothing has been added up
     std::int64_t grad_stride;
     std::int64_t width;
     std::int32_t write;    // 0: nothing is wanted but the states, and `tile` is left as anything

@@ -28,11 +28,11 @@ static inline void add_moments(const float* block, const float* weights, int cou
     found.deviations = found.deviations * fade + sum_of(squares) + gap * gap * found.total * share;
 }
 
-// Adds a block of logits of other tokens, none above `top`, which is not below the largest so far. What was found so far is
-// multiplied with the number returned. The weights e^(z - top) go to `weights`, which may be the block itself: with
+// Adds a block of logits of other tokens, none above `top`, which is not below the largest so far. What was found so far
+// is multiplied with the number returned. The weights e^(z - top) go to `weights`, which may be the block itself: with
 // `moments` always, else where it is not null.
-static inline double add_block(const float* block, int count, float top, bool moments, float* weights, const char* next,
-                               FastforgetLabelState& found) {
+static inline double add_block(const float* block, int count, float top, bool moments, float* weights,
+                               const char* next, FastforgetLabelState& found) {
     const float base = finite_or_zero(top);
     const double fade = top > found.top ? ::exp(static_cast<double>(found.top) - base) : 1.0;
     const double total = weights != nullptr ? weigh_block<true>(block, count, base, weights, next)
@@ -73,8 +73,8 @@ static inline FastforgetLabelState scan_row(const In* row, const FastforgetCommo
         if (has_label) buffer.at[label - start] = -INFINITY;
         const float block_top = largest_of_block(block, count);
         const char* const next = reinterpret_cast<const char*>(row + start) + sizeof(In) * BLOCK;
-        add_block(block, count, block_top > found.top ? block_top : found.top, moments, moments ? weights.at : nullptr, next,
-                  found);
+        const float top = block_top > found.top ? block_top : found.top;
+        add_block(block, count, top, moments, moments ? weights.at : nullptr, next, found);
     }
     return found;
 }

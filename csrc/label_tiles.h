@@ -3,7 +3,8 @@
 // The second product takes weights e^(z - top) whose total is not known yet, as attention kernels do: sum_v e^(z_v - top)
 // W_v is divided by the total after the last tile, and multiplied with e^(old top - new top) where the top rises. The
 // label's weight is left out (its row of the head comes in at the end, with a factor of its own), so nothing cancels on a
-// memorised token. A tile's row lies in the first-level cache between its two readings.
+// memorised token. A tile's row lies in a first or second-level cache between its two
+// readings, where tiles are as gemm.py makes them.
 
 static inline void multiply_row(float* row, std::int64_t width, float factor) {
     std::int64_t i = 0;
@@ -12,8 +13,8 @@ static inline void multiply_row(float* row, std::int64_t width, float factor) {
 }
 
 // Whole vectors of logits in place of the products, with -infinity after the last and at the label; the new top
-static inline float finish_tile(float* tile, const FastforgetCommon& common, std::int64_t label, std::int64_t first_column,
-                                bool moments, FastforgetLabelState& found) {
+static inline float finish_tile(float* tile, const FastforgetCommon& common, std::int64_t label,
+                                std::int64_t first_column, bool moments, FastforgetLabelState& found) {
     const bool plain = common.scale == 1.0f && common.bias == nullptr && !(common.softcap > 0.0f);
     float top = found.top;
     Block buffer;

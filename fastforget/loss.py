@@ -117,7 +117,7 @@ class UnlearnLoss:
         micro_batch: int | None = None,
         step: int = 0,
     ) -> Iterator[UnlearnOutput]:
-        """The loss in parts that add up to it, one forward each: a side's streams, or a micro-batch of them."""
+        """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
         if "role" in forget and retain is None:
             forget, retain = split_roles(forget)

@@ -3,7 +3,8 @@
 A side's batch is its "answer" stream, and may carry companions: `batch["refusal"]`, row i the prompt of row i with a
 refusal or an alternative answer, and `batch["mismatch"]`, prompts with other prompts' answers, any number of rows. A
 term says which streams it looks at (`Term.streams`). A stream that no term looks at costs nothing; streams that one
-term compares share one graph, so they go through one forward; others go one after the other, which needs less memory.
+term compares share one graph, so their rows go through the model together, in parts; others go one after the other,
+which needs less memory.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def prepared_parts(
 ) -> Iterator[dict[str, PreparedSide]]:
     """A group's streams, made ready, in parts of at most `micro_batch` sequences; rows that belong together stay so.
 
-    Without `micro_batch` streams that share a forward come in as many parts as they are: no forward then needs the
-    memory of more sequences than one of them has (one more, where their number is odd).
+    Without `micro_batch` streams that share a forward come in about as many parts as they are, so that none of these
+    forwards needs the memory of more sequences than one stream has (one more, where their number is odd).
     Nothing comes of a part without a label: there is none in this part of a larger batch.
     """
     chosen = [stream_of(batch, stream) or {} for stream in streams]

@@ -53,11 +53,6 @@ def float32_bias(head: LMHead, vocabulary: int) -> Tensor | None:
     return bias
 
 
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with the elements of a row side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def check_rows(
     name: str, tensor: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,), shape: Sequence[int] | None = None
 ) -> None:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.backends import gemm
-from fastforget.backends.chunks import Against, LabelPass, PairedPass
+from fastforget.backends.chunks import LabelPass, PairedPass
 from fastforget.backends.paired import KINDS, close_row_, shift_label_
 from fastforget.head import LMHead
 
 ANY_DTYPE = False  # products come in float32 or float64
+MEASURES_STATES = False  # the driver does, apart
 OVERWRITES_PRODUCTS = True  # also where no row is wanted
 
 
@@ -40,9 +41,8 @@ def label_pass(
     *,
     padded: int | None = None,
     masses: bool = False,
-    against: Against | None = None,
 ) -> LabelPass:
-    """Statistics of each row, and the row written over it; no tile masses, and no states: the driver does without."""
+    """Statistics of each row, and the row written over it; no tile masses: the driver does without."""
     logits = gemm.finish_logits_(product, head)
     slope = gemm.softcap_slope(logits, head) if out is not None else None
     fields = label_rows(logits, labels, names)

@@ -71,7 +71,9 @@ class Chunks:
         self.taken = 0
         if self.tiled:
             self.step, self.padded = gemm.logit_tile(self.count, self.head.weight)
+            self.columns = self.padded
             return
+        self.columns = self.vocabulary
         self.padded = -(-self.vocabulary // ALIGNMENT) * ALIGNMENT
         most = gemm.chunk_rows(self.buffers * self.padded, self.hidden)
         self.step = gemm.even_rows(self.count, most, self.hidden)
@@ -80,14 +82,14 @@ class Chunks:
         """A buffer (rows, V or a tile of it) for `times` chunks, until `give_back`; a row takes `padded` elements."""
         shape, dtype = (times * self.step, self.padded), dtype or self.dtype
         if not self.hidden.is_cpu:
-            return torch.empty(shape, dtype=dtype, device=self.hidden.device)[:, : self.vocabulary]
+            return torch.empty(shape, dtype=dtype, device=self.hidden.device)[:, : self.columns]
         size = shape[0] * shape[1] * dtype.itemsize
         if self.block is None:
             self.block = workspace.take(max(self.buffers, times) * size // times)
         taken = slice(self.taken, self.taken + size)
         part = self.block[taken] if taken.stop <= len(self.block) else torch.empty(size, dtype=torch.uint8)
         self.taken += size
-        return part.view(dtype).view(shape)[:, : self.vocabulary]
+        return part.view(dtype).view(shape)[:, : self.columns]
 
     def give_back(self) -> None:
         """End the use of all buffers. Where an exception skips this, they are merely not kept."""
@@ -114,9 +116,9 @@ class Chunks:
         measured = self.hidden if against.states is None else against.states
         return Against(self.of(measured, rows), anchor, against.centres, against.metric)
 
-    def narrow(self) -> Iterator[slice]:
-        """Kept rows whose float32 states fit the budget of a weight tile."""
-        width = self.hidden.shape[1] * self.dtype.itemsize
+    def narrow(self, states: Tensor | None = None) -> Iterator[slice]:
+        """Kept rows of which so many as a weight tile's bytes allow are in float32; of the hidden states, or others."""
+        width = (self.hidden if states is None else states).shape[1] * self.dtype.itemsize
         return gemm.row_chunks(self.count, max(1, gemm.TILE_BYTES // width))
 
     def put(self, part: Tensor, rows: slice, out: Tensor) -> None:

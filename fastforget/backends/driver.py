@@ -7,9 +7,9 @@ and the backward pass only scales it by whatever the loss above turns out to be.
 expected embedding, a head that trains) does the backward pass compute the products again, chunk by chunk.
 
 A backend is a module with the row passes `label_pass`, `paired_pass`, `gradient_pass` and `row_dtype`; `chunked` has
-them in torch, `native` in C++, `triton` as kernels. One that has `tiled_label_pass` takes both products and what is
-between them a tile of vocabulary at a time, where nothing needs a whole row. Nothing here looks at a value on the
-device: no synchronisation.
+them in torch, `native` in C++, `triton` as kernels. It may have more: `tiled_label_pass`, which does both products and
+what is between them a tile of vocabulary at a time, wherever no row of logits has to be whole; `skipping_product`, for
+`tail_mass`; and `state_pass`, for distances. Nothing here looks at a value on the device: no synchronisation.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def label_forward(
             found = passes.tiled_label_pass(state, labels[rows], head, names, product, grad)
         else:
             gemm.product_into(product[:count], state, head)
+            measured = {"against": chunks.against(against, rows)} if against and passes.MEASURES_STATES else {}
             found = passes.label_pass(
                 product[:count],
                 labels[rows],
@@ -88,7 +89,7 @@ def label_forward(
                 written[:count] if want_unit else None,
                 padded=chunks.padded,
                 masses=skipping,
-                against=chunks.against(against, rows) if against else None,
+                **measured,
             )
         for name, value in {**found.fields, **found.states}.items():
             parts.setdefault(name, []).append(value)
@@ -97,7 +98,8 @@ def label_forward(
         if skipping:
             weight = None if whole_rows else found.fields["log_not_label"].exp()
             dropped[rows] = passes.skipping_product(found, labels[rows], head, weight, tail_mass, out=grad)  # type: ignore[index]
-        elif found.row is not None:
+        elif not tiled:
+            assert found.row is not None
             gemm.rows_to_hidden(found.row, head, out=grad)
         if found.row_scale is not None:
             grad.div_(found.row_scale[:, None])
@@ -123,7 +125,7 @@ def label_forward(
 def measure_states(chunks: Chunks, against: Against, backend: str) -> dict[str, Tensor]:
     """`distance`, `pull` and `nearest` (n,) of the kept rows, where the label pass did not measure them."""
     parts = []
-    for rows in list(chunks.narrow()) or [slice(0, 0)]:
+    for rows in list(chunks.narrow(against.states)) or [slice(0, 0)]:
         part = chunks.against(against, rows)
         assert part.states is not None
         parts.append(state_forward(part.states, part.anchor, part.centres, part.metric, backend))

@@ -44,7 +44,7 @@ def even_rows(count: int, most: int, hidden: Tensor) -> int:
 
 
 def logit_tile(count: int, weight: Tensor) -> tuple[int, int]:
-    """(rows, columns) of the tiles of logits that `count` rows on the CPU go through: all of much the same size."""
+    """(rows, columns) of the tiles of logits that `count` rows on the CPU go through, of much the same size."""
     rows = -(-count // max(1, -(-count // LOGIT_TILE_ROWS)))
     most = min(CPU_COLUMNS, LOGIT_TILE_BYTES // (max(rows, 1) * torch.float32.itemsize))
     if weight.dtype != torch.float32:
@@ -134,3 +134,8 @@ def weight_tiles(weight: Tensor, dtype: torch.dtype, columns: int | None = None)
     step = min(step, columns or step)
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step), weight[start : start + step].to(dtype)
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor with the elements of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -51,7 +51,8 @@ class StatsInPlace(torch.autograd.Function):
             # torch's passes compute in float32; the kernels read and write the logits in their own dtype
             product = chunk if passes.ANY_DTYPE else chunk.to(gemm.compute_dtype(logits))
             found = passes.label_pass(product, labels[rows], head, names, product)
-            if product is not chunk and found.row is not None:
+            assert found.row is not None
+            if product is not chunk:
                 chunk.copy_(found.row)
             for name, value in found.fields.items():
                 parts.setdefault(name, []).append(value)

@@ -1,4 +1,4 @@
-"""The fields of the CPU library's label passes."""
+"""The fields of the CPU library's label passes, and which of them ask for moments."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ from fastforget.backends.label_fields import LabelFields
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
+WHOLE_VECTORS = 16  # floats of the longest vector
+
 
 def tiled_label_pass(
     hidden: Tensor, labels: Tensor, head: LMHead, names: Collection[str], buffer: Tensor, grad: Tensor | None
@@ -27,17 +29,16 @@ def tiled_label_pass(
     """Products of hidden (n, D) with the head, and statistics of each row; of no row a gradient over the logits.
 
     Args:
-        buffer: (n or more, columns of a tile), float32.
+        buffer: (n or more, columns of a tile), float32; a multiple of 16 columns, as the last vector is written whole.
         grad: (n, D), float32, or None. Filled with softmax over the other tokens, times the softcap's slope, times
             scale * W.
     """
     count, vocabulary = len(labels), len(head.weight)
-    wide = hidden.to(torch.float32)
-    check_rows("hidden states", wide, shape=(count, head.weight.shape[1]))
+    wide = hidden.to(torch.float32)  # of any strides: it is an operand of products only
     check_rows("the buffer", buffer)
     check_vector("labels", labels, count, torch.int64)
-    if len(buffer) < count:
-        raise FastforgetError(f"the buffer has {len(buffer)} rows, and there are {count} states")
+    if len(buffer) < count or buffer.shape[1] % WHOLE_VECTORS or buffer.stride(0) < buffer.shape[1]:
+        raise FastforgetError(f"the buffer must have {count} rows of whole vectors, not {tuple(buffer.shape)}")
     if grad is not None:
         check_rows("the gradient", grad, shape=wide.shape)
     fields = LabelFields(labels, names)

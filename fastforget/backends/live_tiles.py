@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastforget.backends import gemm, library
-from fastforget.backends.calls import DTYPES, call, check_rows, check_vector, common, pointer, rows_contiguous
+from fastforget.backends.calls import DTYPES, call, check_rows, check_vector, common, pointer
 from fastforget.backends.chunks import LabelPass
 from fastforget.head import LMHead
 
@@ -39,7 +39,7 @@ def skipping_product(
         return live.dropped
     if live.dense_count.value < count // DENSE_SHARE:
         live = LiveTiles(masses, labels, weight, tail_mass / tiles, dense=tiles)
-    weights = rows_contiguous(head.weight.detach())
+    weights = gemm.rows_contiguous(head.weight.detach())
     check_rows("the head's weight", weights, DTYPES, (rows.shape[1], out.shape[1]))
     check_rows("written rows", rows)
     check_rows("the product", out.zero_(), shape=(count, out.shape[1]))

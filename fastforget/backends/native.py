@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fastforget.backends import library, states
+from fastforget.backends import gemm, library, states
 from fastforget.backends.calls import (
     DTYPES,
     call,
@@ -21,9 +21,8 @@ from fastforget.backends.calls import (
     common,
     float32_bias,
     pointer,
-    rows_contiguous,
 )
-from fastforget.backends.chunks import Against, LabelPass, PairedPass
+from fastforget.backends.chunks import LabelPass, PairedPass
 from fastforget.backends.label_fields import LabelFields
 from fastforget.backends.label_tiles import tiled_label_pass as tiled_label_pass
 from fastforget.backends.library import TILE
@@ -35,6 +34,7 @@ COEFFICIENTS = ("lse", "unit", "entropy", "label_logit", "max_logit", "logit_mea
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 ANY_DTYPE = True  # products may come in any dtype, and are then overwritten in it
+MEASURES_STATES = False  # the driver does, apart
 OVERWRITES_PRODUCTS = False  # only where a row is wanted
 
 
@@ -52,9 +52,8 @@ def label_pass(
     *,
     padded: int | None = None,
     masses: bool = False,
-    against: Against | None = None,
 ) -> LabelPass:
-    """Statistics of each row, and the row written into `out`; no states: the driver measures them apart."""
+    """Statistics of each row, and the row written into `out`."""
     count, vocabulary = product.shape
     check_rows("products", product, DTYPES)
     check_vector("labels", labels, count, torch.int64)
@@ -180,10 +179,10 @@ def state_pass(
         hidden = hidden.index_select(0, positions)
         anchor = anchor.index_select(0, positions) if anchor is not None and anchor.dim() == 2 else anchor
     count, width = hidden.shape
-    hidden = rows_contiguous(hidden)
+    hidden = gemm.rows_contiguous(hidden)
     check_rows("hidden states", hidden, DTYPES)
     if anchor is not None:
-        anchor = rows_contiguous(anchor.float())  # of any dtype
+        anchor = gemm.rows_contiguous(anchor.float())  # of any dtype
         check_rows("the anchor", anchor.expand(count, width), shape=hidden.shape)
     if centres is not None:
         centres = centres.float()

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastforget.backends.chunks import Against, LabelPass, PairedPass
+from fastforget.backends.gemm import rows_contiguous
+from fastforget.backends.label_fields import MEASURED, MOMENTS
 from fastforget.head import LMHead
 from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping, state_rows
 
-MEASURED = ("max_logit", "logit_mean", "logp_mean", "logp_var", "others_entropy")  # by the pass with moments alone
-MOMENTS = {*MEASURED, "argmax", "entropy"}
-
 ANY_DTYPE = True  # products may come in any dtype, and are then overwritten in it
+MEASURES_STATES = True  # in the label pass, where it can
 OVERWRITES_PRODUCTS = False  # only where a row is wanted
 
 
@@ -141,11 +141,6 @@ def measured(against: Against) -> tuple[Tensor, Tensor | None, Tensor | None, st
     if centres is not None:
         centres = state_rows.prepared_centres(centres, against.metric)
     return states, anchor, centres, against.metric
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with the elements of a row side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def state_fields(values: Tensor, nearest: Tensor | None, against: Against) -> dict[str, Tensor]:
