@@ -63,7 +63,8 @@ def test_what_is_dropped_is_at_most_tail_mass_and_is_told(kinds, seed, tail_mass
     lost = (exact.abs() * missing).sum(1)
     assert (lost - dropped.double()).abs().max() <= 1e-2 * tail_mass + 1e-6, (lost, dropped)
     tile = labels[:, None] // TILE == torch.arange(VOCABULARY) // TILE
-    assert torch.allclose(ours[tile], exact[tile], rtol=1e-6, atol=0.0), "a label's tile was left out"
+    # exact rows are summed in tiles with tops of their own, and z - top of up to 80 is rounded by 4e-6
+    assert torch.allclose(ours[tile], exact[tile], rtol=1e-5, atol=0.0), "a label's tile was left out"
     for row, kind in enumerate(kinds):
         assert kind != "flat" or dropped[row] == 0
 
