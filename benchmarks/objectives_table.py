@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.demo_table import NOT_MEASURED, percent, plain, table, three
 from benchmarks.head_measure import MEASURED
 from benchmarks.objectives_measure import NOT_FINITE, StepSize
+from fastforget.backends.gemm import CHUNK_BYTES, LOGIT_TILE_BYTES
 
 Record = Mapping[str, Any]
 
@@ -70,7 +71,7 @@ def ratio(rows: Mapping[str, Record], preset: str) -> float | None:
 def why(record: Record) -> str:
     """The companions that a preset's terms look at, and whether two answers go through one forward."""
     found = plain(", ".join(record["companions"]))
-    return f"{found}; two answers in one forward" if record["together"] else found
+    return f"{found}; two answers together" if record["together"] else found
 
 
 def problems_of(suite: str, rows: Mapping[str, Record]) -> list[str]:
@@ -181,6 +182,7 @@ def about_step(size: StepSize | None) -> list[str]:
         f"A Llama of {size.layers} layers, D {size.hidden_size}, V {size.vocabulary:,}, float32; N = "
         f"{size.label_tokens:,} label tokens on each side and in each companion. The second step, with the reference "
         "cached, in a process of its own. Logits of one side alone would be "
-        f"{4 * size.label_tokens * size.vocabulary / 1e6:,.0f} MB. Answers that a term compares share one graph and "
-        "so one forward, which holds the activations of both.",
+        f"{4 * size.label_tokens * size.vocabulary / 1e6:,.0f} MB. Answers that a term compares share one graph, so "
+        "their rows go through the model together, half of them at a time. A KL's rows of logits are whole, in at most "
+        f"{CHUNK_BYTES / 1e6:.0f} MB; where there is none, tiles of {LOGIT_TILE_BYTES / 1e6:.0f} MB do.",
     ]

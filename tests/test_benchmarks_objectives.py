@@ -96,7 +96,7 @@ def test_real_steps(measure, rows, tmp_path):
     assert found["memory", "dpo"]["companions"] == ["forget refusal"] and found["memory", "dpo"]["together"]
     assert found["memory", "grad_diff"]["companions"] == [] and not found["memory", "grad_diff"]["together"]
     text = (tmp_path / "objectives.md").read_text()
-    assert cells(text, "dpo")[0][1] == "forget refusal; two answers in one forward"
+    assert cells(text, "dpo")[0][1] == "forget refusal; two answers together"
     assert "N = 16 label tokens" in text and "V 600" in text
 
 
@@ -152,7 +152,7 @@ def test_what_is_missed():
         }
         for name, peak in (("grad_diff", 100.0), ("npo", 130.0), ("dpo", 131.0))
     }
-    missed = "memory, dpo: peak / grad_diff's 1.31, asked ≤ 1.3 (forget refusal; two answers in one forward)"
+    missed = "memory, dpo: peak / grad_diff's 1.31, asked ≤ 1.3 (forget refusal; two answers together)"
     assert problems_of("memory", steps) == [missed]
     del steps["grad_diff"]
     assert len(problems_of("memory", steps)) == 2, "without the baseline nothing is known to be met"
