@@ -27,15 +27,13 @@ from benchmarks.head_measure import MEASURED, Record
 from benchmarks.head_worker import Died, Worker
 from benchmarks.objectives_measure import FACTS, Scale, StepSize
 from benchmarks.objectives_table import BASELINE, markdown, problems_of, rows_of, verdict
-from benchmarks.proof import DEFAULT_RUNS, PRESETS_HELP, iso_date, names_of, presets
+from benchmarks.proof import DEFAULT_RUNS, OVERRIDES, PRESETS_HELP, iso_date, names_of, presets, with_overrides
 from benchmarks.step import Runner, isolated
 from benchmarks.surroundings import RESULTS, commit, machine, versions, without_paths, write_whole
 from fastforget.errors import FastforgetError
 from fastforget.objectives.presets import PRESETS
 
 ROW_LIMIT, BASE_LIMIT = 900.0, 1800.0  # seconds of a row, of making the model; a job takes about ten
-# presets whose defaults ask for more than a model of two layers has, and what they get here instead
-OVERRIDES = {"rmu": "layer=1"}
 NAME = "objectives.json"
 
 
@@ -53,7 +51,7 @@ class Plan:
 
     def runs(self, suite: str) -> list[str]:
         """The presets of a suite, each with its options after it."""
-        chosen = [f"{run} {OVERRIDES[run]}" if run in OVERRIDES else run for run in self.presets]
+        chosen = with_overrides(self.presets)
         first = [BASELINE] if suite == "memory" else []
         return list(dict.fromkeys([*first, *chosen]))
 

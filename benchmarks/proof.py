@@ -29,6 +29,8 @@ from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 # SimNPO's published forget weight, 0.125, is tuned for large models with long answers: in the demo's 162 steps it
 # forgets too slowly to say whether the objective works, so it is measured with weight 1 too
 DEFAULT_RUNS = (*PRESETS, "simnpo forget_weight=1")
+# presets whose defaults ask for more than the models of two layers here have, and what they get instead
+OVERRIDES = {"rmu": "layer=1"}
 PRESETS_HELP = f"comma-separated, each with NAME=VALUE after it as you like; default {', '.join(DEFAULT_RUNS)}"
 
 
@@ -50,7 +52,12 @@ def seed_runs(seeds: Sequence[int]) -> list[Run]:
 
 def preset_runs(presets: Sequence[str]) -> list[Run]:
     """Each preset, perhaps with options, seed 0."""
-    return [(preset, 0) for preset in presets]
+    return [(preset, 0) for preset in with_overrides(presets)]
+
+
+def with_overrides(presets: Sequence[str]) -> list[str]:
+    """Presets with their options after them, as models of two layers can run them."""
+    return [f"{preset} {OVERRIDES[preset]}" if preset in OVERRIDES else preset for preset in presets]
 
 
 def objectives(proof: Proof) -> list[str]:
