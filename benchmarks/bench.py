@@ -56,12 +56,12 @@ ROWS = "-m pytest benchmarks/test_rows.py --benchmark-only -q -p no:cacheprovide
 LOSSES = f"{HEAD} --p flat --ignored 0.5 --losses npo,kl,distance_cluster"
 TAIL = f"{HEAD} --p zipf,zipf_99 --ignored 0 --contestants floor_together,floor_tiled,ours,ours_tail,ours_chunked,eager"
 PARTS = {
-    "head": Part(f"{HEAD} --p flat --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --p flat", 120),
-    "losses": Part(f"{LOSSES} --rounds 2 --contestants ours,eager", LOSSES, 90),
-    "tail": Part(f"{TAIL} --rounds 2", TAIL, 90),
-    "step": Part(f"{STEP} {QUICK_STEP}", f"{STEP} --bits 32,8", 120),
-    "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 60),
-    "rows": Part(ROWS, ROWS, 60, option="--benchmark-json", good=(0,)),
+    "head": Part(f"{HEAD} --p flat --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --p flat", 300),
+    "losses": Part(f"{LOSSES} --rounds 2 --contestants ours,eager", LOSSES, 240),
+    "tail": Part(f"{TAIL} --rounds 2", TAIL, 300),
+    "step": Part(f"{STEP} {QUICK_STEP}", f"{STEP} --bits 32,8", 300),
+    "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 180),
+    "rows": Part(ROWS, ROWS, 240, option="--benchmark-json", good=(0,)),
 }
 FULL_LIMIT = 3600.0
 
