@@ -8,43 +8,38 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from fastforget.backends import OUTPUTS
+from fastforget.backends.fields import BY_NAME, NAMES
+from fastforget.backends.state_ops import outside
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
 IGNORE_INDEX = -100
-EMPTY = {"argmax": -1}  # what a field holds where the label is ignored, if not 0
 METRICS = ("l2", "cosine")
 
 
-def masked_rows(value: Tensor, labels: Tensor, name: str = "") -> Tensor:
-    """Values (N, ...) of all rows, 0 (argmax: -1) where the label is ignored."""
+def masked_rows(value: Tensor, labels: Tensor, empty: int = 0) -> Tensor:
+    """Values (N, ...) of all rows, `empty` where the label is ignored."""
     kept = (labels != IGNORE_INDEX).view(-1, *[1] * (value.dim() - 1))
-    return torch.where(kept, value, EMPTY.get(name, 0))
+    return torch.where(kept, value, empty)
 
 
-def spread(value: Tensor, positions: Tensor, count: int, name: str = "") -> Tensor:
-    """Kept values (n, ...) at their positions among `count` rows, 0 elsewhere (argmax: -1)."""
-    empty = value.new_full((count, *value.shape[1:]), EMPTY.get(name, 0))
-    return empty.index_copy(0, positions, value)
+def spread(value: Tensor, positions: Tensor, count: int, empty: int = 0) -> Tensor:
+    """Kept values (n, ...) at their positions among `count` rows, `empty` elsewhere."""
+    return value.new_full((count, *value.shape[1:]), empty).index_copy(0, positions, value)
 
 
-def check_token_arguments(
-    hidden: Tensor, head: LMHead, labels: Tensor, outputs: Collection[str], tail_mass: float
-) -> None:
+def check_token_arguments(hidden: Tensor, head: LMHead, labels: Tensor, outputs: Collection[str]) -> None:
     """Raise where the arguments of `token_stats` do not fit."""
     check_hidden(hidden, head)
     if labels.shape != hidden.shape[:1]:
         raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
         raise FastforgetError(f"labels must be int64, not {labels.dtype}")
-    unknown = set(outputs) - set(OUTPUTS)
-    if unknown:
-        raise FastforgetError(f"unknown output {sorted(unknown)[0]!r}: choose from {', '.join(OUTPUTS)}")
-    if "expected_embedding" in outputs and (head.softcap is not None or head.is_identity):
-        raise FastforgetError("expected_embedding is defined for heads with a weight and without a softcap only")
-    if not 0.0 <= tail_mass < 1.0:
-        raise FastforgetError(f"tail_mass must be from 0 (exact) to less than 1, not {tail_mass}")
+    for name in outputs:
+        if name not in BY_NAME:
+            raise FastforgetError(f"unknown output {name!r}: choose from {', '.join(NAMES)}")
+        if BY_NAME[name].needs == "embedding" and (head.softcap is not None or head.is_identity):
+            raise FastforgetError(f"{name} is defined for heads with a weight and without a softcap only")
 
 
 def check_hidden(hidden: Tensor, head: LMHead) -> None:
@@ -72,13 +67,8 @@ def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor, vocabulary: int, positions: Tensor | None = None) -> None:
-    """Raise for a kept label outside the vocabulary. Only on the CPU: on a device looking would synchronise."""
-    if torch.compiler.is_compiling() or not labels.is_cpu:
-        return
-    kept = labels[labels != IGNORE_INDEX] if positions is None else labels[positions.cpu()]
-    wrong = kept[(kept < 0) | (kept >= vocabulary)]
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Raise for a kept label, on the CPU, outside the vocabulary."""
+    wrong = labels[(labels < 0) | (labels >= vocabulary)]
     if len(wrong):
-        raise FastforgetError(
-            f"label {int(wrong[0])} is outside the vocabulary of {vocabulary} (ignored labels are -100)"
-        )
+        raise outside(int(wrong[0]), vocabulary)

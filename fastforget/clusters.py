@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastforget.backbone import Backbone, without_dropout
-from fastforget.backends.states import unit_vectors
+from fastforget.backends.torch_passes import unit_vectors
 from fastforget.batch import Batch, prepare
 from fastforget.checks import check_metric
 from fastforget.errors import FastforgetError

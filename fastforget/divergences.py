@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fastforget import backends
-from fastforget.backends import eager, ops
-from fastforget.checks import check_hidden, check_labels, spread
+from fastforget.backends.state_ops import checked_labels
+from fastforget.checks import IGNORE_INDEX, check_hidden, spread
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
@@ -38,7 +37,7 @@ def divergence(
         labels: (N,) int64, for `label_shift`; at -100 there is no shift.
         label_shift: nats, at most 0: what is added to the reference's logit (after a softcap) of each row's label, so
             that q is softmax(z_ref + label_shift onehot(label)): the target of UNDIAL.
-        backend: "auto", "triton", "native", "chunked" or "eager".
+        backend: "auto", "triton", "native", "torch" or "eager".
 
     Raises:
         FastforgetError: shapes that do not fit, an unknown kind or backend, a head that trains, a shift that is
@@ -49,85 +48,19 @@ def divergence(
         raise FastforgetError(f"ref_hidden is {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}: they must agree")
     if kind not in DIVERGENCES:
         raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
-    labels = shifted_labels(hidden, head, labels, label_shift, positions)
-    if positions is not None:
-        positions = positions.to(hidden.device, non_blocking=True)
-        labels = None if labels is None else labels[positions]
-    value = kept_divergence(
-        hidden, ref_hidden, head, kind, positions=positions, labels=labels, label_shift=label_shift, backend=backend
-    )
-    return value if positions is None else spread(value, positions, len(hidden))
-
-
-def kept_divergence(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    *,
-    positions: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_shift: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """The same over kept rows alone, labels (n,) are theirs; without `positions` every row is one."""
-    return divergence_of(hidden, ref_hidden, head, kind, positions, labels, label_shift, False, backend)[0]
-
-
-def kept_divergence_and_logp(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    labels: Tensor,
-    *,
-    label_shift: float = 0.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The divergence of every row, and log p_y (n,) of labels (n,), none of them ignored, without a gradient.
-
-    To be told log p_y beside a divergence costs no product with the head of its own.
-    """
-    return divergence_of(hidden, ref_hidden, head, kind, None, labels, label_shift, True, backend)
-
-
-def divergence_of(
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    head: LMHead,
-    kind: str,
-    positions: Tensor | None,
-    labels: Tensor | None,
-    label_shift: float,
-    tell_logp: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(divergence, log p_y or an empty tensor) of kept rows."""
     if head.trainable:
         raise FastforgetError(
             "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
             "gone; freeze it (model.get_output_embeddings().requires_grad_(False))"
         )
-    name = backends.pick(backend, hidden.device)
-    if name == "eager":
-        rows = slice(None) if positions is None else positions
-        kept, shifted = hidden[rows], labels if label_shift else None
-        value = eager.divergence(kept, ref_hidden[rows].detach(), head, kind, shifted, label_shift)
-        with torch.no_grad():
-            if not tell_logp or labels is None:
-                return value, value.new_empty(0)
-            return value, eager.label_stats(kept, labels, head, ("logp",))["logp"]
-    return ops.divergence(
-        hidden,
-        ref_hidden,
-        head,
-        kind,
-        positions=positions,
-        labels=labels,
-        label_shift=label_shift,
-        tell_logp=tell_logp,
-        backend=name,
+    labels = shifted_labels(hidden, head, labels, label_shift, positions)
+    if positions is not None:
+        positions = positions.to(hidden.device, non_blocking=True)
+        labels = None if labels is None else labels[positions]
+    value, _ = backends.backend_of(backend, hidden.device).divergence(
+        hidden, ref_hidden, head, kind, positions=positions, labels=labels, label_shift=label_shift
     )
+    return value if positions is None else spread(value, positions, len(hidden))
 
 
 def shifted_labels(
@@ -142,7 +75,7 @@ def shifted_labels(
         raise FastforgetError("label_shift shifts the logits of labels: give labels (N,) too")
     if labels.shape != hidden.shape[:1]:
         raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
-    if labels.is_cpu:  # on a device, looking would synchronise
-        kept = labels if positions is None else labels[positions.cpu()]
-        check_labels(kept, hidden.shape[1] if head.is_identity else head.weight.shape[0])
+    vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
+    kept = labels if positions is None else labels[positions.to(labels.device)]
+    checked_labels(kept, vocabulary, IGNORE_INDEX)
     return labels.to(hidden.device, non_blocking=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastforget.backbone import Backbone
-from fastforget.backends import OUTPUTS
+from fastforget.backends import backend_of
+from fastforget.backends.fields import NAMES
+from fastforget.backends.protocol import KnownReference
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, count_name, split_roles
-from fastforget.divergences import kept_divergence, kept_divergence_and_logp
 from fastforget.errors import FastforgetError
 from fastforget.objectives import (
     SideStats,
@@ -27,7 +27,7 @@ from fastforget.objectives import (
 from fastforget.objectives.needs import OF_REFERENCE, reference_fields
 from fastforget.objectives.needs import divergences as divergences_among
 from fastforget.reference import DEFAULT_CACHE_BYTES, STATES, Reference, states_of
-from fastforget.stats import hidden_stats, kept_token_stats, label_anchor
+from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_streams, join, prepared_parts, seen_by, stream_work, used_streams
 from fastforget.term_state import States, initial_states
 
@@ -55,7 +55,7 @@ class UnlearnLoss:
     Args:
         model: a Hugging Face causal LM; terms that compare with the frozen model need it to carry a PEFT adapter.
         terms: a list of terms, or a preset's name.
-        backend: "auto", "triton", "native", "chunked" or "eager".
+        backend: "auto", "triton", "native", "torch" or "eager".
         reference_cache_bytes: limit of the reference's cache on the CPU; 0 switches it off (streamed data).
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
@@ -82,6 +82,7 @@ class UnlearnLoss:
         self.backbone.check_layers(layers_of(self.terms.values()))
         needed = frozenset().union(*(reference_needs(term) for term in self.terms.values()))
         self.reference = Reference(self.backbone, reference_cache_bytes) if needed else None
+        self.known_reference = reference_cache_bytes > 0  # to compute its embedding costs what it saves in one epoch
         states = initial_states(self.terms)
         self.term_states: Callable[[], States] = lambda: states  # scalars of terms' own; a step puts its own here
         self._constants: dict[int, Tensor] = {}  # anchors and centres on the model's device, by the id of the user's
@@ -144,23 +145,28 @@ class UnlearnLoss:
             for group in groups:
                 baselines = self.baselines(side, batches[side], group.terms, micro_batch)
                 for part in prepared_parts(side, batches[side], group.streams, micro_batch, device, vocabulary):
-                    yield self.one_pass(side, part, group.terms, counts, baselines, weights)
+                    states = self.stream_states(part, group.terms)
+                    streams = {
+                        stream: self.side_stats(
+                            part[stream], states[stream], looking_at(group.terms, stream), counts.of(side, stream)
+                        )
+                        for stream in part
+                    }
+                    yield self.output(side, streams, group.terms, baselines, weights)
 
     def terms_on(self, side: str) -> list[tuple[str, Term]]:
         """The terms on one side, with their names."""
         return [(name, term) for name, term in self.terms.items() if term.on == side]
 
-    def one_pass(
+    def output(
         self,
         side: str,
-        prepared: dict[str, PreparedSide],
+        streams: dict[str, SideStats],
         terms: list[tuple[str, Term]],
-        counts: LabelCounts,
         baselines: dict[str, Tensor],
         weights: dict[str, float],
     ) -> UnlearnOutput:
-        """One forward of (micro-)batches of one side's streams, and the terms on them."""
-        streams = self.stream_stats(side, prepared, terms, counts)
+        """The terms of one forward of (micro-)batches of one side's streams."""
         values = {name: term.value(seen_by(term, streams, baselines.get(name))) for name, term in terms}
         own = self.term_states()
         factors = {name: weights[name] * term.factor(own.get(name, {})) for name, term in terms}
@@ -186,41 +192,57 @@ class UnlearnLoss:
         for name, term in terms:
             if term.baseline_stream is None:
                 continue
+            stream = term.baseline_stream
             with torch.no_grad():
-                for part in prepared_parts(side, batch, (term.baseline_stream,), micro_batch, device, vocabulary):
-                    stats = self.stream_stats(side, part, [(name, term)], own)[term.baseline_stream]
-                    share = term.constant(stats)
+                for part in prepared_parts(side, batch, (stream,), micro_batch, device, vocabulary):
+                    states = self.stream_states(part, [(name, term)])[stream]
+                    share = term.constant(self.side_stats(part[stream], states, [term], own.of(side, stream)))
                     found[name] = found[name] + share if name in found else share
         return found
 
-    def stream_stats(
-        self, side: str, prepared: dict[str, PreparedSide], terms: list[tuple[str, Term]], counts: LabelCounts
-    ) -> dict[str, SideStats]:
-        """One forward of streams, each with the statistics that the terms looking at it need."""
+    def stream_states(
+        self, prepared: dict[str, PreparedSide], terms: list[tuple[str, Term]]
+    ) -> dict[str, dict[int | None, Tensor]]:
+        """One forward of streams: each one's states (n, D) by layer, as far as the terms looking at them need."""
         layers = layers_of(term for _, term in terms)
         layers |= {None} if reaches_head(term for _, term in terms) else set()
         states = self.backbone.states(*join(list(prepared.values())), layers)
         lengths = [len(part.labels) for part in prepared.values()]
         parts = {layer: state.split(lengths) for layer, state in states.items()}
-        return {
-            stream: self.side_stats(
-                part,
-                {layer: parts[layer][place] for layer in states},
-                [term for _, term in terms if stream in used_streams(term)],
-                counts.of(side, stream),
-            )
-            for place, (stream, part) in enumerate(prepared.items())
-        }
+        return {stream: {layer: parts[layer][place] for layer in states} for place, stream in enumerate(prepared)}
 
     def side_stats(
         self, prepared: PreparedSide, states: dict[int | None, Tensor], terms: list[Term], totals: tuple[int, int]
     ) -> SideStats:
-        """What terms see of one stream, of which there are `totals` (tokens, sequences) in the whole batch."""
+        """What terms see of one stream, of which there are `totals` (tokens, sequences) in the whole batch.
+
+        Where no term learns from log p_y it is only reported, and comes with a divergence, if there is one, for free.
+        """
         needs = frozenset().union(*(term.needs for term in terms))
-        requests = [term.state_request for term in terms if term.state_request is not None]
+        head, labels = self.backbone.head, prepared.labels
+        kinds = divergences_among(needs)
         wanted = frozenset().union(*(reference_needs(term) for term in terms))
+        if self.known_reference and head.softcap is None and not head.is_identity:
+            if any(kind == "forward_kl" for kind, _ in kinds.values()):
+                wanted |= {"others_embedding", "others_argmax"}
         reference = self.reference.of(prepared, wanted, self.backend) if self.reference and wanted else {}
-        fields, divergences = self.head_stats(states, prepared.labels, reference, needs, terms)
+        fields: dict[str, Tensor] = {}
+        divergences: dict[str, Tensor] = {}
+        if None in states:
+            hidden, backend = states[None], backend_of(self.backend, labels.device)
+            names = ("logp", *(name for name in NAMES if name in needs - {"logp"}))
+            learned = any(term.learns_from_logp for term in terms)
+            if learned or not kinds or len(names) > 1:
+                with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
+                    fields = backend.token_stats(hidden, labels, head, names)
+            known = None
+            if "others_embedding" in reference:
+                known = KnownReference(reference["others_embedding"], reference["others_argmax"])
+            for name, (kind, shift) in kinds.items():
+                divergences[name], logp = backend.divergence(
+                    hidden, reference[states_of(None)], head, kind, labels=labels, label_shift=shift, known=known
+                )
+                fields.setdefault("logp", logp)
         tokens, sequences = totals
         stats = SideStats(
             label_logp=fields.get("logp"),
@@ -234,43 +256,11 @@ class UnlearnLoss:
             | {OF_REFERENCE + name: value for name, value in reference.items() if not name.startswith(STATES)},
             vocabulary=self.backbone.vocabulary,
         )
-        for request in requests:
-            stats.states[request] = self.state_distances(request, states[request.layer], reference, prepared, stats)
+        for term in terms:
+            request = term.state_request
+            if request is not None:
+                stats.states[request] = self.state_distances(request, states[request.layer], reference, prepared, stats)
         return stats
-
-    def head_stats(
-        self,
-        states: dict[int | None, Tensor],
-        labels: Tensor,
-        reference: dict[str, Tensor],
-        needs: frozenset[str],
-        terms: list[Term],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(fields of `TokenStats`, divergences) that terms need, each (n,) by name; nothing without states of the head.
-
-        Where no term learns from log p_y it is only reported, and comes with a divergence, if there is one, for free.
-        """
-        if None not in states:
-            return {}, {}
-        hidden, head = states[None], self.backbone.head
-        names = ("logp", *(name for name in OUTPUTS if name in needs - {"logp"}))
-        learned = any(term.learns_from_logp for term in terms)
-        kinds = divergences_among(needs)
-        fields: dict[str, Tensor] = {}
-        if learned or not kinds or len(names) > 1:
-            with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
-                fields = kept_token_stats(hidden, head, labels, outputs=names, backend=self.backend)
-        found = {}
-        for name, (kind, shift) in kinds.items():
-            common: dict[str, Any] = {"label_shift": shift, "backend": self.backend}
-            if fields:
-                shifted = labels if shift else None
-                found[name] = kept_divergence(hidden, reference[states_of(None)], head, kind, labels=shifted, **common)
-            else:
-                found[name], fields["logp"] = kept_divergence_and_logp(
-                    hidden, reference[states_of(None)], head, kind, labels, **common
-                )
-        return fields, found
 
     def state_distances(
         self,
@@ -310,6 +300,11 @@ class UnlearnLoss:
         if id(tensor) not in self._constants:
             self._constants[id(tensor)] = tensor.to(self.backbone.device)
         return self._constants[id(tensor)]
+
+
+def looking_at(terms: list[tuple[str, Term]], stream: str) -> list[Term]:
+    """The terms that take something from a stream."""
+    return [term for _, term in terms if stream in used_streams(term)]
 
 
 def reference_needs(term: Term) -> frozenset[str]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastforget.backbone import Backbone, without_dropout
+from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
 from fastforget.errors import FastforgetError
-from fastforget.stats import kept_token_stats
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
 STATES = "states:"
@@ -112,8 +112,8 @@ class Reference:
         """The reference's statistics of a side's kept tokens, on the model's device.
 
         Args:
-            wanted: fields of `TokenStats` (n,), e.g. "logp"; `states_of(None)`, (n, D) what enters the head, and
-                `states_of(layer)`, what a layer puts out, in the model's dtype.
+            wanted: fields of `TokenStats` (n,), e.g. "logp", or its embeddings (n, D); `states_of(None)`, (n, D) what
+                enters the head, and `states_of(layer)`, what a layer puts out. What is (n, D) is in the model's dtype.
         """
         cached = [self._get(key, wanted) for key in side.keys] if side.keys else [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
@@ -135,14 +135,17 @@ class Reference:
         if len(missing) < size and side.keys:
             inputs, positions, labels = subset(side, missing, size, width)
         layers = {state_layer(name) for name in wanted if name.startswith(STATES)}
-        if "logp" in wanted:
+        fields = sorted(name for name in wanted if not name.startswith(STATES))
+        if fields:
             layers.add(None)
         with reference_mode(self.backbone.model):
             states = self.backbone.states(inputs, positions, layers)
             values = {states_of(layer): state for layer, state in states.items()}
-            fields = sorted(name for name in wanted if not name.startswith(STATES))
             if fields:
-                values |= kept_token_stats(states[None], self.backbone.head, labels, outputs=fields, backend=backend)
+                found = backend_of(backend, labels.device)
+                values |= found.token_stats(states[None], labels, self.backbone.head, fields)
+                if "others_embedding" in values:  # as it is cached, from the first epoch on
+                    values["others_embedding"] = values["others_embedding"].to(states[None].dtype)
         self.forwards += 1
         lengths = [side.lengths[index] for index in missing]
         parts = {name: values[name].detach().split(lengths) for name in wanted}

@@ -6,18 +6,18 @@ Losses are a few lines of PyTorch over what these functions return (`fastforget.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastforget import backends
-from fastforget.backends import eager, ops
 from fastforget.backends import in_place as in_place_stats
-from fastforget.backends.chunks import Against
+from fastforget.backends.fields import EMPTY
+from fastforget.backends.protocol import Targets
+from fastforget.backends.state_ops import checked_labels
 from fastforget.checks import (
-    EMPTY,
     IGNORE_INDEX,
     check_anchor,
     check_labels,
@@ -36,7 +36,7 @@ class TokenStats:
 
     Notation: z the logits of a token, p = softmax(z), y its label, V the vocabulary. `logp` and `lse` are always there,
     `distance` and `pull` where an anchor and centres were given, the others where they were named in `outputs`. All but
-    `logp_mean`, `logp_var`, `others_entropy` and `argmax` are differentiable.
+    `logp_mean`, `logp_var`, what begins with `others_`, and `argmax` are differentiable.
     """
 
     logp: Tensor  # log p_y, nats
@@ -50,10 +50,11 @@ class TokenStats:
     logp_var: Tensor | None = None  # Var_p[log p]
     others_entropy: Tensor | None = None  # of softmax over v != y, nats
     argmax: Tensor | None = None  # int64, -1 where the label is ignored
+    others_argmax: Tensor | None = None  # int64, over v != y
     expected_embedding: Tensor | None = None  # (N, D): scale * E_p[W_v]
+    others_embedding: Tensor | None = None  # (N, D): the same of softmax over v != y
     distance: Tensor | None = None  # of the state from its anchor, at most the margin
     pull: Tensor | None = None  # distance of the state from the nearest centre
-    dropped_mass: Tensor | None = None  # with tail_mass > 0: sum of |gradient of logp over z| that was left out
 
 
 def token_stats(
@@ -73,7 +74,7 @@ def token_stats(
     """Statistics of the next-token distribution of each kept token (DESIGN section 1).
 
     Args:
-        hidden: (N, D) states that enter the head, float64, float32, bfloat16 or float16.
+        hidden: (N, D) states that enter the head, float64, float32, bfloat16 or float16, of any strides.
         head: the output head; where its weight trains, it gets its gradient too.
         labels: (N,) int64, already shifted; -100 is ignored.
         positions: int64, the kept rows. Without it they are found in `labels`, which costs one synchronisation where
@@ -81,23 +82,27 @@ def token_stats(
         outputs: names of the fields wanted.
         anchor, centres, metric, margin: as in `hidden_stats`, for the same states; "label" takes the head's row of each
             token's label as its anchor.
-        backend: "auto", "triton", "native", "chunked" or "eager".
-
-        tail_mass: how much of each token's gradient over the vocabulary (its absolute sum) the backend may leave out
-            of the product with the head, where that saves time; what it did leave out is `dropped_mass`. 0 is exact.
+        backend: "auto", "triton", "native", "torch" or "eager".
+        tail_mass: retired, as it was slower than the exact product; anything but 0 raises.
 
     Under `torch.compile` without `positions`, ignored rows are computed too and masked: their number is not known when
     the graph is built.
 
     Raises:
-        FastforgetError: shapes that do not fit, a label outside the vocabulary (seen where labels are on the CPU), an
-            unknown output or backend, or `expected_embedding` of a head with a softcap.
+        FastforgetError: shapes that do not fit, a label outside the vocabulary (on a GPU without `positions` known from
+            the CPU: a device-side assertion that says so), an unknown output or backend, or an embedding of a head with
+            a softcap.
     """
-    check_token_arguments(hidden, head, labels, outputs, tail_mass)
+    check_token_arguments(hidden, head, labels, outputs)
+    if tail_mass:
+        raise FastforgetError(
+            "tail_mass is retired: leaving out the tail was slower than the exact product on every GPU row measured; "
+            "leave the argument out"
+        )
     if isinstance(anchor, str):
         anchor = label_anchor(anchor, head, labels.to(hidden.device))
-    against = checked_against(hidden, anchor, centres, metric, margin)
-    return stats_of(hidden, head, labels, positions, outputs, against, margin, tail_mass, backend)
+    targets = checked_targets(hidden, anchor, centres, metric, margin)
+    return stats_of(hidden, head, labels, positions, outputs, targets, margin, backend)
 
 
 def stats_of(
@@ -106,74 +111,42 @@ def stats_of(
     labels: Tensor,
     positions: Tensor | None,
     outputs: Collection[str],
-    against: Against,
+    targets: Targets,
     margin: float | None,
-    tail_mass: float,
     backend: str,
 ) -> TokenStats:
     """`token_stats` of arguments that have been checked."""
-    check_labels(labels, hidden.shape[1] if head.is_identity else head.weight.shape[0], positions)
-    labels = labels.to(hidden.device, non_blocking=True)
+    vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
     masked = positions is None and torch.compiler.is_compiling()
     if masked:  # how many rows are kept is not known when the graph is built: all are computed, and masked afterwards
-        kept_labels = labels.clamp(min=0)
+        labels = labels.to(hidden.device, non_blocking=True)
+        kept_labels = checked_labels(labels, vocabulary, IGNORE_INDEX)
     else:
-        positions = positions_of(labels, positions, hidden)
-        kept_labels = labels[positions]
-    fields = kept_token_stats(
-        hidden,
-        head,
-        kept_labels,
-        positions=positions,
-        outputs=outputs,
-        against=against,
-        tail_mass=tail_mass,
-        backend=backend,
-    )
+        positions, kept_labels = kept_rows(hidden, labels, positions, vocabulary)
+    names = tuple(dict.fromkeys(("logp", "lse", *outputs)))
+    found = backends.backend_of(backend, hidden.device)
+    fields = found.token_stats(hidden, kept_labels, head, names, positions=positions, targets=targets)
     if "distance" in fields and margin is not None:
         fields["distance"] = fields["distance"].clamp(max=margin)
     if masked:
-        return TokenStats(**{name: masked_rows(value, labels, name) for name, value in fields.items()})
+        return TokenStats(**{name: masked_rows(value, labels, EMPTY.get(name, 0)) for name, value in fields.items()})
     assert positions is not None
-    return TokenStats(**{name: spread(value, positions, len(hidden), name) for name, value in fields.items()})
+    return TokenStats(
+        **{name: spread(value, positions, len(hidden), EMPTY.get(name, 0)) for name, value in fields.items()}
+    )
 
 
-def kept_token_stats(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    *,
-    positions: Tensor | None = None,
-    outputs: Collection[str] = ("logp",),
-    against: Against | None = None,
-    tail_mass: float = 0.0,
-    backend: str = "auto",
-) -> dict[str, Tensor]:
-    """The same over kept rows alone: no check, no search, fields without gaps. What the step uses.
-
-    labels (n,) are those of the kept rows; without `positions` every row of hidden is one.
-    """
-    name = backends.pick(backend, hidden.device)
-    against = against or Against()
-    if name == "eager":
-        rows = slice(None) if positions is None else positions
-        fields = eager.label_stats(hidden[rows], labels, head, outputs)
-        if against:
-            states = (hidden if against.states is None else against.states)[rows]
-            anchor = against.anchor
-            anchor = anchor[rows] if anchor is not None and anchor.dim() == 2 else anchor
-            found = zip(
-                ("distance", "pull"), eager.state_stats(states, anchor, against.centres, against.metric), strict=True
-            )
-            fields |= {name: value for name, value in found if value is not None}
-        if tail_mass > 0:
-            fields["dropped_mass"] = torch.zeros_like(fields["logp"])
-    else:
-        fields = ops.label_stats(
-            hidden, labels, head, outputs, positions=positions, against=against, tail_mass=tail_mass, backend=name
-        )
-    unasked = {"log_not_label", "argmax"} - set(outputs)
-    return {name: value for name, value in fields.items() if name not in unasked}
+def kept_rows(hidden: Tensor, labels: Tensor, positions: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """(the kept rows, their labels), on the device of the states, once all labels are known to be right."""
+    if torch.compiler.is_compiling() or not labels.is_cpu:
+        labels = labels.to(hidden.device, non_blocking=True)
+        found = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
+        found = found.to(hidden.device, non_blocking=True)
+        return found, checked_labels(labels[found], vocabulary, vocabulary)  # none of the kept may be ignored
+    found = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
+    kept = labels[found.cpu()]
+    check_labels(kept, vocabulary)
+    return found.to(hidden.device, non_blocking=True), kept.to(hidden.device, non_blocking=True)
 
 
 def token_stats_from_logits(
@@ -193,27 +166,26 @@ def token_stats_from_logits(
     """`token_stats` of logits (N, V) that a model has already produced, differentiable with respect to them.
 
     `hidden` (N, D) are the states that `anchor` and `centres` are for; they get their gradient too. The rest is as in
-    `token_stats`.
+    `token_stats`. The forward pass only reads the logits.
 
-    With `in_place` the logits are overwritten, and become their own gradient in the backward pass: no second (N, V)
-    tensor. Nothing else may read them afterwards, there is one backward pass only, and gradients come from `logp`,
-    `lse`, `label_logit` and `log_not_label` alone.
+    With `in_place` the logits become their own gradient in the backward pass: no second (N, V) tensor. Nothing else may
+    read them after it, and there is one backward pass only.
 
     Raises:
-        FastforgetError: as in `token_stats`, an anchor or centres without `hidden`, or with `in_place` an
-            `expected_embedding` or the backend "eager".
+        FastforgetError: as in `token_stats`, an anchor or centres without `hidden`, an embedding, or with `in_place`
+            the backend "eager" or rows that are not contiguous.
     """
     if hidden is None and (anchor is not None or centres is not None):
         raise FastforgetError("an anchor or centres need the hidden states: give hidden (N, D) beside the logits")
     if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
         raise FastforgetError(f"hidden must be ({len(logits)}, D) to go with the logits, not {tuple(hidden.shape)}")
     head = LMHead(None)
-    check_token_arguments(logits, head, labels, outputs, 0.0)
-    against = Against() if hidden is None else checked_against(hidden, anchor, centres, metric, margin)
-    against.states = hidden
+    check_token_arguments(logits, head, labels, outputs)
+    targets = Targets() if hidden is None else checked_targets(hidden, anchor, centres, metric, margin)
+    targets = replace(targets, states=hidden)
     if in_place:
-        return stats_in_place(logits, labels, positions, outputs, against, margin, backend)
-    return stats_of(logits, head, labels, positions, outputs, against, margin, 0.0, backend)
+        return stats_in_place(logits, labels, positions, outputs, targets, margin, backend)
+    return stats_of(logits, head, labels, positions, outputs, targets, margin, backend)
 
 
 def stats_in_place(
@@ -221,7 +193,7 @@ def stats_in_place(
     labels: Tensor,
     positions: Tensor | None,
     outputs: Collection[str],
-    against: Against,
+    targets: Targets,
     margin: float | None,
     backend: str,
 ) -> TokenStats:
@@ -231,33 +203,28 @@ def stats_in_place(
         raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise FastforgetError("in_place=True needs logits whose rows are contiguous")
-    check_labels(labels, logits.shape[1], positions)
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        kept_labels = labels[labels != IGNORE_INDEX] if positions is None else labels[positions.cpu()]
+        check_labels(kept_labels, logits.shape[1])
     labels = labels.to(logits.device, non_blocking=True)
     kept = labels != IGNORE_INDEX
     if positions is not None:
         kept = kept & torch.zeros_like(kept).index_fill(0, positions.to(logits.device, non_blocking=True), True)
     labels = torch.where(kept, labels, 0)
-    fields = in_place_stats.label_stats(logits, labels, kept, outputs, backend=name)
-    fields = {field: fields[field] for field in fields if field in (*outputs, "logp", "lse")}
-    found: dict[str, Tensor | None] = {}
-    if against and against.states is not None:
-        found["distance"], found["pull"] = hidden_stats(
-            against.states, against.anchor, against.centres, against.metric, margin, backend=backend
+    names = tuple(dict.fromkeys(("logp", "lse", *outputs)))
+    fields = in_place_stats.label_stats(logits, labels, kept, names, backend=name)
+    if targets and targets.states is not None:
+        distance, pull = hidden_stats(
+            targets.states, targets.anchor, targets.centres, targets.metric, margin, backend=backend
         )
-    fields |= {field: value for field, value in found.items() if value is not None}
+        measured = {"distance": distance, "pull": pull}
+        fields |= {field: value for field, value in measured.items() if value is not None}
     return TokenStats(**{field: torch.where(kept, value, EMPTY.get(field, 0)) for field, value in fields.items()})
 
 
-def positions_of(labels: Tensor, positions: Tensor | None, hidden: Tensor) -> Tensor:
-    """The kept rows, on the device of the states; found in the labels where they were not given."""
-    if positions is None:
-        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    return positions.to(hidden.device, non_blocking=True)
-
-
-def checked_against(
+def checked_targets(
     hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, margin: float | None
-) -> Against:
+) -> Targets:
     """Anchor and centres, checked, as constants on the device of the states."""
     check_metric(metric, margin)
     if anchor is not None:
@@ -267,7 +234,7 @@ def checked_against(
         if centres.dim() != 2 or len(centres) == 0 or centres.shape[1] != hidden.shape[1]:
             raise FastforgetError(f"centres must be (K, {hidden.shape[1]}) with K >= 1, not {tuple(centres.shape)}")
         centres = centres.detach().to(hidden.device)
-    return Against(None, anchor, centres, metric)
+    return Targets(anchor, centres, metric)
 
 
 def hidden_stats(
@@ -291,7 +258,7 @@ def hidden_stats(
         centres: (K, D).
         metric: "l2" is |h - a|; "cosine" is 1 - cos(h, a), and 1 where either is 0.
         margin: positive, in units of the metric.
-        backend: "auto", "triton", "native", "chunked" or "eager".
+        backend: "auto", "triton", "native", "torch" or "eager".
 
     Returns:
         (distance (N,), pull (N,)), float32 (float64 for float64 states); None for what was not given.
@@ -304,12 +271,9 @@ def hidden_stats(
         raise FastforgetError(f"hidden must be a floating-point (N, D), not {hidden.dtype} {tuple(hidden.shape)}")
     if anchor is None and centres is None:
         raise FastforgetError("hidden_stats needs an anchor, centres, or both")
-    against = checked_against(hidden, anchor, centres, metric, margin)
-    name = backends.pick(backend, hidden.device)
-    if name == "eager":
-        distance, pull = eager.state_stats(hidden, against.anchor, against.centres, metric)
-    else:
-        distance, pull = ops.state_stats(hidden, against.anchor, against.centres, metric, backend=name)
+    targets = checked_targets(hidden, anchor, centres, metric, margin)
+    found = backends.backend_of(backend, hidden.device).state_stats(hidden, targets)
+    distance, pull = found.get("distance"), found.get("pull")
     if distance is not None and margin is not None:
         distance = distance.clamp(max=margin)
     return distance, pull

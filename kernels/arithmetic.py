@@ -1,4 +1,4 @@
-"""Arithmetic that every row kernel shares: how a product with the head becomes a logit, and functions near zero.
+"""Arithmetic that every tile kernel shares: how a product becomes a logit, sums that keep their digits, functions near 0.
 
 `libdevice` has log1p, expm1 and tanh, but not on every device and not in Triton's interpreter; these are accurate to a
 few units in the last place of float32 everywhere.
@@ -8,25 +8,23 @@ import triton
 import triton.language as tl
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# `fastforget.backends.protocol` says what these are; a test holds them to it
+LAZY = tl.constexpr(30.0)
+FLOAT16_SCALE = tl.constexpr(8192.0)
+RECENTRE = tl.constexpr(0.5)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, without losing x where 1 + x rounds."""
+    """log(1 + x) for -1/2 <= x <= 1, without losing x where 1 + x rounds."""
     total = 1.0 + x
     exact = tl.where(total == 1.0, 1.0, total - 1.0)  # the part of x that total holds; never 0
     return tl.where(total == 1.0, x, tl.log(total) * (x / exact))
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + e^x), for any x, infinities included."""
-    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def expm1_excess(x):
-    """(e^x - 1) - x, >= 0, with full relative precision near 0."""
+def expm1_excess_near(x):
+    """(e^x - 1) - x >= 0 for |x| <= 1, with full relative precision near 0; finite for all x but NaN."""
     near = tl.minimum(tl.maximum(x, -1.0), 1.0)
     # Horner's scheme of x^2/2 + x^3/6 + ...; the first term left out is below 2^-27 of the first at |x| = 1
     series = 1.0 + near * (1.0 / 12.0)
@@ -39,13 +37,13 @@ def expm1_excess(x):
     series = 1.0 + near * (1.0 / 5.0) * series
     series = 1.0 + near * (1.0 / 4.0) * series
     series = 1.0 + near * (1.0 / 3.0) * series
-    return tl.where(tl.abs(x) <= 1.0, 0.5 * near * near * series, tl.exp(x) - 1.0 - x)
+    return 0.5 * near * near * series
 
 
 @triton.jit
 def expm1(x):
     """e^x - 1."""
-    return tl.where(tl.abs(x) <= 1.0, x + expm1_excess(tl.minimum(tl.maximum(x, -1.0), 1.0)), tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) <= 1.0, x + expm1_excess_near(x), tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -57,14 +55,24 @@ def tanh(x):
 
 
 @triton.jit
-def finish_logits(product, bias, columns, scale, softcap, bias_count, TRANSFORM: tl.constexpr):
-    """z from h @ W.T: times scale; and where TRANSFORM, bias (of `bias_count` entries: V or 0) and softcap (if > 0)."""
+def finish_logits(product, bias, columns, scale, softcap, bias_columns, TRANSFORM: tl.constexpr):
+    """z from h @ W.T: times scale; and where TRANSFORM, bias (of `bias_columns` entries, or none) and softcap (if > 0)."""
     logits = product.to(tl.float32) * scale
     if TRANSFORM:
-        logits += tl.load(bias + columns, mask=columns < bias_count, other=0.0).to(tl.float32)
-        cap = tl.where(softcap > 0.0, softcap, 1.0)
-        logits = tl.where(softcap > 0.0, cap * tanh(logits / cap), logits)
+        if bias_columns > 0:
+            logits += tl.load(bias + columns, mask=columns < bias_columns, other=0.0)
+        if softcap > 0.0:
+            logits = softcap * tanh(logits / softcap)
     return logits
+
+
+@triton.jit
+def times_slope(values, logits, softcap):
+    """Values times d z / d (z before the cap), 1 - (z / cap)^2, where there is a cap."""
+    if softcap > 0.0:
+        ratio = logits / softcap
+        values *= 1.0 - ratio * ratio
+    return values
 
 
 @triton.jit
@@ -78,19 +86,50 @@ def narrow(row, ELEMENT_TYPE: tl.constexpr):
 
 
 @triton.jit
-def softcap_slope(logits, softcap):
-    """d z / d (z before the cap): 1 - (z / cap)^2; 1 where there is no cap."""
-    ratio = logits / tl.where(softcap > 0.0, softcap, 1.0)
-    return tl.where(softcap > 0.0, 1.0 - ratio * ratio, 1.0)
-
-
-@triton.jit
 def finite_or_zero(top):
-    """The largest logit to subtract: 0 where there was none (-inf), so that -inf - top stays -inf."""
+    """The logit to subtract: 0 where there was none (-infinity), so that -infinity stays what it is."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def power_of_two_below(x):
-    """A power of two in (x / 4, x], for x > 0; 1 for 0. For scaling rows, where only its size matters."""
-    return tl.exp2(tl.floor(tl.log2(tl.where(x > 0.0, x, 1.0))))
+def moved_top(top, largest, strict):
+    """The lazy top after logits whose largest is `largest`; `strict`: the largest so far. NaN moves nothing."""
+    limit = tl.where(strict, top, top + LAZY)
+    return tl.where(largest > limit, largest, top)
+
+
+@triton.jit
+def nonnegative(x):
+    """x where it is not below 0; not tl.maximum, which would make 0 of NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def times(probability, factor):
+    """Their product, 0 where the probability is 0 and the factor infinite; NaN stays."""
+    return tl.where((probability == 0.0) & (tl.abs(factor) == float("inf")), 0.0, probability * factor)
+
+
+@triton.jit
+def add(total, rest, value):
+    """Neumaier's sum: total + value, and in `rest` what all the roundings so far took off."""
+    new = total + value
+    larger_total = tl.abs(total) >= tl.abs(value)
+    lost = tl.where(larger_total, (total - new) + value, (value - new) + total)
+    return new, rest + tl.where(lost == lost, lost, 0.0)  # of an infinite sum nothing is lost
+
+
+@triton.jit
+def merge(mean, deviations, weight, other_mean, other_deviations, other_weight):
+    """Chan's formula: mean and squared deviations of two weighted sets together."""
+    together = weight + other_weight
+    share = other_weight / tl.where(together > 0.0, together, 1.0)
+    gap = other_mean - mean
+    return mean + gap * share, deviations + other_deviations + gap * gap * weight * share
+
+
+@triton.jit
+def label_in_tile(labels, row, first, columns):
+    """The column of a row's label inside the tile, -1 where it is not there."""
+    label = tl.load(labels + row) - first
+    return tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)

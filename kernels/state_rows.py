@@ -1,4 +1,4 @@
-"""Hidden states against an anchor and against K cluster centres: by themselves, or inside the label row pass.
+"""Hidden states against an anchor and against K cluster centres: by themselves, or inside the label pass.
 
 One program a row. The row is read once for each group of 16 centres, and once more for its length where the metric is
 the cosine; all but the first of these reads come from cache. Distances are formed from differences, so that a state
@@ -9,39 +9,51 @@ that is almost its anchor keeps its digits; the cosine distance is half the squa
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.launching import UNSPECIALISED, Variant, interpreting, pointer, row_stride
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting, signature
 
 BLOCK = 256  # of the state's width
+INTERPRETED_BLOCK = 16
 GROUP = 16  # centres at a time
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WARPS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def state_distances(
-    hidden,  # pointers to this row's first element
+def measure_row(
+    row,
+    hidden,
+    hidden_stride,
     anchor,
-    centres,  # (K, D) float32; of length 1 or 0 where the metric is the cosine
+    anchor_stride,
+    centres,
+    values,
+    values_stride,
+    nearest,
     width,
     centre_count,
-    anchor_width,  # 0 where there is no anchor
+    anchor_width,
     cosine,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """(distance from the anchor, distance from the nearest centre, its index) of one row."""
+    """Write one row's distances, as far as there is an anchor and there are centres."""
+    hidden += row * hidden_stride
+    anchor += row * anchor_stride
     hidden_square = 0.0
     anchor_square = 0.0
     if cosine != 0:
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            mask = columns < width
-            state = tl.load(hidden + columns, mask=mask, other=0.0).to(tl.float32)
-            point = tl.load(anchor + columns, mask=columns < anchor_width, other=0.0).to(tl.float32)
+            state = tl.load(hidden + columns, mask=columns < width, other=0.0).to(tl.float32)
+            point = tl.load(anchor + columns, mask=columns < anchor_width, other=0.0)
             hidden_square += tl.sum(state * state, 0)
             anchor_square += tl.sum(point * point, 0)
     hidden_factor = tl.where(cosine != 0, reciprocal(tl.sqrt(hidden_square)), 1.0)
@@ -49,7 +61,7 @@ def state_distances(
 
     from_anchor = 0.0
     pull = float("inf")
-    nearest = 0
+    index = 0
     all_distances = 0.0  # is NaN where one of them is: the smallest would pass over it
     for group in range(0, tl.maximum(centre_count, 1), GROUP):  # once without centres too: for the anchor
         members = group + tl.arange(0, GROUP)
@@ -61,7 +73,7 @@ def state_distances(
             mask = columns < width
             state = tl.load(hidden + columns, mask=mask, other=0.0).to(tl.float32) * hidden_factor
             if group == 0:
-                point = tl.load(anchor + columns, mask=columns < anchor_width, other=0.0).to(tl.float32)
+                point = tl.load(anchor + columns, mask=columns < anchor_width, other=0.0)
                 gap = state - point * anchor_factor
                 from_anchor += tl.sum(gap * gap, 0)
             offsets = members[:, None].to(tl.int64) * width + columns[None, :]
@@ -75,43 +87,50 @@ def state_distances(
         all_distances += tl.sum(tl.where(present, distances, 0.0), 0)
         distances = tl.where(present & (distances == distances), distances, float("inf"))
         smallest = tl.min(distances, 0)
-        index = group + tl.argmin(distances, 0)
-        nearest = tl.where(smallest < pull, index, nearest)
+        index = tl.where(smallest < pull, group + tl.argmin(distances, 0), index)
         pull = tl.minimum(smallest, pull)
     undirected = hidden_factor * anchor_factor == 0.0
     distance = tl.where(cosine != 0, tl.where(undirected, 1.0, 0.5 * from_anchor), tl.sqrt(from_anchor))
-    return distance, tl.where(all_distances == all_distances, pull, all_distances), nearest
+    pull = tl.where(all_distances == all_distances, pull, all_distances)
+    tl.store(values + row, distance, mask=anchor_width > 0)
+    tl.store(values + values_stride.to(tl.int64) + row, pull, mask=centre_count > 0)
+    tl.store(nearest + row, index.to(tl.int64), mask=centre_count > 0)
 
 
 @triton.jit
 def reciprocal(value):
-    """1 / value, and 0 for 0."""
-    return tl.where(value > 0.0, 1.0 / tl.where(value > 0.0, value, 1.0), 0.0)
+    """1 / value, 0 for 0, NaN for NaN."""
+    return tl.where(value == 0.0, 0.0, 1.0 / tl.where(value == 0.0, 1.0, value))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def state_rows_kernel(
     hidden,
     hidden_stride,
-    anchor,
+    anchor,  # float32, of the stride 0 where all rows share one
     anchor_stride,
-    centres,
-    values,  # (2, n) float32: distance, pull
-    nearest,  # (n,) int64
-    row_count,
+    centres,  # (K, D) float32, contiguous; of length 1 or 0 where the metric is the cosine
+    values,  # (2, r) float32: distance, pull
+    values_stride,
+    nearest,  # (r,) int64
     width,
     centre_count,
-    anchor_width,
+    anchor_width,  # 0 where there is no anchor
     cosine,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """One row's distances."""
-    row = tl.program_id(0).to(tl.int64)
-    distance, pull, index = state_distances(
-        hidden + row * hidden_stride,
-        anchor + row * anchor_stride,
+    measure_row(
+        tl.program_id(0).to(tl.int64),
+        hidden,
+        hidden_stride,
+        anchor,
+        anchor_stride,
         centres,
+        values,
+        values_stride,
+        nearest,
         width,
         centre_count,
         anchor_width,
@@ -119,77 +138,64 @@ def state_rows_kernel(
         BLOCK,
         GROUP,
     )
-    tl.store(values + row, distance)
-    tl.store(values + row_count + row, pull)
-    tl.store(nearest + row, index.to(tl.int64))
 
 
-def state_rows(hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
-    """((2, n) float32: distance and pull, (n,) int64: the nearest centre) of hidden (n, D).
+class States(NamedTuple):
+    """Hidden states (r, D) and what they are measured against."""
 
-    anchor: (n, D) or one row (D,) that all share, float32; centres: as `prepared_centres` gives them.
-    """
-    count, width = hidden.shape
-    values = torch.empty(2, count, dtype=torch.float32, device=hidden.device)
-    nearest = torch.empty(count, dtype=torch.int64, device=hidden.device)
-    if count:
-        state_rows_kernel[(count,)](
+    hidden: Tensor  # rows contiguous
+    anchor: Tensor | None  # (r, D) or (D,), float32, rows contiguous
+    centres: Tensor | None  # (K, D) float32, contiguous
+    cosine: bool
+    values: Tensor  # (2, r) float32
+    nearest: Tensor  # (r,) int64, contiguous
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels take, from `hidden` to `nearest` and then from `width` to `cosine`."""
+        hidden, anchor, centres, cosine, values, nearest = self
+        width = hidden.shape[1]
+        return (
             hidden,
-            row_stride(hidden),
-            *state_arguments(anchor, centres, values),
+            hidden.stride(0),
+            values if anchor is None else anchor,
+            0 if anchor is None or anchor.dim() == 1 else anchor.stride(0),
+            values if centres is None else centres,
             values,
+            values.stride(0),
             nearest,
-            count,
             width,
-            0 if centres is None else len(centres),
+            0 if centres is None else centres.shape[0],
             0 if anchor is None else width,
-            int(metric == "cosine"),
-            BLOCK=16 if interpreting() else BLOCK,
-            GROUP=GROUP,
-            num_warps=4,
+            int(cosine),
         )
-    return values, nearest
 
 
-def state_arguments(anchor: Tensor | None, centres: Tensor | None, instead: Tensor) -> tuple[Tensor, int, Tensor]:
-    """(anchor, its row stride, centres): `instead` (float32) stands for what is not there, and is not read."""
-    return (
-        pointer(anchor, instead),
-        0 if anchor is None else row_stride(anchor),
-        pointer(centres, instead),
-    )
+def state_rows(states: States) -> None:
+    """Write the distances from the anchor and from the nearest centre, and which that is; what is not there is left."""
+    state_rows_kernel[(states.hidden.shape[0],)](*states.arguments(), **options())
 
 
-def prepared_centres(centres: Tensor, metric: str) -> Tensor:
-    """Centres (K, D) as the kernel reads them: float32, and of length 1 for the cosine (0 where there is none)."""
-    centres = centres.detach().float()
-    if metric == "cosine":
-        length = torch.linalg.vector_norm(centres, dim=1, keepdim=True)
-        centres = centres / torch.where(length > 0, length, 1.0)
-    return centres.contiguous()
+@functools.cache
+def options() -> dict[str, Any]:
+    """Constants of a launch."""
+    return {**sizes(), "num_warps": WARPS}
+
+
+def sizes() -> dict[str, int]:
+    """Block sizes, of this kernel and of those that measure states too."""
+    return {"BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "GROUP": GROUP}
 
 
 def variants() -> list[Variant]:
     """Every configuration that `state_rows` can launch."""
-    found = []
-    for dtype in STATE_DTYPES:
-        signature = {
-            "hidden": dtype,
-            "hidden_stride": "i64",
-            "anchor": torch.float32,
-            "anchor_stride": "i64",
-            "centres": torch.float32,
-            "values": torch.float32,
-            "nearest": torch.int64,
-            **dict.fromkeys(("row_count", "width", "centre_count", "anchor_width", "cosine"), "i32"),
-        }
-        found.append(
-            Variant(
-                state_rows_kernel,
-                signature,
-                {"BLOCK": BLOCK, "GROUP": GROUP},
-                num_warps=4,
-                traffic=f"{dtype.itemsize} D + 4 D read, 4 K D from cache",
-            )
+    floats = dict.fromkeys(("anchor", "centres", "values"), torch.float32)
+    return [
+        Variant(
+            state_rows_kernel,
+            signature(state_rows_kernel, hidden=dtype, nearest=torch.int64, **floats),
+            {"BLOCK": BLOCK, "GROUP": GROUP},
+            WARPS,
+            f"{dtype.itemsize} D + 4 D read, 4 K D from cache",
         )
-    return found
+        for dtype in DTYPES
+    ]

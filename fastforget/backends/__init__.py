@@ -1,37 +1,23 @@
 """Who computes the statistics, and which of them `auto` picks.
 
-`eager` is the oracle, `chunked` plain torch, `native` C++ on the CPU, `triton` kernels on a GPU.
-
-`eager` holds all logits and leaves gradients to autograd. The others are row passes under one driver (`driver.py`),
-behind torch.library ops (`ops.py`).
+`eager` is the oracle: it holds all logits and leaves gradients to autograd. The others are tile passes (plain `torch`,
+C++ on the CPU as `native`, kernels on a GPU as `triton`) under one sweep. `docs/internals.md` says how they fit together.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 
 import torch
 
-from fastforget.backends import library
+from fastforget.backends.native import library as library
+from fastforget.backends.protocol import Backend, TilePasses
 from fastforget.errors import FastforgetError
 
-BACKENDS = ("eager", "chunked", "native", "triton")
-OUTPUTS = (
-    "logp",
-    "lse",
-    "label_logit",
-    "log_not_label",
-    "max_logit",
-    "logit_mean",
-    "entropy",
-    "logp_mean",
-    "logp_var",
-    "others_entropy",
-    "argmax",
-    "expected_embedding",
-)  # the fields of label_stats
+BACKENDS = ("eager", "torch", "native", "triton")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
@@ -40,17 +26,16 @@ def explain_auto(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":  # interpreted kernels are for tests: only who names them gets them
         missing = why_not_native(device)
         if missing is None:
-            return "native", "one fused C++ pass over each row of logits, between two products; chunked for float64"
-        return "chunked", f"products and rows in plain torch, never N x V logits; no C++ passes: {missing}"
+            return "native", "fused C++ passes over tiles of logits, between two products; plain torch for float64"
+        return "torch", f"passes over tiles of logits in plain torch; no C++ passes: {missing}"
     missing = why_not_triton(device)
     if missing is None:
-        return "triton", "one fused pass over each row of logits, between two products with the head"
-    return "chunked", f"products and rows in plain torch, never N x V logits; no Triton kernels: {missing}"
+        return "triton", "fused passes over tiles of logits, between two products with the head"
+    return "torch", f"passes over tiles of logits in plain torch; no Triton kernels: {missing}"
 
 
-@torch.compiler.assume_constant_result  # what it looks at, torch.compile cannot trace
 def why_not_native(device: torch.device) -> str | None:
-    """Why the C++ row passes cannot run on a device, or None where they can."""
+    """Why the C++ passes cannot run on a device, or None where they can."""
     if device.type != "cpu":
         return f"they need the CPU, not {device.type}"
     status = library.status()
@@ -61,15 +46,28 @@ def why_not_triton(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on a device, or None where they can."""
     if device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
         return f"they need a GPU, not {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return 'triton is not installed (pip install "fastforget[gpu]")'
-    if device.type in TRITON_DEVICES and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    if device.type in TRITON_DEVICES and not has_compiler():
         return "Triton builds its launchers with a C compiler, and there is none: install gcc, or set CC"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "they need compute capability 8.0 or newer"
     return None
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether there is a C compiler where Triton looks for one."""
+    return any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+
+
+@torch.compiler.assume_constant_result  # it looks at the machine, which torch.compile cannot trace
 def pick(backend: str, device: torch.device) -> str:
     """The name of the backend that runs where the user named `backend`.
 
@@ -83,5 +81,34 @@ def pick(backend: str, device: torch.device) -> str:
     if backend in ("native", "triton"):
         missing = why_not_native(device) if backend == "native" else why_not_triton(device)
         if missing is not None:
-            raise FastforgetError(f"backend {backend!r} cannot run here: {missing}; choose auto or chunked")
+            raise FastforgetError(f"backend {backend!r} cannot run here: {missing}; choose auto or torch")
     return backend
+
+
+def backend_of(name: str, device: torch.device) -> Backend:
+    """The backend that runs on a device where the user named `name`; raises as `pick` does."""
+    from fastforget.backends.eager import EagerBackend
+    from fastforget.backends.ops import SweepBackend
+
+    picked = pick(name, device)
+    return EagerBackend() if picked == "eager" else SweepBackend(picked)
+
+
+def passes_of(backend: str, dtype: torch.dtype) -> TilePasses:
+    """A backend's tile passes; those of float64 are plain torch's."""
+    return _passes("torch" if dtype == torch.float64 else backend)
+
+
+@functools.cache
+def _passes(backend: str) -> TilePasses:
+    if backend == "native":
+        from fastforget.backends.native import NativePasses
+
+        return NativePasses()
+    if backend == "triton":
+        from fastforget.backends.triton import TritonPasses
+
+        return TritonPasses()
+    from fastforget.backends.torch_passes import TorchPasses
+
+    return TorchPasses()

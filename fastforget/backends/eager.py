@@ -10,7 +10,63 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from fastforget.backends.fields import TILE_STATISTICS
+from fastforget.backends.protocol import KnownReference, Targets
 from fastforget.head import LMHead
+
+
+class EagerBackend:
+    """The oracle as a backend (`protocol.Backend`)."""
+
+    name = "eager"
+
+    def token_stats(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: LMHead,
+        outputs: Collection[str],
+        *,
+        positions: Tensor | None = None,
+        targets: Targets | None = None,
+    ) -> dict[str, Tensor]:
+        """As `Backend.token_stats`."""
+        rows = slice(None) if positions is None else positions
+        fields = label_stats(hidden[rows], labels, head, outputs)
+        fields = {name: fields[name] for name in outputs}
+        if targets:
+            states, anchor = hidden if targets.states is None else targets.states, targets.anchor
+            anchor = anchor[rows] if anchor is not None and anchor.dim() == 2 else anchor
+            fields |= self.state_stats(states[rows], Targets(anchor, targets.centres, targets.metric))
+        return fields
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        ref_hidden: Tensor,
+        head: LMHead,
+        kind: str,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        label_shift: float = 0.0,
+        known: KnownReference | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Backend.divergence`; what is known of the reference is computed all the same."""
+        rows = slice(None) if positions is None else positions
+        kept = hidden[rows]
+        value = divergence(kept, ref_hidden[rows].detach(), head, kind, labels if label_shift else None, label_shift)
+        with torch.no_grad():
+            if labels is None:
+                return value, torch.zeros_like(value)
+            logp = label_stats(kept, labels.clamp(min=0), head, ("logp",))["logp"]
+            return value, torch.where(labels >= 0, logp, 0.0)
+
+    def state_stats(self, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """As `Backend.state_stats`."""
+        names = ("distance", "pull")
+        values = state_stats(hidden, targets.anchor, targets.centres, targets.metric)
+        return {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
 def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collection[str]) -> dict[str, Tensor]:
@@ -26,6 +82,14 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
     if "log_not_label" in outputs:
         others = logits.scatter(1, label_column, -torch.inf)
         fields["log_not_label"] = torch.logsumexp(others, dim=-1) - fields["lse"]
+    if "others_argmax" in outputs:
+        fields["others_argmax"] = logits.scatter(1, label_column, -torch.inf).argmax(dim=-1)
+    if "others_embedding" in outputs:
+        others = torch.softmax(logits.detach().scatter(1, label_column, -torch.inf), dim=-1)
+        fields["others_embedding"] = head.scale * (others.nan_to_num(0.0) @ head.weight.detach().to(others.dtype))
+    for name, statistic in TILE_STATISTICS.items():
+        if name in outputs:
+            fields[name] = statistic.finish(statistic.update(None, logits.detach()))
     if "others_entropy" in outputs:
         others = logits.detach().scatter(1, label_column, -torch.inf)
         log_others = torch.log_softmax(others, dim=-1).scatter(1, label_column, 0.0)  # adds e^0 times 0

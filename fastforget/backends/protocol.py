@@ -17,6 +17,7 @@ pass whose tile begins at column 0 ignores what they held. NaN in a row reaches 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -94,10 +95,17 @@ PAIRED_ACCUMULATORS = (
 )
 
 # what the coupled pass is given of each row; its log p is (z_p - policy_top) - policy_log_total
-COUPLED_NORMALISERS = ("policy_top", "policy_log_total", "reference_top", "reference_log_total", "lse_gap")
+COUPLED_NORMALISERS = (
+    "policy_top",
+    "policy_log_total",
+    "reference_top",
+    "reference_log_total",
+    "lse_gap",  # lse_p - lse_q
+    "centre",  # a guess of the mean of x under p, which is taken out of x
+)
 COUPLED_ACCUMULATORS = (
-    "ratio",  # sum over the others of p x, x = log p - log q (reverse KL) or log p - log((p + q) / 2) (JSD)
-    "from_policy",  # sum over the others of what KL(p||q), or KL(p||m), sums: from (expm1(d) - d) >= 0, d = log to - log from
+    "ratio",  # sum over the others of p (x - centre), x = log p - log q (reverse KL) or log p - log((p + q) / 2) (JSD)
+    "from_policy",  # sum over the others of what KL(p||q), or KL(p||m), sums: from (expm1(d) - d) >= 0, d = log to/from
     "from_reference",  # the same of KL(q||m); 0 for reverse KL
     "probability",  # sum over the others of p
 )
@@ -234,6 +242,77 @@ class GradientBlock:
     coefficients: Tensor  # (GRADIENT_COEFFICIENTS, r) float32 (float64 where products are), contiguous
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What hidden states are measured against: anchor (N, D) or (D,), centres (K, D), of any dtype; None for neither.
+
+    `states` (N, D) are those measured, where they are not the hidden states that enter the head.
+    """
+
+    anchor: Tensor | None = None
+    centres: Tensor | None = None
+    metric: str = "l2"
+    states: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.anchor is not None or self.centres is not None
+
+
+@dataclass(frozen=True)
+class KnownReference:
+    """What is cached of the reference, by `token_stats` with the same labels: it saves the fourth product of a KL.
+
+    Its likeliest other token k sets a paired block's shift, z_p,k - z_q,k: then written rows are at most 1 / q_k times
+    as large as with the normalisers known, whatever the policy has become.
+    """
+
+    others_embedding: Tensor  # (n, D) of the kept rows
+    others_argmax: Tensor  # (n,) int64
+
+
+class Backend(Protocol):
+    """What statistics, losses and the reference call: differentiable functions of kept rows, arguments checked before.
+
+    Everything is of the n rows of hidden (N, D) at `positions` (int64, on its device), or of all; labels (n,) int64 are
+    theirs. Results are float32 (float64 for float64 states).
+    """
+
+    name: str
+
+    def token_stats(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: LMHead,
+        outputs: Collection[str],
+        *,
+        positions: Tensor | None = None,
+        targets: Targets | None = None,
+    ) -> dict[str, Tensor]:
+        """{field: (n,) or (n, D)} of those named in `outputs`; with `targets` `distance` and `pull` too, as far as asked."""
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        ref_hidden: Tensor,
+        head: LMHead,
+        kind: str,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        label_shift: float = 0.0,
+        known: KnownReference | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(divergence (n,) of the policy's p from the reference's q, log p_y (n,) without a gradient).
+
+        `label_shift` is added to the reference's logit of each label that is not negative; log p_y is 0 where it is, or
+        where there are no labels.
+        """
+
+    def state_stats(self, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """`distance` and `pull` (n,) of any layer's states, as far as asked."""
+
+
 class TilePasses(Protocol):
     """The passes of one backend. Tiles are (r, c), rows contiguous with any stride between them.
 
@@ -281,7 +360,7 @@ class TilePasses(Protocol):
         policy_rows: Tensor | None,
         block: CoupledBlock,
     ) -> None:
-        """Bring the accumulators up to date; write p x (over `policy`) and p (over `reference`), times the slope.
+        """Bring the accumulators up to date; write p (x - centre) (over `policy`) and p (over `reference`), times slope.
 
         Both are 0 at the label. Never in float16.
         """
@@ -289,7 +368,7 @@ class TilePasses(Protocol):
     def gradient_tile(
         self, tile: Tile, product: Tensor, projected: Tensor | None, rows: Tensor, block: GradientBlock
     ) -> None:
-        """Write the gradient over the logits, times the slope, for any mix of upstream gradients:
+        """Write the gradient over the logits, times the slope, for any mix of upstream gradients (float16 unscaled):
 
             v != y   unit_v ((1 - p_y) (c_lse - c_entropy (z_v - m - offset_mean) + r_v - projected_mean) + c_unit)
             v == y   label_entry + p_y (r_y - projected_mean)

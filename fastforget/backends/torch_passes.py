@@ -14,7 +14,9 @@ from torch import Tensor
 from fastforget.backends.protocol import (
     BASIC_ACCUMULATORS,
     FLOAT16_SCALE,
+    LABEL_ACCUMULATORS,
     LAZY,
+    PAIRED_ACCUMULATORS,
     RECENTRE,
     CoupledBlock,
     GradientBlock,
@@ -114,7 +116,8 @@ class TorchPasses:
             if place == 2:
                 here = torch.where(weights > 0, weights * gaps, 0.0) + 0.0 * weights  # no 0 times infinity, but NaN
                 new[4] = previous[4] * fade + here.sum(dim=1, dtype=torch.float64)
-        self.move_base(tile, previous, new, rows is not None and rows.dtype == torch.float16, block)
+        strict = rows is not None and rows.dtype == torch.float16
+        self.move_base(tile, previous, new, strict, block, policy.dtype)
         base, shift = (new[place][:, None].to(policy.dtype) for place in (5, 6))
         base = finite_or_zero(base)
         gaps.sub_(shift)
@@ -134,8 +137,10 @@ class TorchPasses:
             write(reference_rows, probability, slope)
 
     @staticmethod
-    def move_base(tile: Tile, previous: Tensor, new: Tensor, strict: bool, block: PairedBlock) -> None:
-        """Set base and shift for this tile, and bring what was accumulated to them."""
+    def move_base(
+        tile: Tile, previous: Tensor, new: Tensor, strict: bool, block: PairedBlock, dtype: torch.dtype
+    ) -> None:
+        """Set base and shift for this tile, numbers of the logits' dtype, and bring what was accumulated to them."""
         first = tile.first == 0
         old_base, old_shift = previous[5], previous[6]
         if block.shift is not None:
@@ -144,7 +149,8 @@ class TorchPasses:
             apart = log_total(new[0], new[1]) - log_total(new[2], new[3])
             settled = apart.isfinite() & ((apart - old_shift).abs() > RECENTRE)
             shift = torch.where(apart.isfinite(), apart, 0.0) if first else torch.where(settled, apart, old_shift)
-        base = moved_top(old_base, torch.maximum(new[2], new[0] - shift), strict)
+            shift = shift.to(dtype).double()
+        base = moved_top(old_base, torch.maximum(new[2], new[0] - shift).to(dtype).double(), strict)
         new[5], new[6] = base, shift
         if first:
             new[7] = new[8] = 0.0
@@ -176,7 +182,7 @@ class TorchPasses:
         policy, reference = finish_logits(policy, tile), finish_logits(reference, tile)
         column, inside = label_column(block.labels, tile)
         slope = softcap_slope(policy, tile.logit_map)
-        policy_top, policy_total, reference_top, reference_total, lse_gap = block.normalisers[:, :, None]
+        policy_top, policy_total, reference_top, reference_total, lse_gap, centre = block.normalisers[:, :, None]
         log_p = (policy - policy_top) - policy_total
         log_q = (reference - reference_top) - reference_total
         gap = (policy - reference).sub_(lse_gap)
@@ -187,10 +193,10 @@ class TorchPasses:
             from_reference = torch.zeros_like(p)
         else:
             above_p, above_q = above_mixture(gap)
-            ratio = -above_p
-            from_policy = relative_entropy(log_p, log_p + above_p, above_p)
-            from_reference = relative_entropy(log_q, log_q + above_q, above_q)
-        ratio = times(p, ratio)
+            ratio, log_m = -above_p, torch.logaddexp(log_p, log_q) - math.log(2.0)
+            from_policy = relative_entropy(log_p, log_m, above_p)
+            from_reference = relative_entropy(log_q, log_m, above_q)
+        ratio = times(p, ratio - centre)
         sums = []
         for values in (ratio, from_policy, from_reference, p):
             hide_label_(values, column, inside, 0.0)
@@ -225,7 +231,7 @@ class TorchPasses:
         gradient += mean
         best, best_inside = label_column(block.argmax, tile)
         gradient.scatter_add_(1, best, torch.where(best_inside[:, None], largest, 0.0))
-        write(rows, gradient, slope)
+        write(rows, gradient, slope, scaled=False)
 
     def state_pass(self, block: StateBlock) -> None:
         """As `TilePasses.state_pass`."""
@@ -262,10 +268,10 @@ def softcap_slope(logits: Tensor, logit_map: LogitMap) -> Tensor | None:
     return None if logit_map.softcap <= 0 else 1.0 - (logits / logit_map.softcap).square()
 
 
-def write(rows: Tensor, values: Tensor, slope: Tensor | None) -> None:
-    """Write a tile's rows for product 2."""
+def write(rows: Tensor, values: Tensor, slope: Tensor | None, scaled: bool = True) -> None:
+    """Write a tile's rows for product 2; `scaled`: in float16 times FLOAT16_SCALE."""
     values = values if slope is None else values * slope
-    rows.copy_(values * FLOAT16_SCALE if rows.dtype == torch.float16 else values)
+    rows.copy_(values * FLOAT16_SCALE if scaled and rows.dtype == torch.float16 else values)
 
 
 def label_column(labels: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -282,8 +288,6 @@ def hide_label_(values: Tensor, column: Tensor, inside: Tensor, value: float) ->
 
 def begun(accumulators: Tensor, tile: Tile, infinite: tuple[str, ...]) -> Tensor:
     """The accumulators of the tiles so far, float64 and all of them; as they are before the first tile."""
-    from fastforget.backends.protocol import LABEL_ACCUMULATORS, PAIRED_ACCUMULATORS
-
     names = PAIRED_ACCUMULATORS if "base" in infinite else LABEL_ACCUMULATORS
     found = accumulators.new_zeros(len(names), accumulators.shape[1], dtype=torch.float64)
     if tile.first:

@@ -24,7 +24,7 @@ TILE = 128  # FASTFORGET_TILE
 # FASTFORGET_CSRC: another build of it (`make sanitize`)
 LIBRARY = Path(
     os.environ.get("FASTFORGET_CSRC")
-    or Path(__file__).parents[1] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
+    or Path(__file__).parents[2] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
 )
 
 

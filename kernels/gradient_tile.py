@@ -1,0 +1,193 @@
+"""The gradient pass over a tile, the normaliser known: one row over the logits for any mix of upstream gradients.
+
+For what the label pass cannot write because it needs the final normaliser in the row itself: entropy, the expected
+embedding (the row p (r - E_p r) with r = s W u), a head that trains, logits that a model has produced. Everything a row
+needs was made of its statistics before, once (`fastforget.backends.fields.gradient_coefficients`):
+
+    unit_v ((1 - p_y) (c_lse - c_entropy (z_v - top - offset_mean) + r_v - projected_mean) + c_unit)  +  c_logit_mean
+    unit_v = share e^(z_v - top); the label's entry is its own, and c_max_logit is added at the argmax
+
+One program a row, one launch a tile, one look at it.
+
+    reads  c, or 2 c with r        writes  c
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastforget_kernels.arithmetic import finish_logits, label_in_tile, narrow, times_slope
+from fastforget_kernels.launching import (
+    INTERPRETED_BLOCK,
+    UNALIGNED,
+    UNSPECIALISED,
+    Variant,
+    interpreting,
+    signature,
+)
+
+BLOCK = 4096
+WARPS = 8
+COEFFICIENTS = (  # rows of the buffer, in this order
+    "top",
+    "share",
+    "others_probability",
+    "label_probability",
+    "lse",
+    "entropy",
+    "offset_mean",
+    "unit",
+    "label_entry",
+    "max_logit",
+    "logit_mean",
+    "projected_mean",
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def gradient_tile_kernel(
+    product,
+    product_stride,
+    projected,
+    projected_stride,
+    out,
+    out_stride,
+    bias,
+    labels,
+    argmax,
+    coefficients,
+    coefficients_stride,
+    first,  # column of the vocabulary that the tile begins at
+    columns,
+    padded,  # elements of a row that may be read and written
+    scale,
+    softcap,
+    bias_columns,  # columns, or 0 where there is no bias
+    PROJECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of a tile."""
+    row = tl.program_id(0).to(tl.int64)
+    product += row * product_stride
+    projected += row * projected_stride
+    out += row * out_stride
+    bias += first
+    label = label_in_tile(labels, row, first, columns)
+    best = label_in_tile(argmax, row, first, columns)
+    coefficients += row
+    stride = coefficients_stride.to(tl.int64)
+    top = tl.load(coefficients)
+    share = tl.load(coefficients + stride)
+    others_probability = tl.load(coefficients + 2 * stride)
+    label_probability = tl.load(coefficients + 3 * stride)
+    for_lse = tl.load(coefficients + 4 * stride)
+    for_entropy = tl.load(coefficients + 5 * stride)
+    offset_mean = tl.load(coefficients + 6 * stride)
+    for_unit = tl.load(coefficients + 7 * stride)
+    label_entry = tl.load(coefficients + 8 * stride)
+    for_max = tl.load(coefficients + 9 * stride)
+    for_mean = tl.load(coefficients + 10 * stride)
+    projected_mean = tl.load(coefficients + 11 * stride)
+    for start in range(0, columns, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        loaded = tl.load(product + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, True)
+        offsets = logits - top
+        unit = tl.exp(offsets) * share
+        # a logit may be minus infinity: not infinite times a probability of 0
+        factor = for_lse - for_entropy * (tl.maximum(offsets, -200.0) - offset_mean)
+        entry = label_entry
+        if PROJECTED:
+            along = tl.load(projected + index, mask=index < padded, other=0.0, eviction_policy="evict_first") * scale
+            along -= projected_mean
+            factor += along
+            entry += label_probability * along
+        gradient = tl.where(index == label, entry, unit * (others_probability * factor + for_unit))
+        gradient += for_mean + tl.where(index == best, for_max, 0.0)
+        gradient = times_slope(gradient, logits, softcap)
+        # the narrower row begins where these logits do: every thread has read its own before any writes
+        tl.debug_barrier()
+        tl.store(out + index, narrow(gradient, out.dtype.element_ty), mask=index < padded)
+
+
+def gradient_tile(
+    product: Tensor,
+    projected: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    argmax: Tensor,
+    coefficients: Tensor,
+    *,
+    first: int,
+    columns: int,
+    padded: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Run the gradient pass over a tile; see `fastforget.backends.protocol`.
+
+    Args:
+        product: (r, c) h @ W.T in float32, or logits of 16 bit; rows contiguous.
+        projected: (r, c) float32, of float32 products.
+        rows: (r, c) for the gradient: float32 or bfloat16 for float32 products, else of the logits' dtype. Its rows may
+            begin where the product's begin.
+        argmax: (r,) int64; -1 is none.
+        coefficients: (COEFFICIENTS, r) float32.
+    """
+    gradient_tile_kernel[(product.shape[0],)](
+        product,
+        product.stride(0),
+        product if projected is None else projected,
+        0 if projected is None else projected.stride(0),
+        rows,
+        rows.stride(0),
+        coefficients if bias is None else bias,
+        labels,
+        argmax,
+        coefficients,
+        coefficients.stride(0),
+        first,
+        columns,
+        padded,
+        scale,
+        softcap,
+        0 if bias is None else columns,
+        **options(projected is not None),
+    )
+
+
+@functools.cache
+def options(projected: bool) -> dict[str, Any]:
+    """Constants of a launch."""
+    return {"PROJECTED": projected, "BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "num_warps": WARPS}
+
+
+def variants() -> list[Variant]:
+    """Every configuration that `gradient_tile` can launch."""
+    found = []
+    for dtype, written in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ):
+        for projected in (False, True) if dtype == torch.float32 else (False,):
+            kinds = signature(
+                gradient_tile_kernel,
+                **dict.fromkeys(("product", "projected"), dtype),
+                out=written,
+                **dict.fromkeys(("bias", "coefficients"), torch.float32),
+                **dict.fromkeys(("labels", "argmax"), torch.int64),
+            )
+            traffic = f"{8 if projected else dtype.itemsize} c read, {written.itemsize} c written"
+            found.append(
+                Variant(gradient_tile_kernel, kinds, {"PROJECTED": projected, "BLOCK": BLOCK}, WARPS, traffic)
+            )
+    return found

@@ -1,0 +1,336 @@
+"""The paired pass over a tile: policy z_p and frozen reference z_q side by side, for KL(q||p) and its gradient.
+
+    gap = z_p - z_q - shift      row = e^(z_q - base) expm1(gap)      reference row = e^(z_q - base)
+
+`shift` is near lse_p - lse_q, so where p is almost q (the start of every LoRA run) a row is a small number times an
+expm1, never a difference of two rounded probabilities, and every summand of the value, e^(z_q - base) (expm1(gap) - gap),
+is >= 0. One program a row, one launch a tile. The first look brings both running normalisers up to date, a partial
+result for each column of a block; then, a few numbers a row, base and shift are chosen, and where they move what was
+accumulated moves with them, the program's own rows of both gradients included; the second look, from cache, writes.
+
+Everything is float32: differences of nearby numbers are taken first (z - base before shift, tops before logarithms).
+
+    reads  4 c (2 once from the cache)        writes  2 c + 11 numbers a row
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastforget_kernels.arithmetic import (
+    FLOAT16_SCALE,
+    RECENTRE,
+    expm1_excess_near,
+    finish_logits,
+    finite_or_zero,
+    label_in_tile,
+    moved_top,
+    narrow,
+    nonnegative,
+    times,
+    times_slope,
+)
+from fastforget_kernels.launching import (
+    INTERPRETED_BLOCK,
+    UNALIGNED,
+    UNSPECIALISED,
+    Variant,
+    interpreting,
+    signature,
+)
+
+BLOCK = 2048  # columns of two rows at a time
+WARPS = 8
+ACCUMULATORS = (  # rows of the buffer, in this order
+    "policy_top",
+    "policy_total",
+    "reference_top",
+    "reference_total",
+    "gap_moment",
+    "base",
+    "shift",
+    "difference",
+    "excess",
+    "policy_label",
+    "reference_label",
+)
+
+
+@triton.jit
+def online(top, total, logits):
+    """(largest logit, sum of e^(z - it), what the sum was faded with, the new weights), a column of the block each."""
+    new_top = tl.maximum(top, logits)
+    base = finite_or_zero(new_top)
+    fade = tl.exp(top - base)
+    weights = tl.exp(logits - base)
+    return new_top, total * fade + weights, fade, weights
+
+
+@triton.jit
+def gathered(top, total, tops, totals):
+    """A row's top and total, with those of a tile's columns: (top, total, what the row's and the columns' faded with)."""
+    tile_top = tl.max(tops, 0)
+    new_top = tl.where(tile_top > top, tile_top, top)
+    base = finite_or_zero(new_top)
+    fade = tl.exp(top - base)
+    fades = tl.exp(tops - base)
+    return new_top, total * fade + tl.sum(totals * fades, 0), fade, fades
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+def paired_tile_kernel(
+    policy,
+    policy_stride,
+    reference,
+    reference_stride,
+    out,
+    out_stride,
+    reference_out,
+    reference_out_stride,
+    bias,
+    labels,  # (r,) int64; a negative one is none
+    accumulators,
+    accumulators_stride,
+    shift,  # (r,) float32, read where `shift_given`
+    grad,
+    grad_stride,
+    reference_grad,
+    reference_grad_stride,
+    first,  # column of the vocabulary that the tile begins at
+    columns,
+    padded,  # elements of a row that may be read and written
+    scale,
+    softcap,
+    bias_columns,  # columns, or 0 where there is no bias
+    shift_given,
+    write,
+    reference_write,
+    grad_width,  # D, or 0 where there is nothing to move
+    reference_grad_width,
+    TRANSFORM: tl.constexpr,  # there is a bias or a softcap
+    BLOCK: tl.constexpr,
+):
+    """One row of a tile."""
+    row = tl.program_id(0).to(tl.int64)
+    policy += row * policy_stride
+    reference += row * reference_stride
+    out += row * out_stride
+    reference_out += row * reference_out_stride
+    bias += first
+    accumulators += row
+    stride = accumulators_stride.to(tl.int64)
+    label = label_in_tile(labels, row, first, columns)
+    begun = first > 0
+    old_policy_top = tl.load(accumulators, mask=begun, other=float("-inf"))
+    old_policy_total = tl.load(accumulators + stride, mask=begun, other=0.0)
+    old_top = tl.load(accumulators + 2 * stride, mask=begun, other=float("-inf"))
+    old_total = tl.load(accumulators + 3 * stride, mask=begun, other=0.0)
+    old_moment = tl.load(accumulators + 4 * stride, mask=begun, other=0.0)
+    old_base = tl.load(accumulators + 5 * stride, mask=begun, other=float("-inf"))
+    old_shift = tl.load(accumulators + 6 * stride, mask=begun, other=0.0)
+    difference = tl.load(accumulators + 7 * stride, mask=begun, other=0.0)
+    excess = tl.load(accumulators + 8 * stride, mask=begun, other=0.0)
+    policy_label = tl.load(accumulators + 9 * stride, mask=begun, other=float("-inf"))
+    reference_label = tl.load(accumulators + 10 * stride, mask=begun, other=float("-inf"))
+
+    policy_tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+    policy_totals = tl.zeros((BLOCK,), tl.float32)
+    tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
+    moments = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        others = (index < columns) & (index != label)
+        loaded = tl.load(policy + index, mask=index < padded, other=0.0, eviction_policy="evict_last")
+        z_p = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_p = tl.where(others, z_p, float("-inf"))
+        loaded = tl.load(reference + index, mask=index < padded, other=0.0, eviction_policy="evict_last")
+        z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_q = tl.where(others, z_q, float("-inf"))
+        policy_tops, policy_totals, _, _ = online(policy_tops, policy_totals, z_p)
+        tops, totals, fades, weights = online(tops, totals, z_q)
+        here = tl.where(weights > 0.0, weights * (z_p - z_q), 0.0)
+        moments = tl.where(fades > 0.0, moments * fades, 0.0) + here
+    policy_top, policy_total, _, _ = gathered(old_policy_top, old_policy_total, policy_tops, policy_totals)
+    top, total, fade, fades = gathered(old_top, old_total, tops, totals)
+    moment = tl.where(fade > 0.0, old_moment * fade, 0.0) + tl.sum(tl.where(fades > 0.0, moments * fades, 0.0), 0)
+    at_label = tl.maximum(label, 0)  # read by every thread, before any of them writes
+    z_p = finish_logits(tl.load(policy + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    z_q = finish_logits(tl.load(reference + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    policy_label = tl.where(label >= 0, z_p, policy_label)
+    reference_label = tl.where(label >= 0, z_q, reference_label)
+
+    apart = (finite_or_zero(policy_top) - finite_or_zero(top)) + (tl.log(policy_total) - tl.log(total))
+    is_finite = tl.abs(apart) < float("inf")
+    far = (tl.abs(apart - old_shift) > RECENTRE) | (first == 0)
+    new_shift = tl.where(is_finite & far, apart, old_shift)
+    new_shift = tl.where(shift_given != 0, tl.load(shift + row, mask=shift_given != 0, other=0.0), new_shift)
+    strict = write != 0
+    if out.dtype.element_ty != tl.float16:
+        strict = write < 0  # never
+    base = moved_top(old_base, tl.maximum(top, policy_top - new_shift), strict)
+    grad += row * grad_stride
+    reference_grad += row * reference_grad_stride
+    if begun & ((base != old_base) | (new_shift != old_shift)):
+        shifted = old_shift - new_shift
+        faded = tl.exp(old_base - base)  # 0 before the first logit
+        along = tl.exp((old_base - base) + shifted)  # of what stands relative to the shift
+        rest = tl.where(shifted == 0.0, 0.0, along - faded)
+        of_reference = tl.where(old_top == float("-inf"), 0.0, tl.exp(old_top - old_base))
+        mass = old_total * of_reference  # sum of e^(z_q - base)
+        # the sum of e^(z_q - base) gap, from whichever two sums are the smaller: in their difference these cancel
+        gaps = (old_moment - old_shift * old_total) * of_reference
+        size = (tl.abs(old_moment) + tl.abs(old_shift) * old_total) * of_reference
+        gaps = tl.where(tl.abs(difference) + excess < size, difference - excess, gaps)
+        near_curve = faded * expm1_excess_near(shifted)
+        curve = tl.where(tl.abs(shifted) <= 1.0, near_curve, along - faded - faded * shifted)
+        difference = along * difference + rest * mass
+        excess = nonnegative(along * excess + curve * mass + times(rest, gaps))
+        for start in range(0, grad_width, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            beside = tl.load(reference_grad + index, mask=index < reference_grad_width, other=0.0)
+            held = tl.load(grad + index, mask=index < grad_width, other=0.0)
+            tl.store(grad + index, held * along + beside * rest, mask=index < grad_width)
+            tl.store(reference_grad + index, beside * faded, mask=index < reference_grad_width)
+
+    finite_base = finite_or_zero(base)
+    differences = tl.zeros((BLOCK,), tl.float32)
+    excesses = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        others = (index < columns) & (index != label)
+        loaded = tl.load(policy + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        policy_logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_p = tl.where(others, policy_logits, float("-inf"))
+        loaded = tl.load(reference + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_q = tl.where(others, z_q, float("-inf"))
+        gap = tl.where(z_q == float("-inf"), float("inf"), (z_p - z_q) - new_shift)
+        probability = tl.exp(z_q - finite_base)
+        above = tl.exp((z_p - finite_base) - new_shift)  # probability * e^gap
+        near = tl.abs(gap) <= 1.0
+        inner = tl.where(near, gap, 0.0)
+        curve = expm1_excess_near(inner)
+        row_here = tl.where(near, probability * (inner + curve), above - probability)
+        far_excess = nonnegative(above - probability - times(probability, gap))
+        differences += row_here
+        excesses += tl.where(near, probability * curve, far_excess)
+        if write != 0:
+            if TRANSFORM:
+                row_here = times_slope(row_here, policy_logits, softcap)
+                probability = times_slope(probability, policy_logits, softcap)
+            if out.dtype.element_ty == tl.float16:
+                row_here *= FLOAT16_SCALE
+                probability *= FLOAT16_SCALE
+            # narrower rows begin where these logits do: every thread has read its own before any writes
+            tl.debug_barrier()
+            tl.store(out + index, narrow(row_here, out.dtype.element_ty), mask=index < padded)
+            if reference_write != 0:
+                element_type = reference_out.dtype.element_ty
+                tl.store(reference_out + index, narrow(probability, element_type), mask=index < padded)
+
+    tl.store(accumulators, policy_top)
+    tl.store(accumulators + stride, policy_total)
+    tl.store(accumulators + 2 * stride, top)
+    tl.store(accumulators + 3 * stride, total)
+    tl.store(accumulators + 4 * stride, moment)
+    tl.store(accumulators + 5 * stride, base)
+    tl.store(accumulators + 6 * stride, new_shift)
+    tl.store(accumulators + 7 * stride, difference + tl.sum(differences, 0))
+    tl.store(accumulators + 8 * stride, excess + tl.sum(excesses, 0))
+    tl.store(accumulators + 9 * stride, policy_label)
+    tl.store(accumulators + 10 * stride, reference_label)
+
+
+def paired_tile(
+    policy: Tensor,
+    reference: Tensor,
+    rows: Tensor | None,
+    reference_rows: Tensor | None,
+    labels: Tensor,
+    accumulators: Tensor,
+    shift: Tensor | None,
+    grad: Tensor | None,
+    reference_grad: Tensor | None,
+    *,
+    first: int,
+    columns: int,
+    padded: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Run the paired pass over a tile; see `fastforget.backends.protocol`.
+
+    Args:
+        policy, reference: (r, c) products with the head, float32, rows contiguous.
+        rows, reference_rows: (r, c) of one dtype for what is written; they may begin where `policy` and `reference` do.
+        accumulators: (ACCUMULATORS, r) float32, rows of any stride.
+        shift: (r,) float32, contiguous, or None where the pass chooses it.
+        grad, reference_grad: (r, D) float32, moved with base and shift; not read where `first` is 0.
+    """
+    out = policy if rows is None else rows
+    reference_out = out if reference_rows is None else reference_rows
+    paired_tile_kernel[(policy.shape[0],)](
+        policy,
+        policy.stride(0),
+        reference,
+        reference.stride(0),
+        out,
+        out.stride(0),
+        reference_out,
+        reference_out.stride(0),
+        accumulators if bias is None else bias,
+        labels,
+        accumulators,
+        accumulators.stride(0),
+        accumulators if shift is None else shift,
+        accumulators if grad is None else grad,
+        0 if grad is None else grad.stride(0),
+        accumulators if reference_grad is None else reference_grad,
+        0 if reference_grad is None else reference_grad.stride(0),
+        first,
+        columns,
+        padded,
+        scale,
+        softcap,
+        0 if bias is None else columns,
+        int(shift is not None),
+        int(rows is not None),
+        int(reference_rows is not None),
+        0 if grad is None or first == 0 else grad.shape[1],
+        0 if reference_grad is None or first == 0 else reference_grad.shape[1],
+        **options(bias is not None or softcap > 0.0),
+    )
+
+
+@functools.cache
+def options(transform: bool) -> dict[str, Any]:
+    """Constants of a launch."""
+    return {"TRANSFORM": transform, "BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "num_warps": WARPS}
+
+
+def variants() -> list[Variant]:
+    """Every configuration that `paired_tile` can launch."""
+    found = []
+    floats = ("policy", "reference", "bias", "accumulators", "shift", "grad", "reference_grad")
+    for written in (torch.float32, torch.bfloat16, torch.float16):
+        kinds = signature(
+            paired_tile_kernel,
+            out=written,
+            reference_out=written,
+            labels=torch.int64,
+            **dict.fromkeys(floats, torch.float32),
+        )
+        for transform in (False, True):
+            traffic = f"2 x 8 c read, 2 x {written.itemsize} c written"
+            found.append(
+                Variant(paired_tile_kernel, kinds, {"TRANSFORM": transform, "BLOCK": BLOCK}, WARPS, traffic)
+            )
+    return found
