@@ -1,10 +1,10 @@
 """The coupled pass over a tile, both normalisers known: reverse KL and JSD of policy p and reference q, m = (p + q) / 2.
 
-    reverse KL   x = log p - log q      row p x      sums p (expm1(-x) + x)
-    JSD          x = log p - log m      row p x      sums p (expm1(-x) + x)  and the same of q
+    reverse KL   x = log p - log q      row p (x - centre)      sums p (expm1(-x) + x)
+    JSD          x = log p - log m      row p (x - centre)      sums p (expm1(-x) + x)  and the same of q
 
-and p itself is written beside it: the gradient is (row - (sum of row) p) times the head. Every summand is >= 0. One
-program a row, one launch a tile, one look at it.
+and p itself is written beside it: the gradient is (row - (sum of row) p) times the head, and `centre`, near the mean of
+x under p, keeps that difference small. Every summand is >= 0. One program a row, one launch a tile, one look at it.
 
     reads  2 c        writes  2 c + 4 numbers a row
 """
@@ -42,7 +42,7 @@ from fastforget_kernels.launching import (
 BLOCK = 2048  # columns of two rows at a time
 WARPS = 8
 KINDS = ("reverse_kl", "jsd")
-NORMALISERS = ("policy_top", "policy_log_total", "reference_top", "reference_log_total", "lse_gap")
+NORMALISERS = ("policy_top", "policy_log_total", "reference_top", "reference_log_total", "lse_gap", "centre")
 ACCUMULATORS = ("ratio", "from_policy", "from_reference", "probability")  # rows of the buffer, in this order
 
 
@@ -105,11 +105,13 @@ def coupled_tile_kernel(
     policy_sum = tl.load(accumulators + stride, mask=begun, other=0.0)
     reference_sum = tl.load(accumulators + 2 * stride, mask=begun, other=0.0)
     probability_sum = tl.load(accumulators + 3 * stride, mask=begun, other=0.0)
+    stride = normalisers_stride.to(tl.int64)
     policy_top = tl.load(normalisers)
-    policy_log_total = tl.load(normalisers + normalisers_stride)
-    reference_top = tl.load(normalisers + 2 * normalisers_stride.to(tl.int64))
-    reference_log_total = tl.load(normalisers + 3 * normalisers_stride.to(tl.int64))
-    lse_gap = tl.load(normalisers + 4 * normalisers_stride.to(tl.int64))
+    policy_log_total = tl.load(normalisers + stride)
+    reference_top = tl.load(normalisers + 2 * stride)
+    reference_log_total = tl.load(normalisers + 3 * stride)
+    lse_gap = tl.load(normalisers + 4 * stride)
+    centre = tl.load(normalisers + 5 * stride)
 
     ratios = tl.zeros((BLOCK,), tl.float32)
     from_policy = tl.zeros((BLOCK,), tl.float32)
@@ -130,11 +132,11 @@ def coupled_tile_kernel(
         p = tl.exp((z_p - policy_top) - policy_log_total)
         q = tl.exp((z_q - reference_top) - reference_log_total)
         if KIND == 0:
-            ratio = times(p, gap)
+            ratio = times(p, gap - centre)
             from_policy += relative_entropy(p, q, -gap)
         else:
             above_p, above_q = above_mixture(gap)
-            ratio = times(p, -above_p)
+            ratio = times(p, -above_p - centre)
             from_policy += relative_entropy(p, 0.5 * (p + q), above_p)
             from_reference += relative_entropy(q, 0.5 * (p + q), above_q)
         ratios += ratio
@@ -147,6 +149,7 @@ def coupled_tile_kernel(
             tl.store(out + index, narrow(ratio, out.dtype.element_ty), mask=index < padded)
             tl.store(policy_out + index, narrow(p, policy_out.dtype.element_ty), mask=index < padded)
 
+    stride = accumulators_stride.to(tl.int64)
     tl.store(accumulators, ratio_sum + tl.sum(ratios, 0))
     tl.store(accumulators + stride, policy_sum + tl.sum(from_policy, 0))
     tl.store(accumulators + 2 * stride, reference_sum + tl.sum(from_reference, 0))

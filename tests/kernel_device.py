@@ -15,7 +15,7 @@ needs_triton = [
 ]
 WHY_NOT_NATIVE = why_not_native(torch.device("cpu"))
 needs_native = pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=f"no C++ row passes: {WHY_NOT_NATIVE}")
-OURS = ["chunked", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+OURS = ["torch", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
 
 
 def device_of(backend):

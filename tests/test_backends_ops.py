@@ -72,11 +72,11 @@ def test_compile_traces_the_whole_function(backend, train, with_positions):
 
 
 def test_compile_with_inductor():
-    hidden, weight, labels = problem("chunked")
+    hidden, weight, labels = problem("torch")
     compiled = torch.compile(loss_of, fullgraph=True)
     positions = torch.tensor([0, 2, 3, 4])
-    assert float(compiled(hidden, weight, labels, positions, "chunked")) == pytest.approx(
-        float(loss_of(hidden, weight, labels, positions, "chunked")), rel=1e-5
+    assert float(compiled(hidden, weight, labels, positions, "torch")) == pytest.approx(
+        float(loss_of(hidden, weight, labels, positions, "torch")), rel=1e-5
     )
 
 
@@ -84,7 +84,7 @@ def test_compile_with_inductor():
 @pytest.mark.parametrize("tail_mass", [0.0, 1e-3])
 def test_fake_implementations_tell_the_truth(outputs, tail_mass):
     """torch's own checks of a custom op: schema, fake tensors, autograd registration."""
-    hidden, weight, labels = problem("chunked")
+    hidden, weight, labels = problem("torch")
     names = ",".join(
         [*(name for name in OUTPUTS if name in outputs or name in ("logp", "lse", "log_not_label", "argmax"))]
     )
@@ -104,7 +104,7 @@ def test_fake_implementations_tell_the_truth(outputs, tail_mass):
         True,
         tail_mass,
         False,
-        "chunked",
+        "torch",
     )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.token_stats_op, arguments, test_utils=checks)
@@ -129,17 +129,17 @@ def test_log_probabilities_told_beside_a_divergence(backend, shift):
 
 
 def test_fake_implementations_of_the_others_tell_the_truth():
-    hidden, weight, labels = problem("chunked")
+    hidden, weight, labels = problem("torch")
     hidden.requires_grad_()
     positions = torch.tensor([0, 3])
     rest = (weight, None, 1.0, 0.0)
     for arguments in (
-        (hidden, hidden.detach() + 1, positions, labels[positions], *rest, -2.0, "forward_kl", True, True, "chunked"),
-        (hidden.detach(), hidden.detach() + 1, None, None, *rest, 0.0, "jsd", False, False, "chunked"),
+        (hidden, hidden.detach() + 1, positions, labels[positions], *rest, -2.0, "forward_kl", True, True, "torch"),
+        (hidden.detach(), hidden.detach() + 1, None, None, *rest, 0.0, "jsd", False, False, "torch"),
     ):
         torch.library.opcheck(ops.divergence_op, arguments)
     for anchor, centres in ((weight[0], weight[:2]), (weight[0], None), (None, weight[:2])):
-        torch.library.opcheck(ops.state_stats_op, (hidden, anchor, centres, "cosine", "chunked"))
+        torch.library.opcheck(ops.state_stats_op, (hidden, anchor, centres, "cosine", "torch"))
 
 
 class NoLooking(TorchDispatchMode):

@@ -48,7 +48,7 @@ def test_a_step_costs_what_its_card_says(tiny, batch, monkeypatch, name):
             {key: seen[key] + len(out) for key in [("rows" if torch.is_grad_enabled() else "reference rows")]}
         )
     )
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.0, backend="chunked")
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.0, backend="torch")
     step.loss.backbone.checked = True
     counts = []
     for _ in range(2):  # the second epoch has no reference forward

@@ -236,4 +236,4 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
 
 def test_doctor_tells_the_backend(run):
     code, text, _ = run("doctor")
-    assert code == 0 and "backend auto" in text and "chunked" in text
+    assert code == 0 and "backend auto" in text and "torch" in text

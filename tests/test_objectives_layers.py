@@ -52,7 +52,7 @@ def terms_for(layer, reduction, c=6.5, alpha=30.0):
     return ff.preset("rmu", layer=layer, c=c, alpha=alpha, seed=5, reduction=reduction, forget_weight=2.0)
 
 
-@pytest.mark.parametrize("backend", OURS if DEVICE.type == "cpu" else ["chunked"])  # the tiny models are on the CPU
+@pytest.mark.parametrize("backend", OURS if DEVICE.type == "cpu" else ["torch"])  # the tiny models are on the CPU
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_every_lora_gradient_is_that_of_the_formula(tiny, batch, kind, bits, backend):
@@ -90,7 +90,7 @@ def test_states_of_16_bits_are_measured_in_float32(dtype):
     hidden = torch.randn(300, WIDTH, generator=generator).to(dtype)
     anchor = hidden.clone()
     anchor[100:] += (0.1 * torch.randn(200, WIDTH, generator=generator)).to(dtype)
-    for backend in ("eager", "chunked", "native"):
+    for backend in ("eager", "torch", "native"):
         states = hidden.clone().requires_grad_()
         distance, _ = ff.hidden_stats(states, anchor, backend=backend)
         value = distance.square().mean()

@@ -344,7 +344,7 @@ def test_a_side_pays_for_the_gradients_that_it_learns_from(tiny, monkeypatch, ba
     from fastforget.backends import gemm
 
     model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
-    loss = ff.UnlearnLoss(model, ff.preset("grad_diff", retain=retain), backend="chunked")
+    loss = ff.UnlearnLoss(model, ff.preset("grad_diff", retain=retain), backend="torch")
     calls = []
     real = gemm.rows_to_hidden
     monkeypatch.setattr(gemm, "rows_to_hidden", lambda *given, **named: calls.append(1) or real(*given, **named))

@@ -85,8 +85,9 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
     if "others_argmax" in outputs:
         fields["others_argmax"] = logits.scatter(1, label_column, -torch.inf).argmax(dim=-1)
     if "others_embedding" in outputs:
-        others = torch.softmax(logits.detach().scatter(1, label_column, -torch.inf), dim=-1)
-        fields["others_embedding"] = head.scale * (others.nan_to_num(0.0) @ head.weight.detach().to(others.dtype))
+        hidden_label = logits.detach().scatter(1, label_column, -torch.inf)
+        others = torch.zeros_like(logits) if logits.shape[1] == 1 else torch.softmax(hidden_label, dim=-1)
+        fields["others_embedding"] = head.scale * (others @ head.weight.detach().to(others.dtype))
     for name, statistic in TILE_STATISTICS.items():
         if name in outputs:
             fields[name] = statistic.finish(statistic.update(None, logits.detach()))

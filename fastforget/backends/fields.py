@@ -281,10 +281,10 @@ def coupled_result(accumulators: Tensor, labelled: LabelNormalisers, labels: Ten
 def summand(log_from: Tensor, gap: Tensor) -> Tensor:
     """What KL sums of one token, from * (expm1(gap) - gap) >= 0, float64."""
     probability = log_from.exp()
-    small = gap.abs() < 1e-5
-    close = gap.square() * (0.5 + gap / 6.0)
-    far = torch.expm1(gap.clamp(max=600.0)) - gap
-    value = torch.where(small, probability * close, times(probability, far))
+    close = probability * gap.square() * (0.5 + gap / 6.0)
+    middle = probability * (torch.expm1(gap.clamp(max=1.0)) - gap)
+    far = (log_from + gap).exp() - probability - times(probability, gap)  # of a probability too small to be there
+    value = torch.where(gap.abs() < 1e-5, close, torch.where(gap < 1.0, middle, far))
     return value.clamp(min=0.0)
 
 

@@ -77,7 +77,7 @@ class TorchPasses:
             gap = tile_mean - mean
             new[4] = mean + gap * share
             new[5] = previous[5] * fade + spread + gap.square() * (total * fade) * share
-            new[8] = torch.maximum(previous[8], largest.double().nan_to_num(nan=-torch.inf))
+            new[8] = torch.maximum(previous[8], without_nan(largest))
             new[9] = torch.where(largest > previous[8], (index + tile.first).double(), previous[9])
         block.accumulators.copy_(new if block.moments else new[:BASIC_ACCUMULATORS])
         if block.grad is not None and tile.first:
@@ -108,7 +108,7 @@ class TorchPasses:
         absent = reference == -torch.inf
         gaps = (policy - reference).masked_fill_(absent, 0.0)
         for place, logits in ((0, policy), (2, reference)):
-            new[place] = torch.maximum(previous[place], logits.amax(dim=1).double().nan_to_num(nan=-torch.inf))
+            new[place] = torch.maximum(previous[place], without_nan(logits.amax(dim=1)))
             base = finite_or_zero(new[place])
             fade = (previous[place] - base).exp()
             weights = (logits - base[:, None].to(logits.dtype)).exp()
@@ -296,6 +296,11 @@ def begun(accumulators: Tensor, tile: Tile, infinite: tuple[str, ...]) -> Tensor
     for name in infinite:
         found[names.index(name)] = -math.inf
     return found
+
+
+def without_nan(largest: Tensor) -> Tensor:
+    """Largest logits in float64, -infinity for NaN: a running largest passes over it."""
+    return largest.double().masked_fill(largest.isnan(), -math.inf)
 
 
 def moved_top(top: Tensor, largest: Tensor, strict: bool) -> Tensor:
