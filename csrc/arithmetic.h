@@ -6,8 +6,8 @@ static inline Floats zero() { return all(0.0f); }
 // a + x * b, for polynomials
 static inline Floats horner(Floats b, Floats x, float a) { return multiply_add(b, x, all(a)); }
 
-// e^x for x <= 88; 0 below -104. What is summed is e^(z - the largest z). Only a label's own logit may lie higher, where
-// the others are written: its lane, which then holds anything, is overwritten before it is looked at.
+// e^x for x <= 88; 0 below -104. No logit lies more than LAZY above what is subtracted from it, but for a label's own:
+// its lane, which then holds anything, is overwritten before it is looked at.
 static inline Floats exp_of(Floats x) {
     x = larger(all(-104.0f), x);
     const Floats n = rounded(x * all(1.44269504088896341f));
@@ -105,42 +105,86 @@ static inline void write_block(const Block& block, int count, Out* to) {
     }
 }
 
-// Logits of `count` tokens from `start` on: scale, bias and softcap. The last vector is padded with `padding`.
-template <class In>
-static inline void load_logits(const In* row, std::int64_t start, int count, const FastforgetCommon& common,
-                               float padding, Block& block) {
-    read_block(row + start, count, common.scale, block);
-    const int end = whole_vectors(count);
-    if (common.bias != nullptr) {
-        Block bias;
-        read_block(common.bias + start, count, 1.0f, bias);
-        for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, load(block.at + i) + load(bias.at + i));
+static inline void read_block(const void* from, std::int32_t dtype, std::int64_t start, int count, float scale,
+                              Block& block) {
+    switch (dtype) {
+        case FASTFORGET_FLOAT32: return read_block(static_cast<const float*>(from) + start, count, scale, block);
+        case FASTFORGET_BFLOAT16: return read_block(static_cast<const BFloat16*>(from) + start, count, scale, block);
+        default: return read_block(static_cast<const Float16*>(from) + start, count, scale, block);
     }
-    if (common.softcap > 0.0f) {
-        const Floats cap = all(common.softcap);
-        for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, tanh_of(load(block.at + i) / cap) * cap);
-    }
-    pad(block, count, padding);
 }
 
-// The same without a copy, where there is nothing to do: float32, no scale, bias or softcap, whole vectors, no padding.
-template <class In>
-static inline const float* logits_in_place(const In*, std::int64_t, int, const FastforgetCommon&) {
-    return nullptr;
-}
-static inline const float* logits_in_place(const float* row, std::int64_t start, int count,
-                                           const FastforgetCommon& common) {
-    const bool plain = common.scale == 1.0f && common.bias == nullptr && !(common.softcap > 0.0f);
-    return plain && count % Floats::lanes == 0 ? row + start : nullptr;
+static inline void write_block(const Block& block, int count, void* to, std::int32_t dtype, std::int64_t start) {
+    switch (dtype) {
+        case FASTFORGET_FLOAT32: return write_block(block, count, static_cast<float*>(to) + start);
+        case FASTFORGET_BFLOAT16: return write_block(block, count, static_cast<BFloat16*>(to) + start);
+        default: return write_block(block, count, static_cast<Float16*>(to) + start);
+    }
 }
 
-// One logit, by the same arithmetic
-template <class In>
-static inline float logit_at(const In* row, std::int64_t index, const FastforgetCommon& common) {
-    Block block;
-    load_logits(row, index, 1, common, 0.0f, block);
-    return block.at[0];
-}
+static inline std::int64_t size_of_dtype(std::int32_t dtype) { return dtype == FASTFORGET_FLOAT32 ? 4 : 2; }
+
+// One row of a tile's products, and how they become logits. `label`: its column in the tile; outside where it has none.
+struct Logits {
+    const void* row;
+    std::int32_t dtype;
+    const float* bias;  // of the tile's first column on
+    float scale;
+    float softcap;
+    std::int64_t label;
+    bool plain;  // float32 that already are logits
+
+    Logits(const FastforgetTile& tile, const void* products, std::int64_t stride, std::int32_t type, std::int64_t index,
+           std::int64_t label_column)
+        : row(static_cast<const char*>(products) + index * stride * size_of_dtype(type)),
+          dtype(type),
+          bias(tile.bias == nullptr ? nullptr : tile.bias + tile.first),
+          scale(tile.scale),
+          softcap(tile.softcap),
+          label(label_column),
+          plain(type == FASTFORGET_FLOAT32 && bias == nullptr && scale == 1.0f && !(softcap > 0.0f)) {}
+
+    // Logits that were finished and put down
+    Logits(const float* finished, std::int64_t label_column)
+        : row(finished), dtype(FASTFORGET_FLOAT32), bias(nullptr), scale(1.0f), softcap(0.0f), label(label_column), plain(true) {}
+
+    bool has_label(std::int64_t start, int count) const { return label >= start && label < start + count; }
+
+    const char* address(std::int64_t start) const { return static_cast<const char*>(row) + start * size_of_dtype(dtype); }
+
+    // Scale, bias and softcap; the last vector is padded with `padding`
+    void read(std::int64_t start, int count, float padding, Block& block) const {
+        read_block(row, dtype, start, count, scale, block);
+        const int end = whole_vectors(count);
+        if (bias != nullptr) {
+            Block part;
+            read_block(bias + start, count, 1.0f, part);
+            for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, load(block.at + i) + load(part.at + i));
+        }
+        if (softcap > 0.0f) {
+            const Floats cap = all(softcap);
+            for (int i = 0; i < end; i += Floats::lanes) store(block.at + i, tanh_of(load(block.at + i) / cap) * cap);
+        }
+        pad(block, count, padding);
+    }
+
+    // The same without a copy, where there is nothing to do: plain logits, whole vectors, no label; else null.
+    const float* in_place(std::int64_t start, int count) const {
+        if (!plain || count % Floats::lanes != 0 || has_label(start, count)) return nullptr;
+        return static_cast<const float*>(row) + start;
+    }
+
+    // Logits with -infinity at the label, whose own logit goes to `label_logit`, and past the end
+    const float* others(std::int64_t start, int count, Block& copy, double& label_logit) const {
+        if (const float* found = in_place(start, count)) return found;
+        read(start, count, -INFINITY, copy);
+        if (has_label(start, count)) {
+            label_logit = copy.at[label - start];
+            copy.at[label - start] = -INFINITY;
+        }
+        return copy.at;
+    }
+};
 
 // d z / d (z before the cap) = 1 - (z / cap)^2; 1 where there is no cap
 static inline Floats softcap_slope(Floats logits, float softcap) {
@@ -208,5 +252,31 @@ static inline float weigh_block(const float* block, int count, float base, float
 // The largest logit to subtract: 0 where there was none, so that -infinity - top stays -infinity
 static inline float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// log(1 + e^x)
-static inline double softplus(double x) { return (x > 0.0 ? x : 0.0) + ::log1p(::exp(-::fabs(x))); }
+// 0 where the probability is 0, whatever the factor: infinite, or NaN as the difference of two logits of -infinity
+static inline Floats times(Floats probability, Floats factor) {
+    return select(at_most(probability, zero()), probability, probability * factor);
+}
+
+static inline void multiply_row(float* row, std::int64_t width, float factor) {
+    std::int64_t i = 0;
+    for (; i + Floats::lanes <= width; i += Floats::lanes) store(row + i, load(row + i) * all(factor));
+    for (; i < width; ++i) row[i] *= factor;
+}
+
+// A row's accumulators, one of each name, between their reading and their writing
+template <int COUNT>
+struct Accumulators {
+    double at[COUNT];
+
+    void read(const double* from, std::int64_t stride, int count = COUNT) {
+        for (int k = 0; k < COUNT; ++k) at[k] = k < count ? from[k * stride] : 0.0;
+    }
+    void write(double* to, std::int64_t stride, int count = COUNT) const {
+        for (int k = 0; k < count; ++k) to[k * stride] = at[k];
+    }
+    double& operator[](int name) { return at[name]; }
+    double operator[](int name) const { return at[name]; }
+};
+
+constexpr float LAZY = 30.0f;     // protocol.py's
+constexpr float RECENTRE = 0.5f;  // protocol.py's

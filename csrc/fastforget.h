@@ -1,15 +1,16 @@
-// The C ABI of fastforget's CPU library. Loaded by path with ctypes: see fastforget/backends/library.py, whose structures
+// The C ABI of fastforget's CPU library. Loaded by path with ctypes: see fastforget/backends/native/library.py, whose structures
 // mirror these field by field.
 //
-// Every function takes rows as the driver has them: elements of a row side by side, any stride (in elements) between
-// rows. Offsets are 64-bit throughout. Nothing here allocates what it returns, throws, or keeps a pointer.
+// The passes are those of fastforget/backends/protocol.py, which says what each means. Matrices have the elements of a row
+// side by side and any stride (in elements) between rows. Offsets are 64-bit throughout. Nothing here allocates what it
+// returns, throws, or keeps a pointer.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 // Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another number.
-#define FASTFORGET_ABI_VERSION 5
+#define FASTFORGET_ABI_VERSION 6
 
 #if defined(_WIN32)
 #define FASTFORGET_API extern "C" __declspec(dllexport)
@@ -37,160 +38,121 @@ enum FastforgetResult : std::int32_t {
     FASTFORGET_NO_MEMORY = 3,
 };
 
-// What all passes share. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"), brought down to what the
-// machine has. Logits are z = scale * product + bias, then softcap * tanh(z / softcap) where softcap > 0.
-struct FastforgetCommon {
-    std::int64_t row_count;
-    std::int64_t vocabulary;  // or the width of the states
-    const float* bias;        // (vocabulary) or null
-    float scale;
-    float softcap;
+// How rows are worked on. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"), brought down to what the
+// machine has.
+struct FastforgetRows {
+    std::int64_t count;
     std::int32_t threads;
     std::int32_t instruction_set;
 };
 
-constexpr std::int32_t FASTFORGET_TILE = 128;  // tokens that the second product skips or keeps together
-
-// One row pass over the products of a chunk; kernels/label_rows.py has the same in Triton, and the formulas.
-struct FastforgetLabelRows {
-    FastforgetCommon common;
-    const void* logits;  // (row_count, vocabulary)
-    std::int64_t logits_stride;
-    const std::int64_t* labels;
-    void* out;  // written rows, or null; may be `logits`, in the same dtype
-    std::int64_t out_stride;
-    float* fields;         // (12, row_count), in the order of label_fields.py
-    std::int64_t* argmax;  // (row_count), or null: no moments
-    float* masses;         // (row_count, tiles): the written row's sum over each tile; or null
-    std::int32_t logits_dtype;
-    std::int32_t out_dtype;  // a float16 row is multiplied with a power of two, which is a field
-};
-FASTFORGET_API std::int32_t fastforget_label_rows(const FastforgetLabelRows* arguments);
-
-// What is known of a row's softmax after some of its logits. `mean` and the like are of the other tokens than the label.
-struct FastforgetLabelState {
-    double total = 0.0;           // of e^(z - top)
-    double mean = 0.0;            // of z - top, weighted
-    double deviations = 0.0;      // summed squared deviations from it, weighted
-    double plain = 0.0;           // the sum of all tokens' logits
-    std::int64_t best_index = 0;  // of the largest of all tokens
-    float best = -INFINITY;
-    float top = -INFINITY;  // the largest of the others
-    float label_logit = 0.0f;  // once its block was seen; of a whole row it is set apart
-    float unused = 0.0f;
+// Where a tile lies in the vocabulary, and how its products become logits: z = scale * product + bias, then
+// softcap * tanh(z / softcap) where softcap > 0. What lies past `columns` in a row is neither read nor written.
+struct FastforgetTile {
+    FastforgetRows rows;
+    std::int64_t first;
+    std::int64_t columns;
+    std::int64_t vocabulary;
+    const float* bias;  // (vocabulary) or null
+    float scale;
+    float softcap;
 };
 
-// The same pass a tile of vocabulary after the other, so that no row of logits is ever whole. `common.vocabulary` and
-// `tile` are the tile's, `common.bias` and `labels` those of the whole vocabulary. The products become weights
-// e^(z - top), 0 at the label, where `top` is the largest logit of the other tokens so far; where a row's rises, what its
-// earlier weights have added up to in `grad` is brought down to it.
+// Accumulators are (names, rows of the block) in the order of protocol.py; those of one name lie side by side.
+
 struct FastforgetLabelTile {
-    FastforgetCommon common;
-    std::int64_t whole;         // the whole vocabulary
-    float* tile;                // (row_count, vocabulary)
-    std::int64_t tile_stride;   // at least `vocabulary` brought up to a multiple of 16, which rows are overwritten up to
-    std::int64_t first_column;  // of the tile; 0: the states are begun
+    FastforgetTile tile;
+    const void* product;  // (rows, columns), of product_dtype
+    std::int64_t product_stride;
+    float* rows;  // (rows, columns), or null; may be `product`
+    std::int64_t rows_stride;
     const std::int64_t* labels;
-    FastforgetLabelState* states;  // (row_count)
-    float* grad;                   // (row_count, width), or null: at the first tile nothing has been added up
+    double* accumulators;
+    std::int64_t accumulators_stride;
+    float* grad;  // (rows, width), or null
     std::int64_t grad_stride;
     std::int64_t width;
-    std::int32_t write;    // 0: nothing is wanted but the states, and `tile` is left as anything
-    std::int32_t moments;  // whether the fields of the pass with argmax are wanted
+    std::int32_t product_dtype;
+    std::int32_t moments;  // whether there are accumulators past the basic four
 };
 FASTFORGET_API std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments);
 
-// After the last tile: the fields, and `grad` as scale / total of what it was: softmax over the others, times scale * W.
-struct FastforgetLabelEnd {
-    FastforgetCommon common;  // `vocabulary`: the whole one
-    const FastforgetLabelState* states;
-    float* fields;         // (12, row_count)
-    std::int64_t* argmax;  // (row_count), or null
-    float* grad;           // (row_count, width), or null
-    std::int64_t grad_stride;
-    std::int64_t width;
-};
-FASTFORGET_API std::int32_t fastforget_label_end(const FastforgetLabelEnd* arguments);
-
-// Policy and reference side by side, float32. kind: 0 forward KL, 1 reverse KL, 2 JSD.
-struct FastforgetPairedRows {
-    FastforgetCommon common;
-    const float* policy;
+struct FastforgetPairedTile {
+    FastforgetTile tile;
+    const void* policy;
     std::int64_t policy_stride;
-    const float* reference;
+    const void* reference;
     std::int64_t reference_stride;
-    float* out;  // or null; may be `policy`
-    std::int64_t out_stride;
-    float* values;               // (row_count)
-    const std::int64_t* labels;  // (row_count), or null; a negative one is none
-    float label_shift;           // added to the reference's logit of each label
+    float* rows;  // or null; may be `policy`
+    std::int64_t rows_stride;
+    float* reference_rows;  // or null; may be `reference`
+    std::int64_t reference_rows_stride;
+    const std::int64_t* labels;  // negative: none
+    double* accumulators;
+    std::int64_t accumulators_stride;
+    const float* shift;  // (rows), or null: chosen here
+    float* grad;         // (rows, width), or null
+    std::int64_t grad_stride;
+    float* reference_grad;  // the same
+    std::int64_t reference_grad_stride;
+    std::int64_t width;
+    std::int32_t policy_dtype;
+    std::int32_t reference_dtype;
+};
+FASTFORGET_API std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments);
+
+// kind: 0 reverse KL, 1 JSD
+struct FastforgetCoupledTile {
+    FastforgetTile tile;
+    const void* policy;
+    std::int64_t policy_stride;
+    const void* reference;
+    std::int64_t reference_stride;
+    float* rows;  // or null; may be `policy`
+    std::int64_t rows_stride;
+    float* policy_rows;  // or null; may be `reference`
+    std::int64_t policy_rows_stride;
+    const std::int64_t* labels;  // negative: none
+    const float* normalisers;    // (6, rows)
+    double* accumulators;
+    std::int64_t accumulators_stride;
+    std::int32_t policy_dtype;
+    std::int32_t reference_dtype;
     std::int32_t kind;
 };
-FASTFORGET_API std::int32_t fastforget_paired_rows(const FastforgetPairedRows* arguments);
+FASTFORGET_API std::int32_t fastforget_coupled_tile(const FastforgetCoupledTile* arguments);
 
-// The gradient over the logits for any mix of upstream gradients; kernels/gradient_rows.py has the formula.
-struct FastforgetGradientRows {
-    FastforgetCommon common;
-    const float* logits;
-    std::int64_t logits_stride;
-    const std::int64_t* labels;
-    const std::int64_t* argmax;  // or null
-    const float* projected;      // (row_count, vocabulary), or null
+struct FastforgetGradientTile {
+    FastforgetTile tile;
+    const void* product;
+    std::int64_t product_stride;
+    const void* projected;  // or null
     std::int64_t projected_stride;
-    const float* coefficients;  // (6, row_count): lse, unit, entropy, label_logit, max_logit, logit_mean
-    float* out;                 // may be `logits`
-    std::int64_t out_stride;
+    void* rows;  // may be `product`, in the same dtype
+    std::int64_t rows_stride;
+    const std::int64_t* labels;
+    const std::int64_t* argmax;  // -1: none
+    const float* coefficients;   // (12, rows)
+    std::int32_t product_dtype;
+    std::int32_t projected_dtype;
+    std::int32_t rows_dtype;
 };
-FASTFORGET_API std::int32_t fastforget_gradient_rows(const FastforgetGradientRows* arguments);
+FASTFORGET_API std::int32_t fastforget_gradient_tile(const FastforgetGradientTile* arguments);
 
-// Hidden states (row_count, vocabulary = their width) against an anchor and the nearest of centres.
+// Hidden states (rows, width) against an anchor and the nearest of centres.
 struct FastforgetStateRows {
-    FastforgetCommon common;
-    const void* hidden;
-    std::int64_t hidden_stride;
-    const float* anchor;  // or null
-    std::int64_t anchor_stride;
+    FastforgetRows rows;
+    std::int64_t width;
+    const void* states;
+    std::int64_t states_stride;
+    const float* anchor;  // (rows, width), or null
+    std::int64_t anchor_stride;  // 0: one for all rows
     const float* centres;  // (centre_count, width), of length 1 or 0 where the metric is the cosine; or null
     std::int64_t centre_count;
-    float* values;          // (2, row_count): distance, pull
-    std::int64_t* nearest;  // (row_count)
-    std::int32_t hidden_dtype;
+    float* values;  // (2, rows): distance, pull
+    std::int64_t values_stride;
+    std::int64_t* nearest;  // (rows)
+    std::int32_t states_dtype;
     std::int32_t cosine;
 };
 FASTFORGET_API std::int32_t fastforget_state_rows(const FastforgetStateRows* arguments);
-
-// Which rows need which tiles of vocabulary, as lists for the second product: a row needs a tile where its mass times its
-// factor is not below `limit` (NaN is not), or its label is there. Rows that need more than `dense` tiles need all.
-struct FastforgetLiveTiles {
-    std::int64_t row_count;
-    std::int64_t tile_count;
-    const float* masses;  // (row_count, tile_count)
-    const std::int64_t* labels;
-    const float* factor;  // (row_count), or null: 1
-    float limit;
-    std::int64_t dense;
-    std::int64_t* dense_rows;    // (row_count): those that need all, in order
-    std::int64_t* dense_count;   // (1)
-    std::int64_t* tile_rows;     // (row_count * tile_count): of the others, the rows that need tile 0, tile 1, ...
-    std::int64_t* tile_offsets;  // (tile_count + 1): where each tile's rows begin
-    float* dropped;              // (row_count): the mass that the other tiles hold
-};
-FASTFORGET_API std::int32_t fastforget_live_tiles(const FastforgetLiveTiles* arguments);
-
-// Adds scale * (rows over tile) x (weight over tile) to `out` (rows, width), for each tile and the rows listed for it.
-// common.row_count is the number of rows of `rows` and `out`.
-struct FastforgetTileProduct {
-    FastforgetCommon common;
-    const float* rows;  // (row_count, vocabulary)
-    std::int64_t rows_stride;
-    const void* weight;  // (vocabulary, width)
-    std::int64_t weight_stride;
-    std::int64_t width;
-    std::int64_t tile_count;
-    const std::int64_t* tile_rows;
-    const std::int64_t* tile_offsets;
-    float* out;
-    std::int64_t out_stride;
-    std::int32_t weight_dtype;
-};
-FASTFORGET_API std::int32_t fastforget_tile_product(const FastforgetTileProduct* arguments);

@@ -7,14 +7,11 @@
 namespace fastforget {
 
 struct RowPasses {
-    void (*label_row)(const FastforgetLabelRows&, std::int64_t row);
     void (*label_tile)(const FastforgetLabelTile&, std::int64_t row);
-    void (*label_end)(const FastforgetLabelEnd&, std::int64_t row);
-    void (*paired_row)(const FastforgetPairedRows&, std::int64_t row);
-    void (*gradient_row)(const FastforgetGradientRows&, std::int64_t row);
+    void (*paired_tile)(const FastforgetPairedTile&, std::int64_t row);
+    void (*coupled_tile)(const FastforgetCoupledTile&, std::int64_t row);
+    void (*gradient_tile)(const FastforgetGradientTile&, std::int64_t row);
     void (*state_row)(const FastforgetStateRows&, std::int64_t row, float* scratch);  // scratch: width floats, of 16-bit states
-    void (*tile_product)(const FastforgetTileProduct&, std::int64_t first_column, std::int64_t last_column);
-    std::int64_t column_step;  // columns of the tile product are taken so many at a time
 };
 
 extern const RowPasses scalar_passes;

@@ -1,4 +1,4 @@
-// The row passes for machines with AVX2.
+// The passes for machines with AVX2.
 //
 // Standard headers come first, before the instructions are switched on: an inline function of theirs that was compiled
 // with these could be the one that the linker keeps for everybody.
@@ -27,20 +27,14 @@ namespace avx2 {
 //
 #include "arithmetic.h"
 //
-#include "label_rows.h"
-//
-#include "label_tiles.h"
-//
-#include "gradient_rows.h"
-#include "paired_rows.h"
+#include "coupled_tile.h"
+#include "gradient_tile.h"
+#include "label_tile.h"
+#include "paired_tile.h"
 #include "state_rows.h"
-#include "tile_product.h"
 }  // namespace avx2
 
-const RowPasses avx2_passes = {
-    avx2::label_row,    avx2::label_tile, avx2::label_end,    avx2::paired_row,
-    avx2::gradient_row, avx2::state_row,  avx2::tile_product, avx2::STEP,
-};
+const RowPasses avx2_passes = {avx2::label_tile, avx2::paired_tile, avx2::coupled_tile, avx2::gradient_tile, avx2::state_row};
 
 }  // namespace fastforget
 

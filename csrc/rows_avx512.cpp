@@ -1,4 +1,4 @@
-// The row passes for machines with AVX512.
+// The passes for machines with AVX512.
 //
 // Standard headers come first, before the instructions are switched on: an inline function of theirs that was compiled
 // with these could be the one that the linker keeps for everybody.
@@ -27,20 +27,14 @@ namespace avx512 {
 //
 #include "arithmetic.h"
 //
-#include "label_rows.h"
-//
-#include "label_tiles.h"
-//
-#include "gradient_rows.h"
-#include "paired_rows.h"
+#include "coupled_tile.h"
+#include "gradient_tile.h"
+#include "label_tile.h"
+#include "paired_tile.h"
 #include "state_rows.h"
-#include "tile_product.h"
 }  // namespace avx512
 
-const RowPasses avx512_passes = {
-    avx512::label_row,    avx512::label_tile, avx512::label_end,    avx512::paired_row,
-    avx512::gradient_row, avx512::state_row,  avx512::tile_product, avx512::STEP,
-};
+const RowPasses avx512_passes = {avx512::label_tile, avx512::paired_tile, avx512::coupled_tile, avx512::gradient_tile, avx512::state_row};
 
 }  // namespace fastforget
 

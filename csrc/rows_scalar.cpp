@@ -1,4 +1,4 @@
-// The row passes in plain C++.
+// The passes in plain C++.
 
 #include <cmath>
 #include <cstring>
@@ -12,19 +12,13 @@ namespace scalar {
 //
 #include "arithmetic.h"
 //
-#include "label_rows.h"
-//
-#include "label_tiles.h"
-//
-#include "gradient_rows.h"
-#include "paired_rows.h"
+#include "coupled_tile.h"
+#include "gradient_tile.h"
+#include "label_tile.h"
+#include "paired_tile.h"
 #include "state_rows.h"
-#include "tile_product.h"
 }  // namespace scalar
 
-const RowPasses scalar_passes = {
-    scalar::label_row,    scalar::label_tile, scalar::label_end,    scalar::paired_row,
-    scalar::gradient_row, scalar::state_row,  scalar::tile_product, scalar::STEP,
-};
+const RowPasses scalar_passes = {scalar::label_tile, scalar::paired_tile, scalar::coupled_tile, scalar::gradient_tile, scalar::state_row};
 
 }  // namespace fastforget

@@ -46,14 +46,14 @@ static const float* widened_row(const In* from, std::int64_t width, float* scrat
 }
 
 static void state_row(const FastforgetStateRows& arguments, std::int64_t row, float* scratch) {
-    const std::int64_t width = arguments.common.vocabulary, offset = row * arguments.hidden_stride;
+    const std::int64_t width = arguments.width, offset = row * arguments.states_stride;
     const float* state;
-    switch (arguments.hidden_dtype) {
-        case FASTFORGET_FLOAT32: state = static_cast<const float*>(arguments.hidden) + offset; break;
+    switch (arguments.states_dtype) {
+        case FASTFORGET_FLOAT32: state = static_cast<const float*>(arguments.states) + offset; break;
         case FASTFORGET_BFLOAT16:
-            state = widened_row(static_cast<const BFloat16*>(arguments.hidden) + offset, width, scratch);
+            state = widened_row(static_cast<const BFloat16*>(arguments.states) + offset, width, scratch);
             break;
-        default: state = widened_row(static_cast<const Float16*>(arguments.hidden) + offset, width, scratch);
+        default: state = widened_row(static_cast<const Float16*>(arguments.states) + offset, width, scratch);
     }
     const bool cosine = arguments.cosine != 0;
     const double factor = cosine ? reciprocal(::sqrt(squared_distance(state, 1.0f, nullptr, 0.0f, width))) : 1.0;
@@ -85,7 +85,7 @@ static void state_row(const FastforgetStateRows& arguments, std::int64_t row, fl
             nearest = centre;
         }
     }
-    arguments.values[arguments.common.row_count + row] =
+    arguments.values[arguments.values_stride + row] =
         static_cast<float>(all_distances == all_distances ? pull : all_distances);
     arguments.nearest[row] = nearest;
 }

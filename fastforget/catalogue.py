@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastforget.backends import OUTPUTS
-from fastforget.backends.driver import NEEDS_RECOMPUTE
+from fastforget.backends.fields import BY_NAME
+from fastforget.backends.gradients import NEEDS_SWEEP
 from fastforget.config import plain
-from fastforget.loss import SIDES, reference_needs
+from fastforget.loss import SIDES, reference_needs, reference_wants
 from fastforget.objectives import PRESETS, ClusterPull, Term, layers_of, preset, reaches_head
 from fastforget.objectives.needs import divergences
 from fastforget.reference import STATES
@@ -103,11 +103,12 @@ def cost(terms: Sequence[Term]) -> Cost:
             looking = [([term for term in own if stream in used_streams(term)], True) for stream in group.streams]
             looking += [([term], False) for term in own if term.baseline_stream is not None]  # without a gradient
             for seen_by, learning in looking:
-                wanted = frozenset().union(*(reference_needs(term) for term in seen_by))
+                wanted = reference_wants(seen_by, known=True)
                 forwards += 1
                 reference_forwards += bool(wanted)
                 gemms += head_products(seen_by, learning) if whole else 0
                 reference_gemms += any(not name.startswith(STATES) for name in wanted)
+                reference_gemms += "others_embedding" in wanted
     layers = [layer for layer in deepest if layer is not None]
     to_layer = max(layers, key=lambda layer: (layer < 0, layer)) if layers and len(layers) == len(deepest) else None
     return Cost(forwards, reference_forwards, gemms, reference_gemms, to_layer)
@@ -117,10 +118,13 @@ def head_products(terms: Sequence[Term], learning: bool = True) -> int:
     """Products with the head that one stream's terms cost together, with their gradients where `learning`."""
     wanted = frozenset().union(*(term.needs for term in terms))
     learned = learning and any(term.learns_from_logp for term in terms)
-    again = 2 if learned and NEEDS_RECOMPUTE & wanted else 0
-    compared = len(divergences(wanted))
-    told = not learned and compared and not set(OUTPUTS) & wanted  # log p_y comes with the divergence
-    return (0 if told else 1) + learned + again + (2 + learning) * compared
+    again = 2 if learned and NEEDS_SWEEP & wanted else 0
+    kinds = divergences(wanted)
+    compared = sum(
+        (2 if kind == "forward_kl" else 4) + learning * (1 if kind == "forward_kl" else 2) for kind, _ in kinds.values()
+    )
+    told = not learned and compared and not BY_NAME.keys() & wanted  # log p_y comes with the divergence
+    return (0 if told else 1) + learned + again + compared
 
 
 def row(each: Card) -> tuple[str, str, str, str, str]:

@@ -108,7 +108,7 @@ def _cuda_device(index: int) -> str:
 
 
 def _native_library() -> list[Row]:
-    from fastforget.backends import library
+    from fastforget.backends.native import library
 
     status = library.status()
     if not status.available:

@@ -221,10 +221,7 @@ class UnlearnLoss:
         needs = frozenset().union(*(term.needs for term in terms))
         head, labels = self.backbone.head, prepared.labels
         kinds = divergences_among(needs)
-        wanted = frozenset().union(*(reference_needs(term) for term in terms))
-        if self.known_reference and head.softcap is None and not head.is_identity:
-            if any(kind == "forward_kl" for kind, _ in kinds.values()):
-                wanted |= {"others_embedding", "others_argmax"}
+        wanted = reference_wants(terms, self.known_reference and head.softcap is None and not head.is_identity)
         reference = self.reference.of(prepared, wanted, self.backend) if self.reference and wanted else {}
         fields: dict[str, Tensor] = {}
         divergences: dict[str, Tensor] = {}
@@ -316,6 +313,15 @@ def reference_needs(term: Term) -> frozenset[str]:
     if request is not None and isinstance(request.anchor, str) and request.anchor == "reference":
         needs.add(states_of(request.layer))
     return frozenset(needs)
+
+
+def reference_wants(terms: Sequence[Term], known: bool) -> frozenset[str]:
+    """What terms need of the frozen reference together; `known`: its embedding too, which saves a KL a product."""
+    wanted = frozenset().union(*(reference_needs(term) for term in terms))
+    kinds = divergences_among(frozenset().union(*(term.needs for term in terms)))
+    if known and any(kind == "forward_kl" for kind, _ in kinds.values()):
+        wanted |= {"others_embedding", "others_argmax"}
+    return wanted
 
 
 def named_terms(terms: Sequence[Term]) -> dict[str, Term]:

@@ -137,8 +137,9 @@ def coupled_tile_kernel(
         else:
             above_p, above_q = above_mixture(gap)
             ratio = times(p, -above_p - centre)
-            from_policy += relative_entropy(p, 0.5 * (p + q), above_p)
-            from_reference += relative_entropy(q, 0.5 * (p + q), above_q)
+            mixture = 0.5 * (p + q)  # not e^(log p + above_p), which is rounded differently from p
+            from_policy += relative_entropy(p, mixture, above_p)
+            from_reference += relative_entropy(q, mixture, above_q)
         ratios += ratio
         probabilities += p
         if write != 0:

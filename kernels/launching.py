@@ -22,6 +22,7 @@ POINTERS = {
 # Triton compiles an int anew where it is 1 or a multiple of 16, and a pointer where it is aligned. Of these arguments
 # that would only cost compilations in the middle of a training: they change with the batch, the tile or the block.
 UNSPECIALISED = (
+    "first",
     "columns",
     "bias_columns",
     "accumulators_stride",

@@ -179,8 +179,11 @@ def paired_tile_kernel(
     reference_grad += row * reference_grad_stride
     if begun & ((base != old_base) | (new_shift != old_shift)):
         shifted = old_shift - new_shift
-        faded = tl.exp(old_base - base)  # 0 before the first logit
+        # a row that has had logits of one side only had no shift yet: what the other's sums, of nothing, fade with may
+        # be infinite
+        faded = tl.where(old_top == float("-inf"), 0.0, tl.exp(old_base - base))
         along = tl.exp((old_base - base) + shifted)  # of what stands relative to the shift
+        along = tl.where((old_policy_top == float("-inf")) & (shifted != 0.0), 0.0, along)
         rest = tl.where(shifted == 0.0, 0.0, along - faded)
         of_reference = tl.where(old_top == float("-inf"), 0.0, tl.exp(old_top - old_base))
         mass = old_total * of_reference  # sum of e^(z_q - base)
@@ -191,7 +194,8 @@ def paired_tile_kernel(
         near_curve = faded * expm1_excess_near(shifted)
         curve = tl.where(tl.abs(shifted) <= 1.0, near_curve, along - faded - faded * shifted)
         difference = along * difference + rest * mass
-        excess = nonnegative(along * excess + curve * mass + times(rest, gaps))
+        moved_excess = nonnegative(along * excess + curve * mass + times(rest, gaps))
+        excess = tl.where(excess == float("inf"), excess, moved_excess)
         for start in range(0, grad_width, BLOCK):
             index = start + tl.arange(0, BLOCK)
             beside = tl.load(reference_grad + index, mask=index < reference_grad_width, other=0.0)

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from kernel_device import device_of
 
 import fastforget as ff
-from fastforget.backends import gemm
+from fastforget.backends import tiling
 
 DRAWS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 ROUNDING = 2**-24
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(gemm, "CHUNK_BYTES", 600)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(tiling, "STATE_BYTES", 600)
 
 
 @st.composite
@@ -104,7 +104,7 @@ def test_hidden_stats_against_float64(problem):
 
 @given(problem=problems())
 @DRAWS
-def test_hidden_stats_in_many_chunks_against_float64(small_chunks, problem):
+def test_hidden_stats_in_many_blocks_against_float64(small_blocks, problem):
     check(problem)
 
 

@@ -10,7 +10,7 @@ from test_step import load_perturbed
 
 import fastforget as ff
 from fastforget import catalogue
-from fastforget.backends import gemm
+from fastforget.backends import sweep
 from fastforget.head import base_causal_lm
 from fastforget.objectives import PRESETS
 
@@ -34,14 +34,14 @@ def test_a_step_costs_what_its_card_says(tiny, batch, monkeypatch, name):
     terms, rows = small(name), 4
     seen = {"products": 0, "rows": 0, "reference rows": 0}
     tokens = ff.count_labels([(batch(rows, 1), None)]).forget_tokens  # as many in each stream
-    for function in ("product_into", "rows_to_hidden"):  # both begin with (n, V): as many flops as tokens
-        real = getattr(gemm, function)
+    for function in ("product", "accumulate"):  # both begin with a row for each token; the vocabulary is one tile
+        real = getattr(sweep, function)
 
-        def counted(logits, *arguments, real=real, **options):
-            seen["products"] += len(logits)
-            return real(logits, *arguments, **options)
+        def counted(rows, *arguments, real=real, **options):
+            seen["products"] += len(rows)
+            return real(rows, *arguments, **options)
 
-        monkeypatch.setattr(gemm, function, counted)
+        monkeypatch.setattr(sweep, function, counted)
     layer = base_causal_lm(model).model.layers[0]
     layer.register_forward_hook(
         lambda _module, _inputs, out: seen.update(

@@ -10,10 +10,9 @@ from test_objectives_weighted import with_known_labels
 from test_step import gradients, load_perturbed
 
 import fastforget as ff
-from fastforget.divergences import kept_divergence
+from fastforget.backends import backend_of
 from fastforget.objectives import SideStats
 from fastforget.objectives.needs import divergences, reference_fields, shifted
-from fastforget.stats import kept_token_stats
 
 
 def test_names_of_needs():
@@ -54,8 +53,9 @@ def test_value_and_gradient_of_a_memorised_token(doubt, beta, backend):
     leaf, other, labels = policy.to(device).requires_grad_(), reference.to(device), labels.to(device)
     head = ff.LMHead(None)
     outputs = ("logp", "log_not_label", "others_entropy")
-    cached = kept_token_stats(other, head, labels, outputs=outputs, backend=backend)
-    kl = kept_divergence(leaf, other, head, "forward_kl", labels=labels, label_shift=-beta, backend=backend)
+    computes = backend_of(backend, device)
+    cached = computes.token_stats(other, labels, head, outputs)
+    kl, _ = computes.divergence(leaf, other, head, "forward_kl", labels=labels, label_shift=-beta)
     stats = SideStats(
         label_logp=cached["logp"],
         sequence=torch.zeros(3, dtype=torch.long),
