@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-SUFFIX = ".dll" if sys.platform == "win32" else ".so"  # fastforget/backends/library.py knows them too
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"  # fastforget/backends/native/library.py knows them too
 
 
 class BuildLibrary(build_ext):

@@ -1,6 +1,6 @@
 // Which instruction set the CPU kernels use, chosen when they run: one build serves every x86-64 machine, and others.
 
-#include "row_passes.h"
+#include "tile_passes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -28,7 +28,7 @@ InstructionSet best_supported() {
 
 }  // namespace
 
-const fastforget::RowPasses* fastforget::passes_of(std::int32_t instruction_set) {
+const fastforget::TilePasses* fastforget::passes_of(std::int32_t instruction_set) {
     if (instruction_set < scalar || instruction_set >= instruction_set_count) return nullptr;
     switch (std::min<int>(instruction_set, best_supported())) {
 #ifdef FASTFORGET_X86

@@ -30,129 +30,108 @@ FASTFORGET_API const char* fastforget_threading();
 
 enum FastforgetDtype : std::int32_t { FASTFORGET_FLOAT32 = 0, FASTFORGET_BFLOAT16 = 1, FASTFORGET_FLOAT16 = 2 };
 
-// What a pass returns. Labels and argmax are looked at before anything is written.
+// What a pass returns. Everything is looked at, labels and argmax too, before anything is written.
 enum FastforgetResult : std::int32_t {
     FASTFORGET_OK = 0,
     FASTFORGET_BAD_INDEX = 1,     // a label (or argmax) outside the vocabulary
-    FASTFORGET_BAD_ARGUMENT = 2,  // an unknown dtype, kind or instruction set, or a negative size
-    FASTFORGET_NO_MEMORY = 3,
+    FASTFORGET_BAD_ARGUMENT = 2,  // an unknown dtype, kind or instruction set, a negative size, rows that overlap
 };
 
-// How rows are worked on. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"), brought down to what the
-// machine has.
+enum FastforgetKind : std::int32_t { FASTFORGET_REVERSE_KL = 0, FASTFORGET_JSD = 1 };
+
+// A matrix of r rows, each of the columns of a tile; `data` null: none.
 struct FastforgetRows {
-    std::int64_t count;
+    void* data;
+    std::int64_t stride;  // in elements
+    std::int64_t dtype;   // FastforgetDtype
+};
+
+// What all passes over a tile share. Logits are z = scale * product + bias, then softcap * tanh(z / softcap) where
+// softcap > 0. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"), brought down to what the machine has.
+struct FastforgetTile {
+    std::int64_t row_count;
+    std::int64_t first;  // column of the vocabulary that the tile begins at
+    std::int64_t columns;
+    std::int64_t vocabulary;
+    std::int64_t padded;  // elements of each row of a matrix that may be read and written; at least `columns`
+    const float* bias;    // (vocabulary) or null
+    float scale;
+    float softcap;
     std::int32_t threads;
     std::int32_t instruction_set;
 };
 
-// Where a tile lies in the vocabulary, and how its products become logits: z = scale * product + bias, then
-// softcap * tanh(z / softcap) where softcap > 0. What lies past `columns` in a row is neither read nor written.
-struct FastforgetTile {
-    FastforgetRows rows;
-    std::int64_t first;
-    std::int64_t columns;
-    std::int64_t vocabulary;
-    const float* bias;  // (vocabulary) or null
-    float scale;
-    float softcap;
-};
-
-// Accumulators are (names, rows of the block) in the order of protocol.py; those of one name lie side by side.
-
 struct FastforgetLabelTile {
     FastforgetTile tile;
-    const void* product;  // (rows, columns), of product_dtype
-    std::int64_t product_stride;
-    float* rows;  // (rows, columns), or null; may be `product`
-    std::int64_t rows_stride;
+    FastforgetRows product;
+    FastforgetRows rows;  // or none; may be `product`, as far as its elements are no wider
     const std::int64_t* labels;
-    double* accumulators;
+    double* accumulators;  // LABEL_ACCUMULATORS, or without `moments` the first four of them
     std::int64_t accumulators_stride;
-    float* grad;  // (rows, width), or null
+    float* grad;  // (row_count, width), or null
     std::int64_t grad_stride;
     std::int64_t width;
-    std::int32_t product_dtype;
-    std::int32_t moments;  // whether there are accumulators past the basic four
+    std::int64_t moments;
 };
 FASTFORGET_API std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments);
 
 struct FastforgetPairedTile {
     FastforgetTile tile;
-    const void* policy;
-    std::int64_t policy_stride;
-    const void* reference;
-    std::int64_t reference_stride;
-    float* rows;  // or null; may be `policy`
-    std::int64_t rows_stride;
-    float* reference_rows;  // or null; may be `reference`
-    std::int64_t reference_rows_stride;
-    const std::int64_t* labels;  // negative: none
-    double* accumulators;
+    FastforgetRows policy;
+    FastforgetRows reference;
+    FastforgetRows rows;            // or none; may be `policy`
+    FastforgetRows reference_rows;  // or none; may be `reference`
+    const std::int64_t* labels;     // a negative one is none
+    double* accumulators;           // PAIRED_ACCUMULATORS
     std::int64_t accumulators_stride;
-    const float* shift;  // (rows), or null: chosen here
-    float* grad;         // (rows, width), or null
+    const float* shift;  // (row_count), or null: chosen here
+    float* grad;         // (row_count, width), or null
     std::int64_t grad_stride;
-    float* reference_grad;  // the same
+    float* reference_grad;  // (row_count, width), or null
     std::int64_t reference_grad_stride;
     std::int64_t width;
-    std::int32_t policy_dtype;
-    std::int32_t reference_dtype;
 };
 FASTFORGET_API std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments);
 
-// kind: 0 reverse KL, 1 JSD
 struct FastforgetCoupledTile {
     FastforgetTile tile;
-    const void* policy;
-    std::int64_t policy_stride;
-    const void* reference;
-    std::int64_t reference_stride;
-    float* rows;  // or null; may be `policy`
-    std::int64_t rows_stride;
-    float* policy_rows;  // or null; may be `reference`
-    std::int64_t policy_rows_stride;
-    const std::int64_t* labels;  // negative: none
-    const float* normalisers;    // (6, rows)
-    double* accumulators;
+    FastforgetRows policy;
+    FastforgetRows reference;
+    FastforgetRows rows;         // or none; may be `policy`
+    FastforgetRows policy_rows;  // or none; may be `reference`
+    const std::int64_t* labels;  // a negative one is none
+    const float* normalisers;    // COUPLED_NORMALISERS, row_count of each
+    double* accumulators;        // COUPLED_ACCUMULATORS
     std::int64_t accumulators_stride;
-    std::int32_t policy_dtype;
-    std::int32_t reference_dtype;
-    std::int32_t kind;
+    std::int64_t kind;
 };
 FASTFORGET_API std::int32_t fastforget_coupled_tile(const FastforgetCoupledTile* arguments);
 
 struct FastforgetGradientTile {
     FastforgetTile tile;
-    const void* product;
-    std::int64_t product_stride;
-    const void* projected;  // or null
-    std::int64_t projected_stride;
-    void* rows;  // may be `product`, in the same dtype
-    std::int64_t rows_stride;
+    FastforgetRows product;
+    FastforgetRows projected;  // or none
+    FastforgetRows rows;       // may be `product`, as far as its elements are no wider
     const std::int64_t* labels;
     const std::int64_t* argmax;  // -1: none
-    const float* coefficients;   // (12, rows)
-    std::int32_t product_dtype;
-    std::int32_t projected_dtype;
-    std::int32_t rows_dtype;
+    const float* coefficients;   // GRADIENT_COEFFICIENTS, row_count of each
 };
 FASTFORGET_API std::int32_t fastforget_gradient_tile(const FastforgetGradientTile* arguments);
 
-// Hidden states (rows, width) against an anchor and the nearest of centres.
+// Hidden states (row_count, width) against an anchor and the nearest of centres.
 struct FastforgetStateRows {
-    FastforgetRows rows;
+    std::int64_t row_count;
     std::int64_t width;
-    const void* states;
-    std::int64_t states_stride;
-    const float* anchor;  // (rows, width), or null
-    std::int64_t anchor_stride;  // 0: one for all rows
+    FastforgetRows states;
+    const float* anchor;  // or null
+    std::int64_t anchor_stride;
     const float* centres;  // (centre_count, width), of length 1 or 0 where the metric is the cosine; or null
     std::int64_t centre_count;
-    float* values;  // (2, rows): distance, pull
+    float* values;  // distance and pull, row_count of each
     std::int64_t values_stride;
-    std::int64_t* nearest;  // (rows)
-    std::int32_t states_dtype;
+    std::int64_t* nearest;  // (row_count)
     std::int32_t cosine;
+    std::int32_t threads;
+    std::int32_t instruction_set;
 };
 FASTFORGET_API std::int32_t fastforget_state_rows(const FastforgetStateRows* arguments);

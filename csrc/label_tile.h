@@ -1,108 +1,138 @@
-// The label pass: everything is relative to a lazy top of the *other* logits, so that log p_y and log(1 - p_y) both keep
-// their digits, at p_y = 1e-12 as at 1 - p_y = 1e-9. Sums are of floats inside a block and of doubles between blocks.
+// The label pass: weights e^(z - top) of the other tokens than the label, their sum, and moments of z.
 //
-// One look at each block: where the top moves inside a tile, which is rare, what the tile's earlier blocks have written
-// is multiplied like everything else that was accumulated.
+// The label is left out everywhere, so that log p_y and log(1 - p_y) both keep their digits, at p_y = 1e-12 as at
+// 1 - p_y = 1e-9. Sums are of floats inside a block and of doubles between blocks. A block is read a second time from the
+// first-level cache; the top moves between blocks, and what the tile has written so far is then brought to it.
 
-enum LabelName { TOP, TOTAL, TOTAL_REST, LABEL_LOGIT, MEAN, DEVIATIONS, SUM, SUM_REST, BEST, BEST_INDEX, LABEL_NAMES };
-constexpr int BASIC_NAMES = 4;
-using LabelSums = Accumulators<LABEL_NAMES>;
+struct LabelState {
+    double top = -INFINITY;
+    double total = 0.0;
+    double label_logit = -INFINITY;
+    double mean = 0.0;
+    double deviations = 0.0;
+    double sum = 0.0;
+    double best = -INFINITY;
+    double best_index = 0.0;
 
-// The mean of z - base and the deviations from it of one block, by Chan's formula into those so far.
-static inline void add_moments(const float* block, const float* weights, int count, float base, double block_total,
-                               LabelSums& found) {
-    const Floats shift = all(base), lowest = all(-200.0f);  // there the weight is 0: 0 times infinity would be NaN
-    const int end = whole_vectors(count);
-    Floats sum = zero();
-    for (int i = 0; i < end; i += Floats::lanes) {
-        sum = multiply_add(load(weights + i), larger(lowest, load(block + i) - shift), sum);
+    void load_from(const double* from, std::int64_t step, bool moments) {
+        top = from[0];
+        total = from[step] + from[2 * step];
+        label_logit = from[3 * step];
+        if (!moments) return;
+        mean = from[4 * step];
+        deviations = from[5 * step];
+        sum = from[6 * step] + from[7 * step];
+        best = from[8 * step];
+        best_index = from[9 * step];
     }
-    const double block_mean = block_total == 0.0 ? 0.0 : sum_of(sum) / block_total;
-    const Floats middle = all(static_cast<float>(block_mean));
-    Floats squares = zero();
-    for (int i = 0; i < end; i += Floats::lanes) {
-        const Floats gap = larger(lowest, load(block + i) - shift) - middle;
-        squares = multiply_add(load(weights + i) * gap, gap, squares);
-    }
-    const double total = found[TOTAL] + block_total, share = total == 0.0 ? 0.0 : block_total / total;
-    const double gap = block_mean - found[MEAN];
-    found[MEAN] += gap * share;
-    found[DEVIATIONS] += sum_of(squares) + gap * gap * found[TOTAL] * share;
-}
 
-// Move the top to `top`; returns what was accumulated is multiplied with.
-static inline double move_top(float top, LabelSums& found) {
-    const double fade = ::exp(found[TOP] - top);
-    if (found[TOP] > -INFINITY) found[MEAN] += found[TOP] - top;
-    found[TOTAL] *= fade;
-    found[DEVIATIONS] *= fade;
-    found[TOP] = top;
-    return fade;
-}
+    void store_to(double* to, std::int64_t step, bool moments) const {
+        const double values[] = {top, total, 0.0, label_logit, mean, deviations, sum, 0.0, best, best_index};
+        for (int k = 0; k < (moments ? 10 : 4); ++k) to[k * step] = values[k];
+    }
+
+    // Moves the top to `largest` where that lies more than `lazy` above it; the factor of what was summed before. Where
+    // there was no top nothing was summed.
+    double move_top(double largest, double lazy) {
+        if (!(largest > top + lazy)) return 1.0;
+        const bool any = top != -INFINITY;
+        const double moved = any ? top - largest : 0.0, fade = any ? ::exp(moved) : 1.0;
+        total *= fade;
+        mean += moved;
+        deviations *= fade;
+        top = largest;
+        return fade;
+    }
+
+    // The mean of z - top and the deviations from it of one block, by Chan's formula into those so far.
+    void add_moments(const float* block, const float* weights, int count, double block_total) {
+        const Floats base = all(static_cast<float>(finite_or_zero(top)));
+        const Floats lowest = all(-200.0f);  // there the weight is 0: 0 times infinity would be NaN
+        const int end = whole_vectors(count);
+        Floats products = zero(), squares = zero();
+        for (int i = 0; i < end; i += Floats::lanes) {
+            products = multiply_add(load(weights + i), larger(lowest, load(block + i) - base), products);
+        }
+        const double block_mean = block_total == 0.0 ? 0.0 : sum_of(products) / block_total;
+        const Floats middle = all(static_cast<float>(block_mean));
+        for (int i = 0; i < end; i += Floats::lanes) {
+            const Floats gap = larger(lowest, load(block + i) - base) - middle;
+            squares = multiply_add(load(weights + i) * gap, gap, squares);
+        }
+        const double share = block_total == 0.0 ? 0.0 : block_total / (total + block_total);
+        const double gap = block_mean - mean;
+        mean += gap * share;
+        deviations += sum_of(squares) + gap * gap * total * share;
+    }
+
+    // The largest logit, the first of several, of a block that begins at token `start`
+    void look_for_best(const float* block, float largest, std::int64_t start) {
+        if (!(largest > best)) return;
+        int index = 0;
+        while (block[index] != largest) ++index;
+        best = largest;
+        best_index = static_cast<double>(start + index);
+    }
+};
 
 static void label_tile(const FastforgetLabelTile& arguments, std::int64_t row) {
     const FastforgetTile& tile = arguments.tile;
+    const Logits logits(tile, arguments.product, row, arguments.labels[row]);
+    const Written written(tile, arguments.rows, row, true);
     const bool moments = arguments.moments != 0, capped = tile.softcap > 0.0f;
-    const int names = moments ? LABEL_NAMES : BASIC_NAMES;
     double* const accumulators = arguments.accumulators + row;
-    LabelSums found{};
-    if (tile.first == 0) {
-        found[TOP] = found[LABEL_LOGIT] = found[BEST] = -INFINITY;
-    } else {
-        found.read(accumulators, arguments.accumulators_stride, names);
-    }
-    const Logits logits(tile, arguments.product, arguments.product_stride, arguments.product_dtype, row,
-                        arguments.labels[row] - tile.first);
-    float* const out = arguments.rows == nullptr ? nullptr : arguments.rows + row * arguments.rows_stride;
-    double fade = 1.0;
+    LabelState state;
+    if (tile.first != 0) state.load_from(accumulators, arguments.accumulators_stride, moments);
     Block copy, weights;
+    double fade = 1.0;
+    if (written.is_narrow()) {  // what is written would be rounded again where the top moved inside the tile
+        float largest = -INFINITY;
+        for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
+            const int count = length_of_block(start, tile.columns);
+            float* const block = logits.block(start, count, copy);
+            logits.hide(block, start, count);
+            const float block_largest = largest_of_block(block, count);
+            if (block_largest > largest) largest = block_largest;
+        }
+        fade = state.move_top(largest, written.is_float16() ? 0.0 : LAZY);
+    }
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
         const int count = length_of_block(start, tile.columns), end = whole_vectors(count);
-        const bool has_label = logits.has_label(start, count);
-        const std::int64_t label = logits.label - start;
-        const float* block = logits.in_place(start, count);
-        if (block == nullptr) {
-            logits.read(start, count, 0.0f, copy);
-            block = copy.at;
+        float* const block = logits.block(start, count, copy);
+        logits.look_for_label(block, start, count, state.label_logit);
+        if (moments) {
+            logits.fill_up(block, count, 0.0f);
+            state.sum += sum_of_block(block, count);
         }
-        if (moments) found[SUM] += sum_of_block(block, count);
-        if (block == copy.at) pad(copy, count, -INFINITY);
-        if (has_label) {
-            found[LABEL_LOGIT] = copy.at[label];
-            copy.at[label] = -INFINITY;
-        }
+        logits.hide(block, start, count);
         const float largest = largest_of_block(block, count);
-        if (moments && largest > found[BEST]) {
-            int index = 0;
-            while (block[index] != largest) ++index;
-            found[BEST] = largest;
-            found[BEST_INDEX] = static_cast<double>(tile.first + start + index);
+        if (moments) state.look_for_best(block, largest, tile.first + start);
+        if (!written.is_narrow()) {
+            const double moved = state.move_top(largest, LAZY);
+            if (moved != 1.0 && arguments.rows.data != nullptr) {
+                multiply_row(static_cast<float*>(arguments.rows.data) + written.offset, start, moved);
+            }
+            fade *= moved;
         }
-        if (largest > found[TOP] + LAZY) {
-            const double factor = move_top(largest, found);
-            fade *= factor;
-            if (out != nullptr) multiply_row(out, start, static_cast<float>(factor));
-        }
-        const float base = finite_or_zero(static_cast<float>(found[TOP]));
-        // straight into the row, where the logits are not needed after their weights and nothing is left over
-        const bool straight = out != nullptr && !moments && !capped && count == end;
-        float* const to = straight ? out + start : weights.at;
-        const char* const next = logits.address(start + BLOCK);
-        const double total = moments || out != nullptr ? weigh_block<true>(block, count, base, to, next)
-                                                       : weigh_block<false>(block, count, base, nullptr, next);
-        if (moments) add_moments(block, to, count, base, total, found);
-        found[TOTAL] += total;
-        if (straight || out == nullptr) continue;
+        const float base = static_cast<float>(finite_or_zero(state.top));
+        float* const out = written.block(start, count, weights);
+        float* const to = moments || (capped && out != nullptr) ? weights.at : out;  // logits are needed after weights
+        const double total = to != nullptr ? weigh_block<true>(block, count, base, to, block_after(block))
+                                           : weigh_block<false>(block, count, base, nullptr, block_after(block));
+        if (moments) state.add_moments(block, to, count, total);
+        state.total += total;
+        if (out == nullptr) continue;
         if (capped) {
             for (int i = 0; i < end; i += Floats::lanes) {
-                store(to + i, load(to + i) * softcap_slope(load(block + i), tile.softcap));
+                store(out + i, load(to + i) * softcap_slope(load(block + i), tile.softcap));
             }
-            if (has_label) to[label] = 0.0f;  // 0 times infinity
+        } else if (to != out) {
+            for (int i = 0; i < end; i += Floats::lanes) store(out + i, load(to + i));
         }
-        write_block(weights, count, out + start);
+        written.close(out, start, count, weights, logits.label);
     }
-    found.write(accumulators, arguments.accumulators_stride, names);
     if (arguments.grad != nullptr && tile.first != 0 && fade != 1.0) {
-        multiply_row(arguments.grad + row * arguments.grad_stride, arguments.width, static_cast<float>(fade));
+        multiply_row(arguments.grad + row * arguments.grad_stride, arguments.width, fade);
     }
+    state.store_to(accumulators, arguments.accumulators_stride, moments);
 }

@@ -1,172 +1,120 @@
 // The entry points: what can be checked of their arguments, then rows over threads.
 
 #include <algorithm>
-#include <new>
-#include <vector>
+#include <initializer_list>
 
-#include "row_passes.h"
 #include "threads.h"
+#include "tile_passes.h"
 
 namespace {
 
 using fastforget::for_each_row;
-using fastforget::RowPasses;
+using fastforget::TilePasses;
 
-bool known_dtype(std::int32_t dtype) { return dtype >= FASTFORGET_FLOAT32 && dtype <= FASTFORGET_FLOAT16; }
+constexpr std::int64_t WORTH_A_THREAD = 16384;  // numbers: another thread is not woken for less
 
-bool inside(const std::int64_t* index, std::int64_t count, std::int64_t end) {
-    return std::all_of(index, index + count, [end](std::int64_t each) { return each >= 0 && each < end; });
+bool inside(const std::int64_t* index, std::int64_t count, std::int64_t least, std::int64_t end) {
+    return std::all_of(index, index + count, [=](std::int64_t each) { return each >= least && each < end; });
 }
 
-// FASTFORGET_OK, and the table of functions
-std::int32_t begin(const FastforgetCommon& common, const RowPasses*& passes) {
-    passes = fastforget::passes_of(common.instruction_set);
-    return passes == nullptr || common.row_count < 0 || common.vocabulary < 1 ? FASTFORGET_BAD_ARGUMENT : FASTFORGET_OK;
+bool known_dtype(const FastforgetRows& rows) {
+    return rows.dtype >= FASTFORGET_FLOAT32 && rows.dtype <= FASTFORGET_FLOAT16;
 }
+
+// Whether rows may be read (or written) as far as the tile says, without reaching into one another
+bool separate(const FastforgetTile& tile, const FastforgetRows& rows, bool written) {
+    if (!known_dtype(rows)) return false;
+    const bool may_overlap = rows.data == nullptr || tile.row_count < 2 || (!written && tile.padded == tile.columns);
+    return may_overlap || rows.stride >= tile.padded;
+}
+
+// What is written over what it is read from must not run ahead of the reading
+bool behind(const FastforgetRows& written, const FastforgetRows& read) {
+    return written.data != read.data || written.dtype == read.dtype || read.dtype == FASTFORGET_FLOAT32;
+}
+
+bool valid(const FastforgetTile& tile, std::initializer_list<FastforgetRows> read,
+           std::initializer_list<FastforgetRows> written) {
+    const auto may_read = [&](const FastforgetRows& rows) { return separate(tile, rows, false); };
+    const auto may_write = [&](const FastforgetRows& rows) { return separate(tile, rows, true); };
+    return tile.row_count >= 0 && tile.columns > 0 && tile.first >= 0 && tile.first <= tile.vocabulary - tile.columns &&
+           tile.padded >= tile.columns && std::all_of(read.begin(), read.end(), may_read) &&
+           std::all_of(written.begin(), written.end(), may_write);
+}
+
+std::int32_t useful_threads(std::int64_t rows, std::int64_t columns, std::int32_t threads) {
+    return static_cast<std::int32_t>(std::min<std::int64_t>(threads, 1 + rows * columns / WORTH_A_THREAD));
+}
+
+// Rows of a tile over threads, each by the same pass
+template <class Arguments>
+std::int32_t run(void (*TilePasses::*pass)(const Arguments&, std::int64_t), const Arguments& arguments) {
+    const FastforgetTile& tile = arguments.tile;
+    const TilePasses* const passes = fastforget::passes_of(tile.instruction_set);
+    if (passes == nullptr) return FASTFORGET_BAD_ARGUMENT;
+    const auto row_pass = passes->*pass;
+    const std::int32_t threads = useful_threads(tile.row_count, tile.columns, tile.threads);
+    for_each_row(tile.row_count, threads, [&](std::int64_t row) { row_pass(arguments, row); });
+    return FASTFORGET_OK;
+}
+
+constexpr std::int64_t ANY = INT64_MIN;
 
 }  // namespace
 
 const char* fastforget_threading() { return fastforget::threading; }
 
-std::int32_t fastforget_label_rows(const FastforgetLabelRows* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    if (!known_dtype(arguments->logits_dtype) || !known_dtype(arguments->out_dtype)) return FASTFORGET_BAD_ARGUMENT;
-    if (!inside(arguments->labels, common.row_count, common.vocabulary)) return FASTFORGET_BAD_INDEX;
-    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->label_row(*arguments, row); });
-    return FASTFORGET_OK;
-}
-
 std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    const std::int64_t last = arguments->whole - common.vocabulary;
-    if (arguments->first_column < 0 || arguments->first_column > last) return FASTFORGET_BAD_ARGUMENT;
-    if (arguments->tile_stride < (common.vocabulary + 15) / 16 * 16) return FASTFORGET_BAD_ARGUMENT;
-    if (!inside(arguments->labels, common.row_count, arguments->whole)) return FASTFORGET_BAD_INDEX;
-    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->label_tile(*arguments, row); });
-    return FASTFORGET_OK;
+    const FastforgetTile& tile = arguments->tile;
+    if (!valid(tile, {arguments->product}, {arguments->rows}) || !behind(arguments->rows, arguments->product)) {
+        return FASTFORGET_BAD_ARGUMENT;
+    }
+    if (!inside(arguments->labels, tile.row_count, 0, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
+    return run(&TilePasses::label_tile, *arguments);
 }
 
-std::int32_t fastforget_label_end(const FastforgetLabelEnd* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->label_end(*arguments, row); });
-    return FASTFORGET_OK;
+std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments) {
+    const FastforgetTile& tile = arguments->tile;
+    if (!valid(tile, {arguments->policy, arguments->reference}, {arguments->rows, arguments->reference_rows}) ||
+        !behind(arguments->rows, arguments->policy) || !behind(arguments->reference_rows, arguments->reference)) {
+        return FASTFORGET_BAD_ARGUMENT;
+    }
+    if (!inside(arguments->labels, tile.row_count, ANY, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
+    return run(&TilePasses::paired_tile, *arguments);
 }
 
-std::int32_t fastforget_paired_rows(const FastforgetPairedRows* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    if (arguments->kind < 0 || arguments->kind > 2) return FASTFORGET_BAD_ARGUMENT;
-    if (arguments->labels != nullptr &&
-        !std::all_of(arguments->labels, arguments->labels + std::max<std::int64_t>(common.row_count, 0),
-                     [&](std::int64_t label) { return label < common.vocabulary; })) {
+std::int32_t fastforget_coupled_tile(const FastforgetCoupledTile* arguments) {
+    const FastforgetTile& tile = arguments->tile;
+    if (!valid(tile, {arguments->policy, arguments->reference}, {arguments->rows, arguments->policy_rows}) ||
+        !behind(arguments->rows, arguments->policy) || !behind(arguments->policy_rows, arguments->reference) ||
+        (arguments->kind != FASTFORGET_REVERSE_KL && arguments->kind != FASTFORGET_JSD)) {
+        return FASTFORGET_BAD_ARGUMENT;
+    }
+    if (!inside(arguments->labels, tile.row_count, ANY, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
+    return run(&TilePasses::coupled_tile, *arguments);
+}
+
+std::int32_t fastforget_gradient_tile(const FastforgetGradientTile* arguments) {
+    const FastforgetTile& tile = arguments->tile;
+    if (!valid(tile, {arguments->product, arguments->projected}, {arguments->rows}) ||
+        !behind(arguments->rows, arguments->product)) {
+        return FASTFORGET_BAD_ARGUMENT;
+    }
+    if (!inside(arguments->labels, tile.row_count, 0, tile.vocabulary) ||
+        !inside(arguments->argmax, tile.row_count, -1, tile.vocabulary)) {
         return FASTFORGET_BAD_INDEX;
     }
-    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->paired_row(*arguments, row); });
-    return FASTFORGET_OK;
-}
-
-std::int32_t fastforget_gradient_rows(const FastforgetGradientRows* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    if (!inside(arguments->labels, common.row_count, common.vocabulary)) return FASTFORGET_BAD_INDEX;
-    if (arguments->argmax != nullptr && !inside(arguments->argmax, common.row_count, common.vocabulary)) {
-        return FASTFORGET_BAD_INDEX;
-    }
-    for_each_row(common.row_count, common.threads, [=](std::int64_t row) { passes->gradient_row(*arguments, row); });
-    return FASTFORGET_OK;
+    return run(&TilePasses::gradient_tile, *arguments);
 }
 
 std::int32_t fastforget_state_rows(const FastforgetStateRows* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    if (!known_dtype(arguments->hidden_dtype) || arguments->centre_count < 0) return FASTFORGET_BAD_ARGUMENT;
-    // A row of 16-bit states is widened once. Groups of rows share a thread, and with it the buffer.
-    const std::int64_t count = common.row_count, groups = std::max<std::int64_t>(1, std::min<std::int64_t>(count, 64));
-    std::vector<float> scratch;
-    const bool narrow = arguments->hidden_dtype != FASTFORGET_FLOAT32;
-    try {
-        if (narrow) scratch.resize(static_cast<std::size_t>(groups * common.vocabulary));
-    } catch (const std::bad_alloc&) {
-        return FASTFORGET_NO_MEMORY;
+    const FastforgetStateRows& given = *arguments;
+    const TilePasses* const passes = fastforget::passes_of(given.instruction_set);
+    if (passes == nullptr || given.row_count < 0 || given.width < 0 || !known_dtype(given.states) ||
+        (given.centres != nullptr && given.centre_count < 1)) {
+        return FASTFORGET_BAD_ARGUMENT;
     }
-    float* const buffers = scratch.data();
-    for_each_row(groups, common.threads, [=](std::int64_t group) {
-        float* const buffer = narrow ? buffers + group * common.vocabulary : nullptr;
-        for (std::int64_t row = group; row < count; row += groups) passes->state_row(*arguments, row, buffer);
-    });
-    return FASTFORGET_OK;
-}
-
-std::int32_t fastforget_live_tiles(const FastforgetLiveTiles* arguments) {
-    const std::int64_t rows = arguments->row_count, tiles = arguments->tile_count;
-    if (rows < 0 || tiles < 1) return FASTFORGET_BAD_ARGUMENT;
-    if (!inside(arguments->labels, rows, tiles * FASTFORGET_TILE)) return FASTFORGET_BAD_INDEX;
-    const auto mass = [&](std::int64_t row, std::int64_t tile) {
-        return arguments->masses[row * tiles + tile] * (arguments->factor == nullptr ? 1.0f : arguments->factor[row]);
-    };
-    const auto needs = [&](std::int64_t row, std::int64_t tile) {
-        return !(mass(row, tile) < arguments->limit) || arguments->labels[row] / FASTFORGET_TILE == tile;
-    };
-    std::int64_t* const offsets = arguments->tile_offsets;
-    std::fill(offsets, offsets + tiles + 1, 0);
-    std::int64_t dense = 0;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        std::int64_t needed = 0;
-        double dropped = 0.0;
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            const bool live = needs(row, tile);
-            needed += live;
-            dropped += live ? 0.0 : mass(row, tile);
-        }
-        arguments->dropped[row] = static_cast<float>(dropped);
-        if (needed > arguments->dense) {
-            arguments->dropped[row] = 0.0f;
-            arguments->dense_rows[dense++] = row;
-            continue;
-        }
-        for (std::int64_t tile = 0; tile < tiles; ++tile) offsets[tile + 1] += needs(row, tile);
-    }
-    *arguments->dense_count = dense;
-    for (std::int64_t tile = 0; tile < tiles; ++tile) offsets[tile + 1] += offsets[tile];
-    std::int64_t next_dense = 0;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        if (next_dense < dense && arguments->dense_rows[next_dense] == row) {
-            ++next_dense;
-            continue;
-        }
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            if (needs(row, tile)) arguments->tile_rows[offsets[tile]++] = row;
-        }
-    }
-    // each tile's offset has moved to its end, which is the next one's beginning
-    for (std::int64_t tile = tiles; tile > 0; --tile) offsets[tile] = offsets[tile - 1];
-    offsets[0] = 0;
-    return FASTFORGET_OK;
-}
-
-std::int32_t fastforget_tile_product(const FastforgetTileProduct* arguments) {
-    const FastforgetCommon& common = arguments->common;
-    const RowPasses* passes;
-    if (const std::int32_t result = begin(common, passes)) return result;
-    const std::int64_t width = arguments->width, tiles = (common.vocabulary + FASTFORGET_TILE - 1) / FASTFORGET_TILE;
-    const std::int64_t* const offsets = arguments->tile_offsets;
-    if (width < 1 || arguments->tile_count != tiles || !known_dtype(arguments->weight_dtype)) return FASTFORGET_BAD_ARGUMENT;
-    if (offsets[0] != 0 || !std::is_sorted(offsets, offsets + tiles + 1)) return FASTFORGET_BAD_ARGUMENT;
-    if (!inside(arguments->tile_rows, offsets[tiles], common.row_count)) return FASTFORGET_BAD_INDEX;
-    // Wide parts read the weight in long pieces; several for each thread keep all of them busy to the end.
-    const std::int64_t step = passes->column_step, wanted = 4 * std::max(common.threads, 1);
-    const std::int64_t part = std::max<std::int64_t>(1, (width / wanted + step - 1) / step) * step;
-    for_each_row((width + part - 1) / part, common.threads, [=](std::int64_t index) {
-        passes->tile_product(*arguments, index * part, std::min(width, (index + 1) * part));
-    });
+    const std::int32_t threads = useful_threads(given.row_count, given.width * (1 + given.centre_count), given.threads);
+    for_each_row(given.row_count, threads, [&](std::int64_t row) { passes->state_row(given, row); });
     return FASTFORGET_OK;
 }

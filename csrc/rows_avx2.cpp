@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "row_passes.h"
+#include "tile_passes.h"
 
 #ifdef FASTFORGET_X86
 #include <immintrin.h>
@@ -25,16 +25,10 @@ namespace avx2 {
 #include "half.h"
 #include "simd_avx2.h"
 //
-#include "arithmetic.h"
-//
-#include "coupled_tile.h"
-#include "gradient_tile.h"
-#include "label_tile.h"
-#include "paired_tile.h"
-#include "state_rows.h"
+#include "every_pass.h"
 }  // namespace avx2
 
-const RowPasses avx2_passes = {avx2::label_tile, avx2::paired_tile, avx2::coupled_tile, avx2::gradient_tile, avx2::state_row};
+const TilePasses avx2_passes = FASTFORGET_PASSES(avx2);
 
 }  // namespace fastforget
 

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "row_passes.h"
+#include "tile_passes.h"
 
 #ifdef FASTFORGET_X86
 #include <immintrin.h>
@@ -25,16 +25,10 @@ namespace avx512 {
 #include "half.h"
 #include "simd_avx512.h"
 //
-#include "arithmetic.h"
-//
-#include "coupled_tile.h"
-#include "gradient_tile.h"
-#include "label_tile.h"
-#include "paired_tile.h"
-#include "state_rows.h"
+#include "every_pass.h"
 }  // namespace avx512
 
-const RowPasses avx512_passes = {avx512::label_tile, avx512::paired_tile, avx512::coupled_tile, avx512::gradient_tile, avx512::state_row};
+const TilePasses avx512_passes = FASTFORGET_PASSES(avx512);
 
 }  // namespace fastforget
 

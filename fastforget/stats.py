@@ -36,7 +36,7 @@ class TokenStats:
 
     Notation: z the logits of a token, p = softmax(z), y its label, V the vocabulary. `logp` and `lse` are always there,
     `distance` and `pull` where an anchor and centres were given, the others where they were named in `outputs`. All but
-    `logp_mean`, `logp_var`, what begins with `others_`, and `argmax` are differentiable.
+    `logp_mean`, `logp_var`, `logp_top2_margin`, `argmax` and what begins with `others_` are differentiable.
     """
 
     logp: Tensor  # log p_y, nats
@@ -51,6 +51,7 @@ class TokenStats:
     others_entropy: Tensor | None = None  # of softmax over v != y, nats
     argmax: Tensor | None = None  # int64, -1 where the label is ignored
     others_argmax: Tensor | None = None  # int64, over v != y
+    logp_top2_margin: Tensor | None = None  # log p of the likeliest token less that of the second, nats
     expected_embedding: Tensor | None = None  # (N, D): scale * E_p[W_v]
     others_embedding: Tensor | None = None  # (N, D): the same of softmax over v != y
     distance: Tensor | None = None  # of the state from its anchor, at most the margin

@@ -1,4 +1,4 @@
-"""Arithmetic that every tile kernel shares: how a product becomes a logit, sums that keep their digits, functions near 0.
+"""Arithmetic that all tile kernels share: how a product becomes a logit, sums that keep their digits, functions near 0.
 
 `libdevice` has log1p, expm1 and tanh, but not on every device and not in Triton's interpreter; these are accurate to a
 few units in the last place of float32 everywhere.
@@ -56,7 +56,7 @@ def tanh(x):
 
 @triton.jit
 def finish_logits(product, bias, columns, scale, softcap, bias_columns, TRANSFORM: tl.constexpr):
-    """z from h @ W.T: times scale; and where TRANSFORM, bias (of `bias_columns` entries, or none) and softcap (if > 0)."""
+    """z from h @ W.T: times scale; and where TRANSFORM, bias (of `bias_columns` entries) and softcap (if > 0)."""
     logits = product.to(tl.float32) * scale
     if TRANSFORM:
         if bias_columns > 0:
@@ -81,7 +81,7 @@ def narrow(row, ELEMENT_TYPE: tl.constexpr):
     if INTERPRETING and ELEMENT_TYPE == tl.bfloat16:
         bits = row.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        row = (bits & -65536).to(tl.float32, bitcast=True)
+        row = tl.where(row == row, (bits & -65536).to(tl.float32, bitcast=True), float("nan"))
     return row.to(ELEMENT_TYPE)
 
 

@@ -6,10 +6,9 @@
 
 Two forms of a configuration are compiled, as Triton compiles a launch for what it finds in the arguments:
 
-    aligned   pointers, strides and sizes divisible by 16 and the row written, as in training with nearly every
-              model's vocabulary: what is launched most often
-    general   nothing known of any argument, strides of 64 bits: the most instructions that a launch may need.
-              Compiled for one target only, for time
+    aligned   pointers, strides and sizes divisible by 16, as in every sweep over a head: its buffers are ours
+    general   nothing known of any argument, strides of 64 bits: the most instructions that a launch may need, as for
+              logits of a model whose vocabulary is odd. Compiled for one target only, for time
 
 Triton's own cache makes all but the first run quick.
 """
@@ -37,8 +36,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastforget_kernels import gradient_rows, label_rows, paired_rows, skipping, state_rows
-from fastforget_kernels.launching import UNALIGNED, Variant, interpreting
+from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting
 
 TARGETS = {  # the arguments of GPUTarget
     "sm_80": ("cuda", 80, 32),
@@ -48,8 +47,8 @@ TARGETS = {  # the arguments of GPUTarget
 }
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FORMS = {"sm_80": ("aligned",), "sm_90": ("aligned", "general"), "sm_100": ("aligned",), "gfx942": ("aligned",)}
-DIVISIBLE = {"vocabulary", "padded", "width", "part_length"}  # and every stride
-MODULES = (label_rows, paired_rows, gradient_rows, state_rows, skipping)
+DIVISIBLE = {"first", "padded"}  # and every stride that is specialised
+MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows)
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table: written by python -m fastforget_kernels.compiling --table -->", "<!-- end of table -->"
@@ -91,12 +90,10 @@ def dtypes(variant: Variant) -> str:
 
 
 def options(variant: Variant) -> str:
-    """Flags that are set, and what else is not the same for all configurations of a kernel."""
+    """Flags that are set, and the kind."""
     flags = [name for name, value in variant.constants.items() if value is True]
     if "KIND" in variant.constants:
-        flags.insert(0, paired_rows.KINDS[variant.constants["KIND"]])
-    if variant.num_stages is not None:
-        flags.append(f"{variant.num_stages} stages")
+        flags.insert(0, coupled_tile.KINDS[variant.constants["KIND"]])
     return ", ".join(flags) or "–"
 
 
@@ -113,9 +110,10 @@ def source(variant: Variant, form: str, backend: str) -> ASTSource:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     if form == "aligned":
         for index, (name, kind) in enumerate(types.items()):
+            specialised = name.endswith("_stride") and name not in UNSPECIALISED
             if name.endswith("_stride"):
                 types[name] = "i32"  # what an int below 2^31 becomes
-            if (kind.startswith("*") and name not in UNALIGNED) or name.endswith("_stride") or name in DIVISIBLE:
+            if (kind.startswith("*") and name not in UNALIGNED) or specialised or name in DIVISIBLE:
                 attributes[(index,)] = [["tt.divisibility", 16]]
             if kind.startswith("*") and backend == "hip":
                 attributes.setdefault((index,), []).append(["tt.pointer_range", 32])  # tensors below 2 GB
@@ -126,8 +124,7 @@ def compile_one(index: int, target: str, form: str) -> Compiled:
     """Compile `all_variants()[index]`."""
     variant = all_variants()[index]
     found = Compiled(describe(variant), target, form)
-    launch = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    launch = {name: value for name, value in launch.items() if value is not None}
+    launch = {"num_warps": variant.num_warps}
     begin = time.perf_counter()
     try:
         backend = TARGETS[target][0]

@@ -1,4 +1,6 @@
-"""The coupled pass over a tile, both normalisers known: reverse KL and JSD of policy p and reference q, m = (p + q) / 2.
+"""The coupled pass over a tile, both normalisers known: reverse KL and JSD of policy p and reference q.
+
+With m = (p + q) / 2:
 
     reverse KL   x = log p - log q      row p (x - centre)      sums p (expm1(-x) + x)
     JSD          x = log p - log m      row p (x - centre)      sums p (expm1(-x) + x)  and the same of q

@@ -33,7 +33,7 @@ from fastforget_kernels.launching import (
 )
 
 BLOCK = 4096
-WARPS = 8
+WARPS = 16  # with few rows a program has a processor to itself
 COEFFICIENTS = (  # rows of the buffer, in this order
     "top",
     "share",
@@ -187,7 +187,5 @@ def variants() -> list[Variant]:
                 **dict.fromkeys(("labels", "argmax"), torch.int64),
             )
             traffic = f"{8 if projected else dtype.itemsize} c read, {written.itemsize} c written"
-            found.append(
-                Variant(gradient_tile_kernel, kinds, {"PROJECTED": projected, "BLOCK": BLOCK}, WARPS, traffic)
-            )
+            found.append(Variant(gradient_tile_kernel, kinds, {"PROJECTED": projected, "BLOCK": BLOCK}, WARPS, traffic))
     return found

@@ -44,7 +44,7 @@ from fastforget_kernels.launching import (
 from fastforget_kernels.state_rows import States, measure_row, state_rows
 
 BLOCK = 4096  # columns at a time
-WARPS = 8
+WARPS = 16  # with few rows a program has a processor to itself
 ACCUMULATORS = (  # rows of the buffer, in this order; the last six where moments are wanted
     "top",
     "total",

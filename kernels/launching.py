@@ -40,7 +40,18 @@ UNSPECIALISED = (
     "anchor_width",
     "cosine",
 )
-UNALIGNED = ("labels", "argmax", "accumulators", "normalisers", "coefficients", "shift", "values", "nearest", "grad", "reference_grad")
+UNALIGNED = (
+    "labels",
+    "argmax",
+    "accumulators",
+    "normalisers",
+    "coefficients",
+    "shift",
+    "values",
+    "nearest",
+    "grad",
+    "reference_grad",
+)
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
 
 

@@ -3,12 +3,12 @@
     gap = z_p - z_q - shift      row = e^(z_q - base) expm1(gap)      reference row = e^(z_q - base)
 
 `shift` is near lse_p - lse_q, so where p is almost q (the start of every LoRA run) a row is a small number times an
-expm1, never a difference of two rounded probabilities, and every summand of the value, e^(z_q - base) (expm1(gap) - gap),
+expm1, never a difference of two rounded probabilities; every summand of the value, e^(z_q - base) (expm1(gap) - gap),
 is >= 0. One program a row, one launch a tile. The first look brings both running normalisers up to date, a partial
 result for each column of a block; then, a few numbers a row, base and shift are chosen, and where they move what was
 accumulated moves with them, the program's own rows of both gradients included; the second look, from cache, writes.
 
-Everything is float32: differences of nearby numbers are taken first (z - base before shift, tops before logarithms).
+Everything is float32: differences of nearby numbers are taken first (z_p - z_q before shift, tops before logarithms).
 
     reads  4 c (2 once from the cache)        writes  2 c + 11 numbers a row
 """
@@ -74,7 +74,7 @@ def online(top, total, logits):
 
 @triton.jit
 def gathered(top, total, tops, totals):
-    """A row's top and total, with those of a tile's columns: (top, total, what the row's and the columns' faded with)."""
+    """A row's top and total, with those of a tile's columns; and what the row's and the columns' were faded with."""
     tile_top = tl.max(tops, 0)
     new_top = tl.where(tile_top > top, tile_top, top)
     base = finite_or_zero(new_top)
@@ -161,10 +161,10 @@ def paired_tile_kernel(
     top, total, fade, fades = gathered(old_top, old_total, tops, totals)
     moment = tl.where(fade > 0.0, old_moment * fade, 0.0) + tl.sum(tl.where(fades > 0.0, moments * fades, 0.0), 0)
     at_label = tl.maximum(label, 0)  # read by every thread, before any of them writes
-    z_p = finish_logits(tl.load(policy + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
-    z_q = finish_logits(tl.load(reference + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
-    policy_label = tl.where(label >= 0, z_p, policy_label)
-    reference_label = tl.where(label >= 0, z_q, reference_label)
+    logit = finish_logits(tl.load(policy + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    policy_label = tl.where(label >= 0, logit, policy_label)
+    logit = finish_logits(tl.load(reference + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    reference_label = tl.where(label >= 0, logit, reference_label)
 
     apart = (finite_or_zero(policy_top) - finite_or_zero(top)) + (tl.log(policy_total) - tl.log(total))
     is_finite = tl.abs(apart) < float("inf")
@@ -204,6 +204,10 @@ def paired_tile_kernel(
             tl.store(reference_grad + index, beside * faded, mask=index < reference_grad_width)
 
     finite_base = finite_or_zero(base)
+    # base + shift lies near the policy's own top, and is taken off its logits in two parts, as it rounds itself
+    policy_base = finite_base + new_shift
+    beyond = policy_base - finite_base
+    policy_rest = (finite_base - (policy_base - beyond)) + (new_shift - beyond)
     differences = tl.zeros((BLOCK,), tl.float32)
     excesses = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -217,7 +221,7 @@ def paired_tile_kernel(
         z_q = tl.where(others, z_q, float("-inf"))
         gap = tl.where(z_q == float("-inf"), float("inf"), (z_p - z_q) - new_shift)
         probability = tl.exp(z_q - finite_base)
-        above = tl.exp((z_p - finite_base) - new_shift)  # probability * e^gap
+        above = tl.exp((z_p - policy_base) - policy_rest)  # probability * e^gap
         near = tl.abs(gap) <= 1.0
         inner = tl.where(near, gap, 0.0)
         curve = expm1_excess_near(inner)
@@ -334,7 +338,5 @@ def variants() -> list[Variant]:
         )
         for transform in (False, True):
             traffic = f"2 x 8 c read, 2 x {written.itemsize} c written"
-            found.append(
-                Variant(paired_tile_kernel, kinds, {"TRANSFORM": transform, "BLOCK": BLOCK}, WARPS, traffic)
-            )
+            found.append(Variant(paired_tile_kernel, kinds, {"TRANSFORM": transform, "BLOCK": BLOCK}, WARPS, traffic))
     return found

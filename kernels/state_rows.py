@@ -22,7 +22,7 @@ from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, inte
 BLOCK = 256  # of the state's width
 INTERPRETED_BLOCK = 16
 GROUP = 16  # centres at a time
-WARPS = 4
+WARPS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

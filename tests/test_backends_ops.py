@@ -120,7 +120,7 @@ def test_fake_implementations_of_the_others_tell_the_truth():
         (hidden, hidden.detach() + 1, positions, labels[positions], weight, None, None, None, *(1.0, 0.0, 0.0)),
     ):
         torch.library.opcheck(ops.divergence_op, (*arguments, "forward_kl", True, "torch"))
-        torch.library.opcheck(ops.divergence_op, (*arguments, "jsd", False, "torch"))
+        torch.library.opcheck(ops.divergence_op, (hidden.detach(), *arguments[1:], "jsd", False, "torch"))
     for anchor, centres in ((weight[0], weight[:2]), (weight[0], None), (None, weight[:2])):
         torch.library.opcheck(state_ops.state_stats_op, (hidden, anchor, centres, "cosine", "torch"))
     torch.library.opcheck(state_ops.checked_labels, (labels, 40, -100))

@@ -1,22 +1,19 @@
-"""The Triton kernels, through the same public functions and against the same float64 oracle as `test_stats.py`.
+"""The Triton kernels through the public functions, against the same float64 oracle as `test_stats.py`.
 
-Without a GPU they run in Triton's interpreter (`TRITON_INTERPRET=1`, set in conftest.py), with small blocks so that a
-row has many of them. Tests marked `gpu` are the same suite on a device.
+Without a GPU they run in Triton's interpreter (`TRITON_INTERPRET=1`, set in conftest.py). Tests marked `gpu` are the
+same suite on a device. The passes by themselves are tested in `kernels/test_tile_kernels.py`.
 """
-
-import math
 
 import pytest
 import test_backends_states
 import test_stats
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_device import DEVICE, OURS, WHY_NOT, device_of, needs_triton
+from kernel_device import DEVICE, OURS, device_of, needs_triton
 from test_stats import DRAWS, NOISES, SHIFTS, check, problems, realistic
 
 import fastforget as ff
-from fastforget.backends import gemm
+from fastforget.backends import tiling
 from fastforget.divergences import DIVERGENCES
 
 # The interpreter takes about 0.1 s for a row: a short sample in `make test`, the rest in `make proof` and on a GPU
@@ -24,15 +21,11 @@ FEW = settings(DRAWS, max_examples=100 if DEVICE.type == "cuda" else 6)
 MANY = settings(DRAWS, max_examples=100)
 SMALL = problems(most_rows=3)
 pytestmark = needs_triton
-if WHY_NOT is None:
-    from fastforget_kernels import label_rows, paired_rows
-    from fastforget_kernels.label_rows import FIELDS
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(gemm, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(gemm, "DEVICE_CHUNK_BYTES", 3000)
+def small_tiles(monkeypatch):
+    monkeypatch.setenv(tiling.OVERRIDE, "2x16")
 
 
 @given(problem=SMALL)
@@ -43,7 +36,7 @@ def test_token_stats_against_float64(problem):
 
 @given(problem=SMALL)
 @FEW
-def test_token_stats_in_many_chunks_against_float64(small_chunks, problem):
+def test_token_stats_in_small_tiles_against_float64(small_tiles, problem):
     check(problem, "triton")
 
 
@@ -53,23 +46,17 @@ def test_token_stats_of_a_head_that_trains_against_float64(problem):
     check(problem, "triton", train=True)
 
 
-@given(problem=SMALL, parts=st.integers(2, 5))
-@FEW
-def test_token_stats_of_rows_that_are_split_over_programs(problem, parts):
-    def split(count, vocabulary, device):
-        length = -(-vocabulary // parts // 128) * 128  # a multiple of the block
-        return -(-vocabulary // length), length
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(label_rows, "split", split)
-        check(problem, "triton")
-
-
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @given(problem=SMALL, noise=NOISES, shift=SHIFTS)
 @FEW
 def test_divergence_against_float64(kind, problem, noise, shift):
     test_stats.check_divergence(kind, problem, noise, shift, "triton")
+
+
+@given(problem=SMALL, noise=NOISES, shift=SHIFTS)
+@FEW
+def test_divergence_from_a_known_reference_against_float64(small_tiles, problem, noise, shift):
+    test_stats.check_divergence("forward_kl", problem, noise, shift, "triton", known=True)
 
 
 @given(problem=test_backends_states.problems())
@@ -109,66 +96,11 @@ def test_states_and_labels_in_one_pass_are_what_they_are_apart(centre_count, met
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 509])
-@pytest.mark.parametrize("label_probability", [1e-12, 0.5, 1 - 1e-9])
-def test_extreme_probabilities_row_by_row(vocabulary, label_probability):
-    """The kernel itself: p_y = 1e-12 and 1 - p_y = 1e-9 keep their digits, and so do uniform and one-hot rows."""
-    logits = torch.zeros(1, vocabulary, device=DEVICE)
-    if vocabulary > 1:
-        logits[0, 1] = math.log(label_probability / (1 - label_probability) * (vocabulary - 1))
-    labels = torch.tensor([min(1, vocabulary - 1)], device=DEVICE)
-    truth = logits.double()
-    found = label_rows.label_rows(logits, labels, moments=True, out=logits)
-    fields = dict(zip(FIELDS, found.fields[:, 0].double(), strict=True))
-    others = truth.scatter(1, labels[:, None], -torch.inf)
-    log_probs = truth.log_softmax(1)
-    assert float(fields["logp"]) == pytest.approx(float(log_probs[0, labels[0]]), rel=1e-6)
-    assert float(fields["log_not_label"]) == pytest.approx(float(others.logsumexp(1) - truth.logsumexp(1)), rel=1e-6)
-    unit = others.softmax(1).nan_to_num(0.0)
-    assert torch.allclose(logits.double(), unit, rtol=1e-6, atol=0)
-    mean = (log_probs.exp() * log_probs).sum()
-    assert float(fields["logp_mean"]) == pytest.approx(float(mean), rel=1e-5, abs=1e-12)
-    variance = (log_probs.exp() * (log_probs - mean).square()).sum()
-    assert float(fields["logp_var"]) == pytest.approx(float(variance), rel=1e-5, abs=1e-12)
-    assert float(fields["others_entropy"]) == pytest.approx(math.log(max(vocabulary - 1, 1)), rel=1e-6)
-
-
-def test_a_block_far_below_the_top_does_not_spoil_the_moments():
-    """Its total is a subnormal number, one over which is infinite."""
-    logits = torch.zeros(1, 3 * 2048, device=DEVICE)
-    logits[0, 0] = 100.0  # every other block's total is about e^-100 times its length
-    truth = logits.double().log_softmax(1)
-    found = label_rows.label_rows(logits, torch.tensor([5], device=DEVICE), moments=True).fields[:, 0].cpu().double()
-    mean = (truth.exp() * truth).sum().cpu()
-    assert found.isfinite().all()
-    assert float(found[FIELDS.index("logp_mean")]) == pytest.approx(float(mean), abs=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("in_place", [True, False])
-def test_logits_of_any_dtype_and_stride_are_written_in_place_or_apart(dtype, in_place):
-    generator = torch.Generator().manual_seed(0)
-    storage = torch.full((5, 400), 7.0, dtype=dtype, device=DEVICE)
-    logits = storage[:, 50:350]
-    logits.copy_(3 * torch.randn(5, 300, generator=generator))
-    labels = torch.randint(0, 300, (5,), generator=generator).to(DEVICE)
-    truth = logits.double().scatter(1, labels[:, None], -torch.inf).softmax(1)
-    out = logits if in_place else torch.empty(5, 300, dtype=dtype, device=DEVICE)
-    found = label_rows.label_rows(logits, labels, out=out, masses=True)
-    written = out.double() / found.fields[FIELDS.index("row_scale")].double()[:, None]
-    assert (written - truth).abs().max() <= torch.finfo(dtype).eps * truth.max()
-    assert torch.allclose(found.masses.double().sum(1), truth.sum(1), rtol=1e-6)
-    assert (storage[:, :50] == 7).all() and (storage[:, 350:] == 7).all(), "nothing outside the rows is written"
-    if dtype == torch.float16:  # a row scaled to the top of float16's range loses no small entry
-        assert ((out == 0) == (truth == 0)).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise", [1e-3, 1e-2])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergence_near_the_reference_in_16_bit(monkeypatch, dtype, noise, kind):
+def test_divergence_near_the_reference_in_16_bit(dtype, noise, kind):
     """At p = q + little, where every LoRA run begins: error <= 1.5 x eager's, both rounded to the operands' dtype."""
-    monkeypatch.setattr(paired_rows, "INTERPRETED_BLOCK", 2048)  # fewer steps: quicker
     hidden, ref_hidden, weight = near_the_reference(dtype, noise)
     truth = divergence_gradient(hidden.double(), ref_hidden.double(), weight.double(), kind, "eager")
     eager = divergence_gradient(hidden.float(), ref_hidden.float(), weight.float(), kind, "eager")
@@ -209,11 +141,10 @@ def divergence_gradient(hidden, ref_hidden, weight, kind, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("test", ["plain", "trained", "chunks"])
+@pytest.mark.parametrize("test", ["plain", "trained", "small tiles"])
 def test_token_stats_against_float64_in_many_draws(monkeypatch, test):
-    if test == "chunks":
-        monkeypatch.setattr(gemm, "CHUNK_BYTES", 3000)
-        monkeypatch.setattr(gemm, "DEVICE_CHUNK_BYTES", 3000)
+    if test == "small tiles":
+        monkeypatch.setenv(tiling.OVERRIDE, "2x16")
     given(problem=SMALL)(MANY(lambda problem: check(problem, "triton", train=test == "trained")))()
 
 

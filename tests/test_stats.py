@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_device import OURS, WHY_NOT, device_of, needs_native
+from kernel_device import OURS, device_of, needs_native
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
+from fastforget import backends
 from fastforget.backends import sweep, tiling
 from fastforget.backends.fields import DIFFERENTIABLE, EMPTY
 from fastforget.backends.fields import NAMES as OUTPUTS
+from fastforget.backends.protocol import KnownReference
 from fastforget.divergences import DIVERGENCES
 
 NOISES, SHIFTS = st.sampled_from([0.0, 1e-3, 1.0, 100.0]), st.sampled_from([0.0, -1.0, -10.0])
@@ -232,11 +234,15 @@ def test_formulas_written_out():
         mean = expected["logp_mean"]
         others = [p[index] / (1 - p[label]) for index in range(31) if index != label]
         expected["others_entropy"] = -math.fsum(q * math.log(q) for q in others)
+        expected["others_argmax"] = max((index for index in range(31) if index != label), key=z.__getitem__)
+        expected["logp_top2_margin"] = max(z) - sorted(z)[-2]
         expected["logp_var"] = math.fsum(q * (math.log(q) - mean) ** 2 for q in p)
         for name, value in expected.items():
             assert float(getattr(stats, name)[row]) == pytest.approx(value, rel=1e-9, abs=1e-9), name
         tau = sum(q * weight[index].double() for index, q in enumerate(p))
         assert torch.allclose(stats.expected_embedding[row], tau, rtol=0, atol=1e-12)
+        rest = (tau - p[label] * weight[label].double()) / (1 - p[label])
+        assert torch.allclose(stats.others_embedding[row], rest, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("label_probability", [1e-12, 1 - 1e-9])
@@ -402,15 +408,38 @@ def test_divergence_against_float64(small_tiles, kind, problem, noise, shift):
     check_divergence(kind, problem, noise, shift, "torch")
 
 
-def check_divergence(kind, problem, noise, shift, backend):
+def known_divergence(hidden, ref_hidden, weight, labels, shift, backend):
+    """Forward KL with what the reference's cache holds: (value, gradient, log p_y)."""
+    hidden, ref_hidden, weight, labels = (each.to(device_of(backend)) for each in (hidden, ref_hidden, weight, labels))
+    computes, head = backends.backend_of(backend, hidden.device), ff.LMHead(weight)
+    cached = computes.token_stats(ref_hidden, labels, head, ("others_embedding", "others_argmax"))
+    known = KnownReference(cached["others_embedding"].to(hidden.dtype), cached["others_argmax"])
+    hidden = hidden.detach().requires_grad_()
+    value, logp = computes.divergence(
+        hidden, ref_hidden, head, "forward_kl", labels=labels, label_shift=shift, known=known
+    )
+    return value.detach().cpu(), torch.autograd.grad(value.sum(), hidden)[0].cpu(), logp.cpu()
+
+
+@given(problem=problems(), noise=NOISES, shift=SHIFTS)
+@DRAWS
+def test_divergence_from_a_known_reference_against_float64(small_tiles, problem, noise, shift):
+    check_divergence("forward_kl", problem, noise, shift, "torch", known=True)
+
+
+def check_divergence(kind, problem, noise, shift, backend, known=False):
     """error <= 1.5 x eager's + 4 u scale, value and gradient; the reference's label logits shifted, where labelled."""
     hidden, weight, _, _, softcap, labels, _ = problem
+    if known:
+        softcap, labels = None, labels.clamp(min=0)
     generator = torch.Generator().manual_seed(0)
     ref_hidden = hidden + noise * torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
     oracle, eager, ours = (
         divergence_of(hidden, ref_hidden, weight, softcap, kind, name, dtype, labels=labels, label_shift=shift)
         for name, dtype in (("eager", torch.float64), ("eager", hidden.dtype), (backend, hidden.dtype))
     )
+    if known:
+        ours = known_divergence(hidden, ref_hidden, weight, labels, shift, backend)
     assert (ours[0] >= 0).all()
     head = ff.LMHead(weight.double(), softcap=softcap)
     logits, ref_logits = head.logits(hidden.double()), head.logits(ref_hidden.double())
@@ -421,7 +450,7 @@ def check_divergence(kind, problem, noise, shift, backend):
     rows = divergence_rows(logits, ref_logits, kind) + 2**-26  # the oracle's own rounding
     sizes.append(float((rows @ weight.double().norm(dim=1)).max()))
     rounding = 0.0 if hidden.dtype == torch.float32 else torch.finfo(hidden.dtype).eps / 2
-    written = hidden.dtype if backend == "triton" else torch.float32  # what rows are rounded to
+    written = hidden.dtype if backend == "triton" or known else torch.float32  # what rows are rounded to, or cached
     units = (2**-24, torch.finfo(written).eps / 2)
     for part in (0, 1):
         error, theirs = worst(ours[part], oracle[part]), worst(eager[part], oracle[part])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.backends.protocol import FIELDS, FLOAT16_SCALE, GRADIENT_COEFFICIENTS, Tile
+from fastforget.backends.protocol import FIELDS, FLOAT16_SCALE, GRADIENT_COEFFICIENTS, NEAR_SHIFT, Tile
 from fastforget.backends.torch_passes import above_mixture, finish_logits, finite_or_zero, log_total, times
 
 NAMES = tuple(field.name for field in FIELDS)
@@ -33,7 +33,14 @@ class TileStatistic:
     finish: Callable[[Tensor], Tensor]
 
 
-TILE_STATISTICS: dict[str, TileStatistic] = {}
+def two_largest(state: Tensor | None, logits: Tensor) -> Tensor:
+    """(2, r): the two largest logits so far; -infinity where there is no second."""
+    if state is None:
+        state = logits.new_full((2, len(logits)), -torch.inf)
+    return torch.cat((state.T, logits), dim=1).topk(2, dim=1).values.T
+
+
+TILE_STATISTICS = {"logp_top2_margin": TileStatistic(two_largest, lambda state: state[0] - state[1])}
 
 
 def update_tile_statistics(states: dict[str, Tensor], names: Collection[str], tile: Tile, product: Tensor) -> None:
@@ -182,7 +189,9 @@ def paired_result(accumulators: Tensor, labels: Tensor, label_shift: float, scal
 
     has_label = labels >= 0
     reference_gap = reference_label + label_shift - reference_lse  # g_q
-    moved = policy_label - reference_label - label_shift - shift - apart  # g_p - g_q
+    moved = policy_label - reference_label - label_shift - shift - apart  # g_p - g_q, from differences
+    own = policy_label - log_total(policy_top, policy_total) - reference_gap  # and from the policy alone
+    moved = torch.where(shift.abs() <= NEAR_SHIFT, moved, own)
     none_or_moved = torch.where(has_label, moved, 0.0)
     moved = none_or_moved.masked_fill(none & has_label, 0.0)
     reference_gap = torch.where(has_label, reference_gap, -torch.inf)

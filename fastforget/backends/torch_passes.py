@@ -16,6 +16,7 @@ from fastforget.backends.protocol import (
     FLOAT16_SCALE,
     LABEL_ACCUMULATORS,
     LAZY,
+    NEAR_SHIFT,
     PAIRED_ACCUMULATORS,
     RECENTRE,
     CoupledBlock,
@@ -120,10 +121,11 @@ class TorchPasses:
         self.move_base(tile, previous, new, strict, block, policy.dtype)
         base, shift = (new[place][:, None].to(policy.dtype) for place in (5, 6))
         base = finite_or_zero(base)
+        policy_base = base + shift  # near the policy's own top: taken off one by one, they would cost its digits
         gaps.sub_(shift)
         probability = (reference - base).exp()
-        above = (policy - shift - base).exp()  # e^(z_p - shift - base) = probability * e^gap
-        near = gaps.abs() <= NEAR
+        above = (policy - policy_base).exp()  # e^(z_p - shift - base) = probability * e^gap
+        near = (gaps.abs() <= NEAR) & ~absent
         inner = gaps.where(near, 0.0)
         difference = torch.where(near, probability * torch.expm1(inner), above - probability)
         excess = torch.where(near, probability * expm1_excess(inner), above - probability - times(probability, gaps))
@@ -155,14 +157,15 @@ class TorchPasses:
         if first:
             new[7] = new[8] = 0.0
             return
-        finite_old, finite = finite_or_zero(old_base), finite_or_zero(base)
-        fade = (finite_old - finite).exp()
-        along = (finite_old - finite + old_shift - shift).exp()  # of what stands relative to the shift
-        scale = (previous[2] - finite_old).exp().where(previous[2] > -torch.inf, 0.0)
+        moved = old_base - finite_or_zero(base)  # -infinity before the first logit: then nothing has been accumulated
+        fade = moved.exp()
+        along = (moved + old_shift - shift).exp()  # of what stands relative to the shift
+        scale = (previous[2] - old_base).exp().where(previous[2] > -torch.inf, 0.0)
         mass = previous[3] * scale
         moment = (previous[4] - old_shift * previous[3]) * scale
         new[7] = along * previous[7] + (along - fade) * mass
-        new[8] = along * previous[8] + (along - fade + fade * (shift - old_shift)) * mass + (along - fade) * moment
+        of_mass = along - fade + fade * (shift - old_shift)
+        new[8] = along * previous[8] + of_mass * mass + times(along - fade, moment)
         if block.grad is not None:
             block.grad.mul_(along[:, None].to(block.grad.dtype))
             if block.reference_grad is not None:
@@ -185,7 +188,7 @@ class TorchPasses:
         policy_top, policy_total, reference_top, reference_total, lse_gap, centre = block.normalisers[:, :, None]
         log_p = (policy - policy_top) - policy_total
         log_q = (reference - reference_top) - reference_total
-        gap = (policy - reference).sub_(lse_gap)
+        gap = torch.where(lse_gap.abs() <= NEAR_SHIFT, (policy - reference) - lse_gap, log_p - log_q)
         gap.masked_fill_((policy == -torch.inf) & (reference == -torch.inf), 0.0)
         p = log_p.exp()
         if block.kind == "reverse_kl":

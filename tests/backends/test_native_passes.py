@@ -1,0 +1,495 @@
+"""The C++ tile passes by themselves, against the plain torch passes in float64 on the same tiles.
+
+On each instruction set that this machine has: FASTFORGET_CPU is read at each call. Rows go through an identity head, so
+what product 2 adds up is the written rows side by side, and what fades earlier tiles shows.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_device import WHY_NOT_NATIVE, needs_native
+
+from fastforget.backends import fields, pick
+from fastforget.backends.native import NativePasses, library
+from fastforget.backends.native.passes import DTYPES
+from fastforget.backends.protocol import (
+    COUPLED_ACCUMULATORS,
+    COUPLED_NORMALISERS,
+    FLOAT16_SCALE,
+    GRADIENT_COEFFICIENTS,
+    LABEL_ACCUMULATORS,
+    LAZY,
+    PAIRED_ACCUMULATORS,
+    RECENTRE,
+    CoupledBlock,
+    GradientBlock,
+    LabelBlock,
+    LogitMap,
+    PairedBlock,
+    StateBlock,
+    StateTargets,
+    Tile,
+)
+from fastforget.backends.torch_passes import TorchPasses, finish_logits
+from fastforget.errors import FastforgetError
+
+pytestmark = needs_native
+HERE = library.instruction_set() if WHY_NOT_NATIVE is None else -1
+SETS = [
+    pytest.param(name, marks=pytest.mark.skipif(index > HERE, reason="not on this machine"))
+    for index, name in enumerate(library.INSTRUCTION_SETS)
+]
+DRAWS = settings(max_examples=60, deadline=None, derandomize=True)
+PLAIN = LogitMap(None, 1.0, 0.0)
+LEFT = 7.0  # what memory that no pass may write holds
+
+
+@pytest.fixture(params=SETS, scope="module")
+def instructions(request):
+    """Each instruction set in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(library.OVERRIDE, request.param)
+        assert library.status().instruction_set == request.param
+        yield request.param
+
+
+def spread(kind, rows, vocabulary, generator):
+    """Logits (rows, vocabulary) of one kind."""
+    noise = torch.randn(rows, vocabulary, generator=generator)
+    slope = torch.linspace(-90.0, 90.0, vocabulary).expand(rows, -1)
+    if kind == "one-hot":
+        noise[torch.arange(rows), torch.randint(vocabulary, (rows,), generator=generator)] += 80.0
+    if kind == "masked":  # whole tiles, and single tokens, of a padded vocabulary
+        hidden = torch.rand(vocabulary, generator=generator) < 0.3
+        hidden |= (torch.rand(vocabulary // 16 + 1, generator=generator) < 0.5).repeat_interleave(16)[:vocabulary]
+        noise[:, hidden] = -torch.inf
+    return {"rising": slope + noise, "falling": noise - slope, "wide": 40 * noise}.get(kind, noise)
+
+
+@st.composite
+def problems(draw):
+    """Logits, labels, a logit map, and how tiles lie in memory."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    rows, vocabulary = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 15, 16, 17, 40, 67, 100]))
+    kind = draw(st.sampled_from(["near", "rising", "falling", "wide", "one-hot", "masked"]))
+    logits = spread(kind, rows, vocabulary, generator)
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    softcap = draw(st.sampled_from([0.0, 0.0, 9.0]))
+    bias = torch.randn(vocabulary, generator=generator) if draw(st.booleans()) else None
+    logit_map = LogitMap(bias, draw(st.sampled_from([1.0, 1.0, 0.7])), softcap)
+    layout = {"columns": draw(st.sampled_from([16, 32, 48, 128])), "exact": draw(st.booleans())}
+    layout["in_place"] = draw(st.booleans())
+    return logits, labels, logit_map, layout, generator
+
+
+def tiles(vocabulary, logit_map, columns, exact=True, **_):
+    for first in range(0, vocabulary, columns):
+        width = min(columns, vocabulary - first)
+        yield Tile(first, width, vocabulary, width if exact else -(-width // 16) * 16, logit_map)
+
+
+def placed(values, tile, dtype=None):
+    """The values in rows that are longer than what a pass may touch; NaN where it may write anything."""
+    rows, columns = values.shape
+    storage = torch.full((rows, tile.padded + 3), LEFT, dtype=dtype or values.dtype)
+    storage[:, columns : tile.padded] = torch.nan
+    storage[:, :columns] = values
+    return storage[:, :columns]
+
+
+def untouched(tensor, tile):
+    return bool((tensor._base[:, tile.padded :] == LEFT).all())
+
+
+def strided(names, rows, dtype=torch.float64):
+    """Accumulators of a block inside a longer buffer; what they hold must not be read."""
+    return torch.full((names, rows + 3), torch.nan, dtype=dtype)[:, 1 : rows + 1]
+
+
+def mapped(logit_map, dtype):
+    bias = None if logit_map.bias is None else logit_map.bias.to(dtype)
+    return LogitMap(bias, logit_map.scale, logit_map.softcap)
+
+
+def finished(logits, logit_map, labels=None):
+    """The logits in float64, hidden at labels that are not negative; and the slopes of the softcap."""
+    whole = Tile(0, logits.shape[1], logits.shape[1], logits.shape[1], mapped(logit_map, torch.float64))
+    found = finish_logits(logits.double(), whole)
+    slope = 1.0 - (found / logit_map.softcap).square() if logit_map.softcap else torch.ones_like(found)
+    if labels is not None:
+        there = labels >= 0
+        found[there, labels[there]] = -torch.inf
+        slope[there, labels[there]] = 0.0
+    return found, slope
+
+
+def label_sweep(passes, logits, labels, logit_map, moments, row_dtype=None, dtype=torch.float32, **layout):
+    """Accumulators and the rows side by side."""
+    rows, vocabulary = logits.shape
+    accumulators = strided(len(LABEL_ACCUMULATORS) if moments else 4, rows)
+    grad = torch.full((rows, vocabulary), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+    for tile in tiles(vocabulary, mapped(logit_map, grad.dtype), **layout):
+        columns = slice(tile.first, tile.first + tile.columns)
+        product, written = placed(logits[:, columns], tile, dtype), None
+        if row_dtype is not None:
+            in_place = layout["in_place"] and row_dtype == dtype
+            written = product if in_place else placed(torch.zeros_like(product), tile, row_dtype)
+        before = product.clone()
+        passes.label_tile(tile, product, written, LabelBlock(labels, accumulators, None if written is None else grad))
+        assert untouched(product, tile) and (written is None or untouched(written, tile))
+        if written is not None:
+            grad[:, columns] = written
+        if written is not product:
+            assert torch.equal(product.nan_to_num(), before.nan_to_num()), "a model's logits stay as they are"
+    return accumulators, grad
+
+
+def size(logits):
+    """What a rounding of logits is relative to: weights are as far off as their logits are."""
+    found = logits[logits.isfinite()].abs()
+    return max(1.0, float(found.max())) if len(found) else 1.0
+
+
+def close(found, truth, tolerance):
+    found, truth = found.double(), truth.double()
+    return bool((((found - truth).abs() <= tolerance) | (found == truth) | (found.isnan() & truth.isnan())).all())
+
+
+DTYPES_OF = st.sampled_from(list(DTYPES))
+
+
+@given(problem=problems(), moments=st.booleans(), dtype=DTYPES_OF, row_dtype=DTYPES_OF | st.none())
+@DRAWS
+def test_label_tiles(instructions, problem, moments, dtype, row_dtype):
+    logits, labels, logit_map, layout, _ = problem
+    logits = logits.to(dtype).float()
+    found, grad = label_sweep(NativePasses(), logits, labels, logit_map, moments, row_dtype, dtype, **layout)
+    truth, _ = label_sweep(TorchPasses(), logits, labels, logit_map, moments, None, torch.float64, **layout)
+    whole, _ = finished(logits, logit_map)
+    others, slope = finished(logits, logit_map, labels)
+    step = 4e-7 * size(whole)
+    ours, theirs = (fields.LabelResult.of(each) for each in (found, truth))
+    assert close(ours.logp, theirs.logp, step + 4e-7 * theirs.logp.abs())
+    assert close(ours.log_not, theirs.log_not, step + 4e-7 * theirs.log_not.abs())
+    assert ((found[0] - others.amax(1)).abs() <= LAZY).logical_or(found[0] == others.amax(1)).all()
+    if moments:
+        names = ("entropy", "logp_var", "others_entropy", "logit_mean", "max_logit")
+        ours, theirs = (fields.label_fields(each, labels, names, logits.shape[1]) for each in (found, truth))
+        for name in names:
+            assert close(ours[name], theirs[name], 4 * step * (size(whole) if name == "logp_var" else 1.0)), name
+        best = others.gather(1, found[9].long()[:, None])[:, 0]
+        assert close(best, others.amax(1), step)
+    if row_dtype is not None:
+        scale = FLOAT16_SCALE if row_dtype == torch.float16 else 1.0
+        share = torch.where(found[1] == 0, 0.0, 1.0 / found[1])[:, None]
+        expected = others.softmax(1).nan_to_num(0.0)
+        largest, rounding = expected.amax(1, keepdim=True), torch.finfo(row_dtype).eps
+        expected = expected * slope
+        smallest = 2.0**-24 / scale * share  # what float16 flushes to
+        assert ((grad.double() / scale * share - expected).abs() <= (rounding + step) * largest + smallest).all()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 509, 5003])
+@pytest.mark.parametrize("label_probability", [1e-12, 0.5, 1 - 1e-9])
+def test_extreme_probabilities(instructions, vocabulary, label_probability):
+    """p_y = 1e-12 and 1 - p_y = 1e-9 keep their digits, in tiles longer than a block of the C++ too."""
+    logits = torch.zeros(1, vocabulary)
+    if vocabulary > 1:
+        logits[0, 1] = math.log(label_probability / (1 - label_probability) * (vocabulary - 1))
+    labels, layout = torch.tensor([min(1, vocabulary - 1)]), {"columns": 4096, "exact": True, "in_place": True}
+    accumulators, grad = label_sweep(NativePasses(), logits, labels, PLAIN, True, torch.float32, **layout)
+    found, truth = fields.LabelResult.of(accumulators), logits.double().log_softmax(1)
+    others, _ = finished(logits, PLAIN, labels)
+    assert float(found.logp) == pytest.approx(float(truth[0, labels[0]]), rel=1e-6)
+    assert float(found.log_not) == pytest.approx(float(others.logsumexp(1) - logits.double().logsumexp(1)), rel=1e-6)
+    assert torch.allclose(grad / accumulators[1].clamp(min=1e-30), others.softmax(1).nan_to_num(0.0), rtol=1e-6, atol=0)
+    names = ("logp_mean", "others_entropy")
+    mean, entropy = fields.label_fields(accumulators, labels, names, vocabulary).values()
+    assert float(mean) == pytest.approx(float((truth.exp() * truth).sum()), rel=1e-6, abs=1e-12)
+    assert float(entropy) == pytest.approx(math.log(max(vocabulary - 1, 1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("row_dtype", list(DTYPES))
+def test_tops_that_move_inside_a_long_tile(instructions, order, row_dtype):
+    """Rows written before the top moved are brought to it; a far lower block does not spoil the moments."""
+    logits = torch.cat([torch.full((1, 2048), at) for at in (-100.0, 0.0, 35.0, 200.0)][::order], 1)
+    logits += 0.1 * torch.randn(1, 8192, generator=torch.Generator().manual_seed(0))
+    labels, layout = torch.tensor([5000]), {"columns": 8192, "exact": True, "in_place": True}
+    accumulators, grad = label_sweep(NativePasses(), logits, labels, PLAIN, True, row_dtype, **layout)
+    expected, truth = finished(logits, PLAIN, labels)[0].softmax(1), logits.double().log_softmax(1)
+    scale = FLOAT16_SCALE if row_dtype == torch.float16 else 1.0
+    error = (grad / scale / accumulators[1] - expected).abs()
+    assert (error <= (torch.finfo(row_dtype).eps + 2e-5) * expected + 1e-8).all()
+    entropy = fields.label_fields(accumulators, labels, ("entropy",), 8192)["entropy"]
+    assert float(entropy) == pytest.approx(float(-(truth.exp() * truth).sum()), rel=1e-6)
+
+
+def paired_sweep(passes, policy, reference, labels, logit_map, shift, dtype, row_dtype, **layout):
+    """Accumulators, S1 and S2."""
+    rows, vocabulary = policy.shape
+    accumulators = strided(len(PAIRED_ACCUMULATORS), rows)
+    grads = [torch.full((rows, vocabulary), torch.nan, dtype=dtype) for _ in range(2)]
+    for tile in tiles(vocabulary, mapped(logit_map, dtype), **layout):
+        columns = slice(tile.first, tile.first + tile.columns)
+        products = [placed(each[:, columns], tile, dtype) for each in (policy, reference)]
+        written = products
+        if not layout["in_place"] or row_dtype != dtype:
+            written = [placed(torch.zeros_like(each), tile, row_dtype) for each in products]
+        chosen = shift is None
+        block = PairedBlock(labels, accumulators, shift, grads[0], grads[1] if chosen else None)
+        passes.paired_tile(tile, *products, written[0], written[1] if chosen else None, block)
+        assert all(untouched(each, tile) for each in (*products, *written))
+        for grad, each in zip(grads, written, strict=True):
+            grad[:, columns] = each
+    return accumulators, *grads
+
+
+@given(problem=problems(), noise=st.sampled_from([0.0, 1e-3, 0.1, 3.0]), data=st.data())
+@DRAWS
+def test_paired_tiles(instructions, problem, noise, data):
+    """Accumulators and rows are those of the base and shift that the pass chose; and KL is that of float64."""
+    reference, labels, logit_map, layout, generator = problem
+    policy = reference + noise * torch.randn(reference.shape, generator=generator) if noise else reference
+    if data.draw(st.booleans()):  # in another order: one-hot in other tiles than the reference
+        policy = policy[:, torch.randperm(policy.shape[1], generator=generator)]
+    labels = labels - reference.shape[1] * torch.randint(2, labels.shape, generator=generator)
+    shift = torch.randn(len(labels), generator=generator) if data.draw(st.booleans()) else None
+    row_dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    arguments = policy, reference, labels, logit_map, shift
+    found, first, second = paired_sweep(NativePasses(), *arguments, torch.float32, row_dtype, **layout)
+    truth, *_ = paired_sweep(TorchPasses(), *arguments, torch.float64, torch.float64, **layout)
+    (p, slope), (q, _) = (finished(each, logit_map, labels) for each in (policy, reference))
+    values = [fields.paired_result(each, labels, 0.0, False).value for each in (found, truth)]
+    step = 1e-6 * size(torch.cat([p, q]))
+    base, moved = (found[name][:, None].nan_to_num(neginf=0.0) for name in (5, 6))
+    apart = found[6] - (p.logsumexp(1) - q.logsumexp(1)).nan_to_num(0.0)
+    allowed = torch.where(values[1] < 1e-2, values[1].sqrt(), 1.0 + values[1]) + 0.5 * apart.square()
+    assert close(values[0], values[1], step * allowed + 1e-12)
+    if shift is None:
+        assert (apart.abs() <= RECENTRE + 1e-4)[p.isfinite().any(1) & q.isfinite().any(1)].all()
+        assert noise or policy is not reference or not values[0].any(), "of p = q exactly 0"
+    e, gap = (q - base).exp(), torch.where((p == -torch.inf) & (q == -torch.inf), 0.0, p - q - moved)
+    absent = e == 0
+    row = torch.where(absent, (p - base - moved).exp(), e * torch.expm1(gap))
+    excess = torch.where(absent, row, row - (e * gap).nan_to_num(0.0))
+    scale = FLOAT16_SCALE if row_dtype == torch.float16 else 1.0
+    largest = torch.maximum(e, row.abs())
+    assert close(found[7], row.sum(1), step * largest.sum(1))
+    known = excess.sum(1).isfinite()
+    assert close(
+        found[8][known], excess.sum(1)[known], (step * (largest * (1 + gap.abs())).nan_to_num(0.0).sum(1))[known]
+    )
+    allowed = (torch.finfo(row_dtype).eps + step) * largest.amax(1, keepdim=True) + 1e-7
+    assert close(first / scale, row * slope, allowed)
+    if shift is None:
+        assert close(second / scale, e * slope, allowed)
+
+
+@given(problem=problems(), noise=st.sampled_from([0.0, 1e-3, 3.0]), kind=st.sampled_from(["reverse_kl", "jsd"]))
+@DRAWS
+def test_coupled_tiles(instructions, problem, noise, kind):
+    reference, labels, logit_map, layout, generator = problem
+    policy = reference + noise * torch.randn(reference.shape, generator=generator)
+    labels = labels - reference.shape[1] * torch.randint(2, labels.shape, generator=generator)
+    (p, _), (q, _) = (finished(each, logit_map) for each in (policy, reference))
+    if not (p.isfinite().any(1) & q.isfinite().any(1)).all():
+        return
+    tops, lses = [z.amax(1) for z in (p, q)], [z.logsumexp(1) for z in (p, q)]
+    centre = torch.randn(len(p), generator=generator)
+    pairs = zip(tops, lses, strict=True)
+    rows = [each for top, lse in pairs for each in (top, lse - top)] + [lses[0] - lses[1], centre]
+    normalisers = torch.stack(rows).float()
+    assert len(rows) == len(COUPLED_NORMALISERS)
+    found, truth = strided(len(COUPLED_ACCUMULATORS), len(p)), strided(len(COUPLED_ACCUMULATORS), len(p))
+    step = 2e-6 * size(torch.cat([p, q]))
+    for tile in tiles(policy.shape[1], logit_map, **layout):
+        columns = slice(tile.first, tile.first + tile.columns)
+        written, expected = ([placed(z[:, columns], tile) for z in (policy, reference)] for _ in range(2))
+        expected = [each.double() for each in expected]
+        wide = Tile(tile.first, tile.columns, tile.vocabulary, tile.columns, mapped(logit_map, torch.float64))
+        NativePasses().coupled_tile(tile, *written, *written, CoupledBlock(kind, labels, normalisers, found))
+        block = CoupledBlock(kind, labels, normalisers.double(), truth)
+        TorchPasses().coupled_tile(wide, *expected, *expected, block)
+        for ours, theirs in zip(written, expected, strict=True):
+            assert untouched(ours, tile) and close(ours, theirs, step * (1 + theirs.abs()))
+    for name, ours, theirs in zip(COUPLED_ACCUMULATORS, found, truth, strict=True):
+        assert close(
+            ours, theirs, step * (1e-4 + theirs if name.startswith("from") and noise < 1 else 1 + theirs.abs())
+        )
+
+
+@given(problem=problems(), dtype=DTYPES_OF, row_dtype=DTYPES_OF)
+@DRAWS
+def test_gradient_tiles(instructions, problem, dtype, row_dtype):
+    """Also over a model's own 16-bit logits, in place."""
+    logits, labels, logit_map, layout, generator = problem
+    logits = logits.to(dtype).float()
+    argmax = torch.randint(-1, logits.shape[1], labels.shape, generator=generator)
+    others = finished(logits, logit_map, labels)[0]
+    coefficients = torch.randn(len(GRADIENT_COEFFICIENTS), len(labels), generator=generator)
+    coefficients[0] = others.amax(1).nan_to_num(neginf=0.0) - 3
+    coefficients[1] = 1.0 / (others - coefficients[0][:, None]).exp().sum(1).clamp(min=1.0)
+    projected = torch.randn(logits.shape, generator=generator) if layout["columns"] != 32 else None
+    for tile in tiles(logits.shape[1], logit_map, **layout):
+        columns = slice(tile.first, tile.first + tile.columns)
+        product = placed(logits[:, columns], tile, dtype)
+        in_place = layout["in_place"] and dtype == row_dtype
+        rows = product if in_place else placed(torch.zeros(product.shape), tile, row_dtype)
+        along = None if projected is None else placed(projected[:, columns], tile)
+        expected = torch.empty(product.shape, dtype=torch.float64)
+        wide = Tile(tile.first, tile.columns, tile.vocabulary, tile.columns, mapped(logit_map, torch.float64))
+        block = GradientBlock(labels, argmax, coefficients.double())
+        TorchPasses().gradient_tile(wide, product.double(), None if along is None else along.double(), expected, block)
+        NativePasses().gradient_tile(tile, product, along, rows, GradientBlock(labels, argmax, coefficients))
+        step = torch.finfo(row_dtype).eps + 4e-6 * size(finished(logits, logit_map)[0])
+        assert untouched(rows, tile) and close(rows, expected, step * (1 + expected.abs()))
+
+
+@pytest.mark.parametrize("place", [0, 19, 40])
+def test_nan_stays_in_its_row_and_reaches_all_of_it(instructions, place):
+    logits, labels = torch.randn(3, 41, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 6, 7])
+    broken = logits.clone()
+    broken[1, place] = torch.nan
+    layout = {"columns": 16, "exact": False, "in_place": True}
+    found, grad = label_sweep(NativePasses(), broken, labels, PLAIN, True, torch.float32, **layout)
+    for name in (1, 4, 5, 6):
+        assert found[name].isnan().tolist() == [False, True, False]
+    assert not found[8].isnan().any(), "the largest passes over it"
+    assert grad[:, place].isnan().tolist() == [False, True, False]
+    for pair, names in (((broken, logits), (1, 4, 7, 8)), ((logits, broken), (3, 4, 7, 8))):
+        found, *_ = paired_sweep(NativePasses(), *pair, labels, PLAIN, None, torch.float32, torch.float32, **layout)
+        for name in names:
+            assert found[name].isnan().tolist() == [False, True, False]
+
+
+def one_tile(logits, rows=None, labels=None, moments=False):
+    """The label pass over one tile of plain logits; its accumulators."""
+    count, vocabulary = logits.shape
+    accumulators = strided(len(LABEL_ACCUMULATORS) if moments else 4, count)
+    labels = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    tile = Tile(0, vocabulary, vocabulary, vocabulary, PLAIN)
+    NativePasses().label_tile(tile, logits, rows, LabelBlock(labels, accumulators, None))
+    return accumulators
+
+
+def test_the_exponential_is_right_to_two_units_in_the_last_place(instructions):
+    gaps = torch.cat([torch.linspace(-87, 0, 20001), -torch.logspace(-8, 1.9, 5001)])
+    rows = torch.zeros(len(gaps), 3)
+    one_tile(torch.stack([gaps, torch.zeros_like(gaps), gaps], 1), rows)  # the label's column is left out
+    truth = gaps.double().exp()
+    assert float(((rows[:, 2] - truth).abs() / (truth * 2**-23)).max()) < 2.0
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES)[1:])
+def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does(instructions, dtype):
+    """As a label's logit; and written as a gradient that is the same everywhere."""
+    numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+    logits = torch.stack([numbers, torch.zeros_like(numbers)], 1)
+    assert torch.equal(one_tile(logits)[3].nan_to_num(1.5), numbers.double().nan_to_num(1.5))
+    wanted = torch.cat([numbers.float(), torch.randn(70000) * 10 ** torch.linspace(-40, 38, 70000)])
+    labels, rows = torch.zeros(len(wanted), dtype=torch.int64), torch.zeros(len(wanted), 3, dtype=dtype)
+    coefficients = torch.zeros(len(GRADIENT_COEFFICIENTS), len(wanted))
+    coefficients[10] = wanted
+    tile = Tile(0, 3, 3, 3, PLAIN)
+    NativePasses().gradient_tile(tile, torch.zeros(rows.shape), None, rows, GradientBlock(labels, labels, coefficients))
+    assert torch.equal(rows[:, 1].nan_to_num(1.5), wanted.to(dtype).nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("width", [1, 16, 37, 2100])
+def test_states(instructions, cosine, dtype, width):
+    """With states of 0, NaN, and almost the anchor; the anchor one of all or one of each."""
+    generator = torch.Generator().manual_seed(width)
+    states, centres = torch.randn(6, width, generator=generator), torch.randn(3, width, generator=generator)
+    states[1], states[2, 0], centres[1] = 0.0, torch.nan, 0.0
+    states = placed(states, Tile(0, width, width, width, PLAIN), dtype)
+    for anchor in (states.float() + 1e-3 * torch.randn(6, width, generator=generator), centres[0]):
+        point = centres / centres.norm(dim=1, keepdim=True).clamp(min=1e-30) if cosine else centres
+        found, truth = strided(2, 6, torch.float32), strided(2, 6)
+        nearest, expected = torch.full((6,), -1), torch.full((6,), -1)
+        NativePasses().state_pass(StateBlock(states, StateTargets(anchor, point, cosine), found, nearest))
+        targets = StateTargets(anchor.double(), point.double(), cosine)
+        TorchPasses().state_pass(StateBlock(states.double(), targets, truth, expected))
+        assert torch.allclose(found.double(), truth, rtol=2e-6, atol=1e-12, equal_nan=True)
+        known = ~truth[1].isnan()
+        assert torch.equal(nearest[known], expected[known])
+
+
+def test_threads_change_no_bit(instructions):
+    generator = torch.Generator().manual_seed(2)
+    policy, reference = (4 * torch.randn(37, 4999, generator=generator) for _ in range(2))
+    labels = torch.randint(0, 4999, (37,), generator=generator)
+    logit_map, layout = LogitMap(torch.randn(4999, generator=generator), 0.7, 20.0), {"columns": 2500, "in_place": True}
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            label = label_sweep(NativePasses(), policy, labels, logit_map, True, torch.float32, **layout)
+            arguments = policy, reference, labels, logit_map, None, torch.float32, torch.float32
+            results.append([*label, *paired_sweep(NativePasses(), *arguments, **layout)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+ROWS = torch.zeros(4, 50)
+BROKEN = {
+    "labels must be": {"labels": torch.zeros(4, dtype=torch.int32)},
+    r"labels must be \(4,\) of int64": {"labels": torch.zeros(3, dtype=torch.int64)},
+    "labels must have elements side by side": {"labels": torch.zeros(8, dtype=torch.int64)[::2]},
+    "outside the vocabulary": {"labels": torch.tensor([0, 1, 50, 3])},
+    "is outside the vocabulary": {"labels": torch.tensor([0, -1, 5, 3])},
+    "products must have elements side by side": {"product": torch.zeros(50, 4).T},
+    r"products must be \(4, 50\) of float32, bfloat16": {"product": ROWS.double()},
+    "products must be ordinary": {"product": ROWS.to("meta")},
+    r"written rows must be \(4, 50\)": {"rows": torch.zeros(4, 49)},
+    "or rows overlap": {"rows": torch.zeros(1, 50).expand(4, 50)},
+    "wrong, or rows": {"product": ROWS.view(torch.bfloat16)[:, :50], "rows": ROWS},
+    "no 64 elements in the last row": {"padded": 64},
+    "the bias must be": {"bias": torch.zeros(49)},
+    "accumulators must be": {"accumulators": torch.zeros(4, 4)},
+    r"the gradient must be \(4, 'D'\)": {"grad": torch.zeros(3, 2)},
+    "the gradient must have": {"grad": torch.zeros(6, 4).T},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_no_bad_pointer_is_passed(message):
+    given = {"labels": torch.tensor([0, 49, 3, 4]), "product": ROWS, "rows": ROWS.clone(), "padded": 50, "bias": None}
+    given |= {"accumulators": torch.zeros(4, 4, dtype=torch.float64), "grad": torch.zeros(4, 2)} | BROKEN[message]
+    tile = Tile(0, 50, 50, given["padded"], LogitMap(given["bias"], 1.0, 0.0))
+    block = LabelBlock(given["labels"], given["accumulators"], given["grad"])
+    with pytest.raises(FastforgetError, match=message):
+        NativePasses().label_tile(tile, given["product"], given["rows"], block)
+    assert not given["rows"].any() and not given["accumulators"].any(), "nothing is written before all is checked"
+
+
+def test_no_bad_index_or_tile_reaches_the_others():
+    tile, passes, labels = Tile(0, 50, 50, 50, PLAIN), NativePasses(), torch.tensor([0, -9, 3, 50])
+    paired = PairedBlock(labels, strided(len(PAIRED_ACCUMULATORS), 4), None, None, None)
+    coupled = CoupledBlock("jsd", labels, torch.zeros(len(COUPLED_NORMALISERS), 4), strided(4, 4))
+    gradient = GradientBlock(labels.clamp(0, 49), labels, torch.zeros(len(GRADIENT_COEFFICIENTS), 4))
+    state = StateBlock(ROWS, StateTargets(None, ROWS[:, :9], False), torch.zeros(2, 4), torch.zeros(4).long())
+    for message, call in {
+        "fastforget_paired_tile: a label": lambda: passes.paired_tile(tile, ROWS, ROWS, None, None, paired),
+        "fastforget_coupled_tile: a label": lambda: passes.coupled_tile(tile, ROWS, ROWS, None, None, coupled),
+        "fastforget_gradient_tile: a label or arg": lambda: passes.gradient_tile(tile, ROWS, None, ROWS, gradient),
+        "an argument is wrong": lambda: passes.gradient_tile(Tile(1, 50, 50, 50, PLAIN), ROWS, None, ROWS, gradient),
+        "centres must be": lambda: passes.state_pass(state),
+    }.items():
+        with pytest.raises(FastforgetError, match=message):
+            call()
+
+
+def test_a_backend_that_cannot_be_loaded_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pick("auto", cpu) == "native"
+    monkeypatch.setattr(library, "status", lambda: library.NativeStatus(False, None, "it was built without a compiler"))
+    assert pick("auto", cpu) == "torch"
+    with pytest.raises(FastforgetError, match="backend 'native' cannot run here: it was built without"):
+        pick("native", cpu)
