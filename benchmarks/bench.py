@@ -1,6 +1,6 @@
 """`make bench`: a short form of every benchmark on the CPU, a dated table and a plot, and the README's table from them.
 
-    python -m benchmarks.bench [--only head,losses,tail,step,scaling,rows] [--full]
+    python -m benchmarks.bench [--only head,losses,step,scaling,rows] [--full]
     python -m benchmarks.bench --readme [FILE]        write the README's table from a results file; default the newest
 
 Writes benchmarks/results/DATE-bench.json, .md and .png after each part, DATE-bench-full with `--full`. Each part is a
@@ -49,16 +49,16 @@ class Part:
 
 HEAD = "-m benchmarks.head --device cpu --tokens 1024 --hidden 2048 --vocab 50272"
 # without those that are compiled, which takes too long
-QUICK_PEERS = "floor,floor_tiled,floor_together,ours,ours_chunked,eager,torch_lce,torch_lce_chunked,trl"
+QUICK_PEERS = "floor,floor_tiled,floor_together,ours,ours_torch,eager,torch_lce,torch_lce_chunked,trl"
 QUICK_STEP = "--methods grad_diff --loops loop_selected,ours_first,ours_later,floor --batches 1 --warmup 0 --rounds 3"
 STEP = "-m benchmarks.step --device cpu"
 ROWS = "-m pytest benchmarks/test_rows.py --benchmark-only -q -p no:cacheprovider"
 LOSSES = f"{HEAD} --p flat --ignored 0.5 --losses npo,kl,distance_cluster"
-TAIL = f"{HEAD} --p zipf,zipf_99 --ignored 0 --contestants floor_together,floor_tiled,ours,ours_tail,ours_chunked,eager"
 PARTS = {
     "head": Part(f"{HEAD} --p flat --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --p flat", 300),
-    "losses": Part(f"{LOSSES} --rounds 2 --contestants ours,eager", LOSSES, 240),
-    "tail": Part(f"{TAIL} --rounds 2", TAIL, 300),
+    "losses": Part(
+        f"{LOSSES} --rounds 2 --contestants floor_together,floor_together_known,ours,ours_known,eager", LOSSES, 240
+    ),
     "step": Part(f"{STEP} {QUICK_STEP}", f"{STEP} --bits 32,8", 300),
     "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 180),
     "rows": Part(ROWS, ROWS, 240, option="--benchmark-json", good=(0,)),

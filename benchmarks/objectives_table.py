@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.demo_table import NOT_MEASURED, percent, plain, table, three
 from benchmarks.head_measure import MEASURED
 from benchmarks.objectives_measure import NOT_FINITE, StepSize
-from fastforget.backends.gemm import CHUNK_BYTES, LOGIT_TILE_BYTES
+from fastforget.backends.tiling import CPU_BYTES
 
 Record = Mapping[str, Any]
 
@@ -183,6 +183,6 @@ def about_step(size: StepSize | None) -> list[str]:
         f"{size.label_tokens:,} label tokens on each side and in each companion. The second step, with the reference "
         "cached, in a process of its own. Logits of one side alone would be "
         f"{4 * size.label_tokens * size.vocabulary / 1e6:,.0f} MB. Answers that a term compares share one graph, so "
-        "their rows go through the model together, half of them at a time. A KL's rows of logits are whole, in at most "
-        f"{CHUNK_BYTES / 1e6:.0f} MB; where there is none, tiles of {LOGIT_TILE_BYTES / 1e6:.0f} MB do.",
+        "their rows go through the model together, half of them at a time. "
+        f"Tiles of logits take {CPU_BYTES / 1e6:.0f} MB.",
     ]

@@ -1,4 +1,4 @@
-"""Who takes part in the head's benchmark: the floor, ours, and the libraries that others use for the same.
+"""Who takes part in the head's benchmark: the floor (`floors`), ours, and the libraries that others use for the same.
 
 Each contestant is a function that takes a problem and returns one step: a function without arguments that computes the
 loss and its gradient over the hidden states. Libraries are imported there and not before, so that one that is missing
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastforget as ff
+from benchmarks.floors import NotMeasured, Step, floor, floor_tiled, floor_together, floor_unchunked
 from benchmarks.head_problem import IGNORE_INDEX, MARGIN, Answer, Problem, Setting, distances
-from fastforget.backends import gemm
+from fastforget.backends import backend_of
+from fastforget.backends.protocol import KnownReference
 
-Step = Callable[[], Answer | None]  # None: a floor, which has no answer
 VERSIONS = {"cut-cross-entropy": "25.1.1", "liger-kernel": "0.8.5", "quack-kernels": "0.6.5", "trl": "1.16.0"}
-TAIL_MASS = 1e-3
-
-
-class NotMeasured(Exception):
-    """A contestant that cannot take part here; the message is what its row says."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Contestant:
     """A row of the table.
 
     role: "floor", "ours" or "peer". losses: those that it computes. devices: where it runs. slow_start: compiles for
-    longer than a dry run may take. drops: what its gradient may lack by design (`Problem.errors`).
+    longer than a dry run may take. known: is given what is cached of a KL's reference.
     """
 
     build: Callable[[Problem], Step]
@@ -45,7 +40,7 @@ class Contestant:
     losses: tuple[str, ...] = ("nll",)
     devices: tuple[str, ...] = ("cuda", "cpu")
     slow_start: bool = False
-    drops: float = 0.0
+    known: bool = False
 
 
 ALL_LOSSES = ("nll", "npo", "kl", "distance_cluster")
@@ -72,94 +67,10 @@ def stepping(problem: Problem, loss: Callable[[], Tensor]) -> Step:
     return lambda: answer_of(loss(), problem)
 
 
-# The floor
-
-
-def mm_into(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """One product into a float32 buffer."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        raise NotMeasured("not measured: the CPU has no product of 16-bit operands with a float32 result")
-
-
-def bare_products(problem: Problem, rows: int, columns: int | None = None) -> Step:
-    """What cannot be left out: logits of the kept tokens, and a written row times the head, `rows` at a time.
-
-    A KL needs the reference's logits too. The written rows are softmaxes, as ours are: products of zeros run faster.
-    `columns`: of logits at a time.
-    """
-    with torch.no_grad():
-        kept = problem.hidden[problem.positions]
-        inputs = [kept, problem.reference[problem.positions]] if problem.loss.fields == ("kl",) else [kept]
-        rows = min(rows, len(kept))
-        logits = kept.new_empty(rows, len(problem.weight), dtype=torch.float32)
-        gradient = torch.empty_like(kept, dtype=torch.float32)
-        mm_into(kept[:rows], problem.weight.T, logits)
-        written = torch.softmax(logits, dim=1).to(problem.dtype)
-        tiles = problem.weight.split(columns or len(problem.weight))
-        starts = range(0, len(problem.weight), columns or len(problem.weight))
-
-    def step() -> None:
-        with torch.no_grad():
-            for part in gemm.row_chunks(len(kept), rows):
-                count = part.stop - part.start
-                for states, (start, tile) in itertools.product(inputs, zip(starts, tiles, strict=True)):
-                    mm_into(states[part], tile.T, logits[:count, start : start + len(tile)])
-                mm_into(written[:count], problem.weight, gradient[part])
-
-    return step
-
-
-def bare_tiles(problem: Problem) -> Step:
-    """The same of a cross-entropy in the tiles that ours takes: both products of one tile, then of the next."""
-    with torch.no_grad():
-        kept = problem.hidden[problem.positions]
-        rows, columns = gemm.logit_tile(len(kept), problem.weight)
-        buffer = torch.softmax(torch.randn(rows, columns), dim=1)
-        logits, gradient = torch.empty_like(buffer), torch.empty_like(kept, dtype=torch.float32)
-
-    def step() -> None:
-        with torch.no_grad():
-            for part in gemm.row_chunks(len(kept), rows):
-                states, total = kept[part], gradient[part]
-                for start in range(0, len(problem.weight), columns):
-                    tile = problem.weight[start : start + columns]
-                    mm_into(states, tile.T, logits[: len(states), : len(tile)])
-                    written = buffer[: len(states), : len(tile)]
-                    torch.addmm(total, written, tile, beta=1.0 if start else 0.0, out=total)
-
-    return step
-
-
-def floor(problem: Problem) -> Step:
-    """The products alone, in chunks of whole rows that fit our memory."""
-    return bare_products(problem, chunk_rows(problem))
-
-
-def floor_tiled(problem: Problem) -> Step:
-    """The same with the logits in tiles of columns."""
-    return bare_products(problem, chunk_rows(problem), gemm.CPU_COLUMNS)
-
-
-def chunk_rows(problem: Problem) -> int:
-    """Tokens in a chunk of whole rows of ours."""
-    buffers = 2 if problem.loss.fields == ("kl",) else 1
-    most = gemm.chunk_rows(buffers * len(problem.weight), problem.hidden)
-    return gemm.even_rows(len(problem.positions), most, problem.hidden)
-
-
-def floor_unchunked(problem: Problem) -> Step:
-    """The products alone, each at once."""
-    return bare_products(problem, len(problem.positions))
-
-
 # Ours
 
 
-def ours(problem: Problem, tail_mass: float = 0.0, backend: str | None = None) -> Step:
+def ours(problem: Problem, backend: str | None = None) -> Step:
     """`ff.token_stats` or `ff.divergence`, with the setting's backend unless one is named."""
     head, positions, names = ff.LMHead(problem.weight), problem.positions, problem.loss.fields
     where: dict[str, Any] = {"positions": positions, "backend": backend or problem.setting.backend}
@@ -171,9 +82,27 @@ def ours(problem: Problem, tail_mass: float = 0.0, backend: str | None = None) -
         if names == ("kl",):
             fields = {"kl": ff.divergence(problem.hidden, problem.reference, head, **where)[positions]}
         else:
-            stats = ff.token_stats(problem.hidden, head, problem.labels, tail_mass=tail_mass, **where, **against)
+            stats = ff.token_stats(problem.hidden, head, problem.labels, **where, **against)
             fields = {name: getattr(stats, name)[positions] for name in names}
         return problem.loss.formula(problem, fields)
+
+    return stepping(problem, loss)
+
+
+def ours_known(problem: Problem) -> Step:
+    """The divergence with what the reference cache holds from the first epoch on, in the model's dtype."""
+    head, positions, labels = ff.LMHead(problem.weight), problem.positions, problem.kept_labels
+    backend = backend_of(problem.setting.backend, problem.device)
+    names = ("others_embedding", "others_argmax")
+    with torch.no_grad():
+        found = backend.token_stats(problem.reference, labels, head, names, positions=positions)
+    known = KnownReference(found["others_embedding"].to(problem.dtype), found["others_argmax"])
+
+    def loss() -> Tensor:
+        kl, _ = backend.divergence(
+            problem.hidden, problem.reference, head, "forward_kl", labels=labels, positions=positions, known=known
+        )
+        return problem.loss.formula(problem, {"kl": kl})
 
     return stepping(problem, loss)
 
@@ -309,32 +238,40 @@ def trl_divergence(problem: Problem) -> Step:
     return stepping(problem, loss)
 
 
+FLOORS = {
+    "floor": (floor, "in chunks of whole rows", ("cpu",)),
+    "floor_tiled": (floor_tiled, "in chunks of rows, logits in tiles of columns", ("cpu",)),
+    "floor_together": (floor_together, "all of a tile after each other, as ours", ("cpu",)),
+    "floor_unchunked": (floor_unchunked, "each at once", ("cuda", "cpu")),
+}
 CONTESTANTS = {
-    "floor": Contestant(
-        floor, "bare GEMMs on the kept tokens, in chunks of whole rows", role="floor", losses=ALL_LOSSES
-    ),
-    "floor_tiled": Contestant(
-        floor_tiled, "the same, logits in tiles of columns", role="floor", losses=ALL_LOSSES, devices=("cpu",)
-    ),
-    "floor_together": Contestant(
-        bare_tiles,
-        "both GEMMs of a tile of vocabulary after each other, as ours",
+    name: Contestant(build, f"bare products on the kept tokens, {how}", "floor", ALL_LOSSES, devices)
+    for name, (build, how, devices) in FLOORS.items()
+}
+CONTESTANTS |= {
+    f"{name}_known": Contestant(
+        functools.partial(build, known=True),
+        f"three bare products, {how}",
         role="floor",
-        losses=("nll", "npo", "distance_cluster"),
-        devices=("cpu",),
-    ),
-    "floor_unchunked": Contestant(floor_unchunked, "bare GEMMs, each at once", role="floor", losses=ALL_LOSSES),
+        losses=("kl",),
+        devices=devices,
+        known=True,
+    )
+    for name, (build, how, devices) in FLOORS.items()
+}
+# in this order: those whose first call takes longest come last, where time may have run out
+CONTESTANTS |= {
     "ours": Contestant(ours, "fastforget", role="ours", losses=ALL_LOSSES),
-    "ours_tail": Contestant(
-        functools.partial(ours, tail_mass=TAIL_MASS),
-        f"fastforget, tail_mass={TAIL_MASS:g}",
-        role="ours",
-        losses=("nll", "npo", "distance_cluster"),
-        drops=TAIL_MASS,
+    "ours_known": Contestant(
+        ours_known, "fastforget, the reference's embedding cached", role="ours", losses=("kl",), known=True
     ),
-    "ours_chunked": Contestant(
-        functools.partial(ours, backend="chunked"), "fastforget, backend chunked", role="ours", losses=ALL_LOSSES
+    "ours_torch": Contestant(
+        functools.partial(ours, backend="torch"), "fastforget, backend torch", "ours", ALL_LOSSES, devices=("cpu",)
     ),
+    "liger": Contestant(liger, "Liger", devices=("cuda",)),
+    "trl": Contestant(trl, "TRL's fused head"),
+    "trl_divergence": Contestant(trl_divergence, "TRL's fused divergence", losses=("kl",)),
+    "quack": Contestant(quack, "QuACK", devices=("cuda",)),
     "eager": Contestant(eager, "all logits, then float32, as transformers does", losses=ALL_LOSSES),
     "compile": Contestant(compiled, "torch.compile of eager", losses=ALL_LOSSES, slow_start=True),
     "torch_lce": Contestant(torch_linear_cross_entropy(chunked=False), "F.linear_cross_entropy"),
@@ -344,10 +281,6 @@ CONTESTANTS = {
     "cce_compile": Contestant(
         cut_cross_entropy("torch_compile"), "cut-cross-entropy, torch_compile", devices=("cpu",), slow_start=True
     ),
-    "liger": Contestant(liger, "Liger", devices=("cuda",)),
-    "quack": Contestant(quack, "QuACK", devices=("cuda",)),
-    "trl": Contestant(trl, "TRL's fused head"),
-    "trl_divergence": Contestant(trl_divergence, "TRL's fused divergence", losses=("kl",)),
 }
 
 
@@ -356,7 +289,7 @@ def taking_part(setting: Setting) -> list[str]:
     backend = setting.backend
     if backend == "auto":
         backend = "triton" if setting.device == "cuda" else "native"
-    idle = {"chunked": {"ours_tail", "ours_chunked"}, "eager": {"ours_tail"}}.get(backend, set())  # same as "ours"
+    idle = {"torch": {"ours_torch"}, "eager": {"ours_known"}}.get(backend, set())  # the same as "ours"
     return [
         name
         for name, contestant in CONTESTANTS.items()

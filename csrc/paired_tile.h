@@ -39,7 +39,7 @@ struct PairedState {
         if (largest > reference_top) {
             const double fade = exp_between(reference_top, largest);
             reference_total *= fade;
-            gap_moment *= fade;
+            gap_moment = times(fade, gap_moment);
             reference_top = largest;
         }
         const Floats policy_base = all(static_cast<float>(finite_or_zero(policy_top)));
@@ -94,13 +94,14 @@ static inline Move move_base(PairedState& state, const float* given_shift, bool 
 
 // Brings the sums to another base and shift; `before`: the normalisers without this tile
 static inline void follow(PairedState& state, const Move& move, const PairedState& before) {
-    state.difference *= move.along;
-    state.excess *= move.along;
-    if (move.across == 0.0) return;  // 0 times infinity
+    state.difference = times(move.along, state.difference);
+    state.excess = times(move.along, state.excess);
+    if (move.across == 0.0) return;
     const double scale = exp_between(before.reference_top, before.base);
     const double mass = before.reference_total * scale;
-    const double moment = (before.gap_moment - before.shift * before.reference_total) * scale;
+    const double moment = times(scale, before.gap_moment - before.shift * before.reference_total);
     state.difference += move.across * mass;
+    if (before.excess == INFINITY) return;  // and so is the moment, of the other sign
     state.excess += (move.across + move.fade * (state.shift - before.shift)) * mass + move.across * moment;
 }
 

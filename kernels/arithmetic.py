@@ -12,6 +12,7 @@ INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LAZY = tl.constexpr(30.0)
 FLOAT16_SCALE = tl.constexpr(8192.0)
 RECENTRE = tl.constexpr(0.5)
+NEAR_SHIFT = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -27,16 +28,16 @@ def expm1_excess_near(x):
     """(e^x - 1) - x >= 0 for |x| <= 1, with full relative precision near 0; finite for all x but NaN."""
     near = tl.minimum(tl.maximum(x, -1.0), 1.0)
     # Horner's scheme of x^2/2 + x^3/6 + ...; the first term left out is below 2^-27 of the first at |x| = 1
-    series = 1.0 + near * (1.0 / 12.0)
-    series = 1.0 + near * (1.0 / 11.0) * series
-    series = 1.0 + near * (1.0 / 10.0) * series
-    series = 1.0 + near * (1.0 / 9.0) * series
-    series = 1.0 + near * (1.0 / 8.0) * series
-    series = 1.0 + near * (1.0 / 7.0) * series
-    series = 1.0 + near * (1.0 / 6.0) * series
-    series = 1.0 + near * (1.0 / 5.0) * series
-    series = 1.0 + near * (1.0 / 4.0) * series
-    series = 1.0 + near * (1.0 / 3.0) * series
+    series = near * (2.0 / 479001600.0) + 2.0 / 39916800.0
+    series = series * near + 2.0 / 3628800.0
+    series = series * near + 2.0 / 362880.0
+    series = series * near + 2.0 / 40320.0
+    series = series * near + 2.0 / 5040.0
+    series = series * near + 2.0 / 720.0
+    series = series * near + 2.0 / 120.0
+    series = series * near + 2.0 / 24.0
+    series = series * near + 2.0 / 6.0
+    series = series * near + 1.0
     return 0.5 * near * near * series
 
 
@@ -48,10 +49,14 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent."""
-    less_one = expm1(-2.0 * tl.abs(x))  # in [-1, 0]
-    size = -less_one / (2.0 + less_one)
-    return tl.where(x < 0.0, -size, size)
+    """The hyperbolic tangent: Cephes' polynomial near 0, which keeps x's digits."""
+    square = tl.minimum(x * x, 0.5)
+    series = square * -5.70498872745e-3 + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    size = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * series, tl.where(x < 0.0, -size, size))
 
 
 @triton.jit

@@ -96,7 +96,7 @@ def gradient_tile_kernel(
     projected_mean = tl.load(coefficients + 11 * stride)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        loaded = tl.load(product + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        loaded = tl.load(product + index, mask=index < padded, other=0.0)
         logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, True)
         offsets = logits - top
         unit = tl.exp(offsets) * share
@@ -104,7 +104,7 @@ def gradient_tile_kernel(
         factor = for_lse - for_entropy * (tl.maximum(offsets, -200.0) - offset_mean)
         entry = label_entry
         if PROJECTED:
-            along = tl.load(projected + index, mask=index < padded, other=0.0, eviction_policy="evict_first") * scale
+            along = tl.load(projected + index, mask=index < padded, other=0.0) * scale
             along -= projected_mean
             factor += along
             entry += label_probability * along

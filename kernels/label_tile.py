@@ -136,7 +136,7 @@ def label_tile_kernel(
     largest_at = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        loaded = tl.load(product + index, mask=index < padded, other=0.0, eviction_policy="evict_last")
+        loaded = tl.load(product + index, mask=index < padded, other=0.0)
         logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         others = tl.where((index < columns) & (index != label), logits, float("-inf"))
         if MOMENTS:
@@ -174,7 +174,7 @@ def label_tile_kernel(
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         mask = index < columns
-        loaded = tl.load(product + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        loaded = tl.load(product + index, mask=index < padded, other=0.0)
         logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         offsets = tl.where(mask & (index != label), logits, float("-inf")) - base
         weights = tl.exp(offsets)
@@ -190,14 +190,15 @@ def label_tile_kernel(
             plain, plain_rest = add(plain, plain_rest, tl.sum(tl.where(mask, logits, 0.0), 0))
         else:
             totals += weights
-        if write != 0:
-            if TRANSFORM:
-                weights = times_slope(weights, logits, softcap)
-            if out.dtype.element_ty == tl.float16:
-                weights *= FLOAT16_SCALE
-            # the narrower row begins where these logits do: every thread has read its own before any writes
-            tl.debug_barrier()
-            tl.store(out + index, narrow(weights, out.dtype.element_ty), mask=index < padded)
+        if product.dtype.element_ty == tl.float32:  # a model's own logits, of 16 bits, are only read
+            if write != 0:
+                if TRANSFORM:
+                    weights = times_slope(weights, logits, softcap)
+                if out.dtype.element_ty == tl.float16:
+                    weights *= FLOAT16_SCALE
+                # the narrower row begins where these logits do: every thread has read its own before any writes
+                tl.debug_barrier()
+                tl.store(out + index, narrow(weights, out.dtype.element_ty), mask=index < padded)
     if not MOMENTS:
         total, total_rest = add(total, total_rest, tl.sum(totals, 0))
 

@@ -49,8 +49,6 @@ UNALIGNED = (
     "shift",
     "values",
     "nearest",
-    "grad",
-    "reference_grad",
 )
 INTERPRETED_BLOCK = 128  # small, so that a short row has several
 

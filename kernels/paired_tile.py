@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastforget_kernels.arithmetic import (
     FLOAT16_SCALE,
+    NEAR_SHIFT,
     RECENTRE,
     expm1_excess_near,
     finish_logits,
@@ -45,8 +46,9 @@ from fastforget_kernels.launching import (
     signature,
 )
 
-BLOCK = 2048  # columns of two rows at a time
+BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
 WARPS = 8
+LOWEST = tl.constexpr(-3.0e38)  # below any logit but -infinity
 ACCUMULATORS = (  # rows of the buffer, in this order
     "policy_top",
     "policy_total",
@@ -65,16 +67,17 @@ ACCUMULATORS = (  # rows of the buffer, in this order
 @triton.jit
 def online(top, total, logits):
     """(largest logit, sum of e^(z - it), what the sum was faded with, the new weights), a column of the block each."""
-    new_top = tl.maximum(top, logits)
-    base = finite_or_zero(new_top)
-    fade = tl.exp(top - base)
-    weights = tl.exp(logits - base)
-    return new_top, total * fade + weights, fade, weights
+    larger = logits > top
+    smaller = tl.exp(-tl.abs(logits - top))  # of the two, in one exponential: the other is 1
+    fade = tl.where(larger, smaller, 1.0)
+    weights = tl.where(larger, 1.0, smaller)
+    return tl.where(larger, logits, top), total * fade + weights, fade, weights
 
 
 @triton.jit
 def gathered(top, total, tops, totals):
     """A row's top and total, with those of a tile's columns; and what the row's and the columns' were faded with."""
+    tops = tl.where(tops == LOWEST, float("-inf"), tops)
     tile_top = tl.max(tops, 0)
     new_top = tl.where(tile_top > top, tile_top, top)
     base = finite_or_zero(new_top)
@@ -139,18 +142,18 @@ def paired_tile_kernel(
     policy_label = tl.load(accumulators + 9 * stride, mask=begun, other=float("-inf"))
     reference_label = tl.load(accumulators + 10 * stride, mask=begun, other=float("-inf"))
 
-    policy_tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+    policy_tops = tl.full((BLOCK,), LOWEST, tl.float32)  # finite, lest -infinity be taken from itself
     policy_totals = tl.zeros((BLOCK,), tl.float32)
-    tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+    tops = tl.full((BLOCK,), LOWEST, tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
     moments = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         others = (index < columns) & (index != label)
-        loaded = tl.load(policy + index, mask=index < padded, other=0.0, eviction_policy="evict_last")
+        loaded = tl.load(policy + index, mask=index < padded, other=0.0)
         z_p = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         z_p = tl.where(others, z_p, float("-inf"))
-        loaded = tl.load(reference + index, mask=index < padded, other=0.0, eviction_policy="evict_last")
+        loaded = tl.load(reference + index, mask=index < padded, other=0.0)
         z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         z_q = tl.where(others, z_q, float("-inf"))
         policy_tops, policy_totals, _, _ = online(policy_tops, policy_totals, z_p)
@@ -208,15 +211,16 @@ def paired_tile_kernel(
     policy_base = finite_base + new_shift
     beyond = policy_base - finite_base
     policy_rest = (finite_base - (policy_base - beyond)) + (new_shift - beyond)
+    near_shift = tl.abs(new_shift) <= NEAR_SHIFT  # beyond, z_p - z_q rounds at its size: plain differences lose less
     differences = tl.zeros((BLOCK,), tl.float32)
     excesses = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         others = (index < columns) & (index != label)
-        loaded = tl.load(policy + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        loaded = tl.load(policy + index, mask=index < padded, other=0.0)
         policy_logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         z_p = tl.where(others, policy_logits, float("-inf"))
-        loaded = tl.load(reference + index, mask=index < padded, other=0.0, eviction_policy="evict_first")
+        loaded = tl.load(reference + index, mask=index < padded, other=0.0)
         z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
         z_q = tl.where(others, z_q, float("-inf"))
         gap = tl.where(z_q == float("-inf"), float("inf"), (z_p - z_q) - new_shift)
@@ -225,7 +229,7 @@ def paired_tile_kernel(
         near = tl.abs(gap) <= 1.0
         inner = tl.where(near, gap, 0.0)
         curve = expm1_excess_near(inner)
-        row_here = tl.where(near, probability * (inner + curve), above - probability)
+        row_here = tl.where(near & near_shift, probability * (inner + curve), above - probability)
         far_excess = nonnegative(above - probability - times(probability, gap))
         differences += row_here
         excesses += tl.where(near, probability * curve, far_excess)

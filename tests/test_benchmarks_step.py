@@ -1,4 +1,4 @@
-"""The step's benchmark as a dry run; that a wrong loop is seen; scaling, row passes and `make bench` in the small."""
+"""The step's benchmark as a dry run; that a wrong loop is seen; scaling, tile passes and `make bench` in the small."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from benchmarks.step_loops import LOOPS, METHODS, MaterialisedLoop, OurLoop
 from benchmarks.step_measure import Answer, compare
 from benchmarks.step_problem import Shape, StepSetting, build_base, epoch, load_policy
 from benchmarks.step_table import goals, markdown
+from fastforget.backends import passes_of, why_not_native
 
 TINY = StepSetting(shape="tiny", sequences=3, length=24, ragged=True)
 DRY = ["--device", "cpu", "--tiny", "--here"]
@@ -155,7 +156,7 @@ def row_with(**seconds):
         name: {"status": MEASURED, "median_ms": 1e3 * value, "peak_mb": 1000.0} for name, value in seconds.items()
     }
     check = {"weights": 8, "flags": []} | {name: {"difference": 1e-6} for name in ("ours_first", "ours_later")}
-    row = {"name": "a row", "about": "X", "backend": "chunked", "contestants": records, "check": check}
+    row = {"name": "a row", "about": "X", "backend": "torch", "contestants": records, "check": check}
     return row | {"goals": goals(row)}
 
 
@@ -224,21 +225,20 @@ class Benchmark:
         action(*arguments, **options)
 
 
-def test_row_passes_of_every_backend(monkeypatch):
+def test_tile_passes_of_every_backend(monkeypatch):
     pytest.importorskip("pytest_benchmark")
     from benchmarks import test_rows as rows
 
-    for name, size in {"ROWS": 2, "VOCABULARY": 100, "PADDED": 128, "STATES": 3, "HIDDEN": 8}.items():
+    for name, size in {"ROWS": 2, "COLUMNS": 128, "STATES": 3, "HIDDEN": 8}.items():
         monkeypatch.setattr(rows, name, size)
-    assert "chunked" in rows.available()
-    for name in rows.available():
-        passes = rows.importlib.import_module(f"fastforget.backends.{name}")
-        calls = [(rows.test_label_pass, torch.float32, ("logp", "entropy")), (rows.test_gradient_pass,)]
-        calls += [(rows.test_paired_pass, torch.float32, kind) for kind in ("forward_kl", "reverse_kl", "jsd")]
+    for name in ("torch", "native") if why_not_native(torch.device("cpu")) is None else ("torch",):
+        calls = [(rows.test_label_tile, kinds) for kinds in (4, 10)] + [(rows.test_gradient_tile,)]
+        calls += [(rows.test_paired_tile, known) for known in (False, True)]
+        calls += [(rows.test_coupled_tile, kind) for kind in ("reverse_kl", "jsd")]
         calls += [(rows.test_state_pass, metric) for metric in ("l2", "cosine")]
         for function, *parameters in calls:
             benchmark = Benchmark()
-            function(benchmark, passes, 1e9, *parameters)
+            function(benchmark, passes_of(name, torch.float32), 1e9, *parameters)
             assert benchmark.extra_info["nanoseconds_per_element"] > 0
         assert benchmark.extra_info["bytes_moved"] == 2 * 3 * 8 * 4
 
@@ -247,7 +247,7 @@ def fake_results(name):
     """What a part's command writes."""
     if name == "rows":
         found = {
-            "name": "test_label_pass[x]",
+            "name": "test_label_tile[x]",
             "stats": {"median": 0.01, "rounds": 9},
             "extra_info": {"share_of_copy": 0.6},
         }
@@ -255,7 +255,7 @@ def fake_results(name):
     if name == "scaling":
         point = dataclasses.asdict(scaling.Point("N", 8, 64, 8))
         return {"rows": [{"point": point, "contestants": {"ours": measured(5.0, 1.0)}}], "goals": []}
-    if name in ("head", "losses", "tail"):
+    if name in ("head", "losses"):
         records = {
             "ours": {"status": MEASURED, "median_ms": 900.0, "peak_mb": 80.0},
             "trl": {"status": "not installed"},
@@ -283,7 +283,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert (
         "| `ours` | fastforget | 900 | 1.00 | 80 |" in text and "| `trl` | TRL's fused head | not installed |" in text
     )
-    assert "label_pass[x]` | 10.0 |" in text and "60 %" in text
+    assert "label_tile[x]` | 10.0 |" in text and "60 %" in text
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert bench.write_readme(tmp_path / "2026-01-02-bench.json", readme) == 0

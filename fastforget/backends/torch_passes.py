@@ -116,7 +116,7 @@ class TorchPasses:
             new[place + 1] = previous[place + 1] * fade + weights.sum(dim=1, dtype=torch.float64)
             if place == 2:
                 here = torch.where(weights > 0, weights * gaps, 0.0) + 0.0 * weights  # no 0 times infinity, but NaN
-                new[4] = previous[4] * fade + here.sum(dim=1, dtype=torch.float64)
+                new[4] = times(fade, previous[4]) + here.sum(dim=1, dtype=torch.float64)
         strict = rows is not None and rows.dtype == torch.float16
         self.move_base(tile, previous, new, strict, block, policy.dtype)
         base, shift = (new[place][:, None].to(policy.dtype) for place in (5, 6))

@@ -1,7 +1,8 @@
 """The tile passes of the `triton` backend: what a sweep gives, checked for how kernels read it, and launched.
 
-Nothing here looks at a value on the device, and no tensor is made. The checks are of shapes, strides and dtypes, and
-cost a few microseconds a tile: a kernel that is given another layout would read and write what is not its own.
+Nothing here looks at a value on the device, and no tensor is made but of a model's own 16-bit logits. The checks are of
+shapes, strides and dtypes, and cost a few microseconds a tile: a kernel that is given another layout would read and
+write what is not its own.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class TritonPasses:
         block: PairedBlock,
     ) -> None:
         """As `TilePasses.paired_tile`."""
-        count = len(policy)
+        count, policy, reference = len(policy), widened(policy), widened(reference)
         check_pair(tile, policy, reference, rows, reference_rows, FLOATS)
         if (rows is None) != (block.grad is None) or (reference_rows is None) != (block.reference_grad is None):
             raise FastforgetError("the paired pass writes rows for each gradient that it is given, and for no other")
@@ -130,7 +131,7 @@ class TritonPasses:
         block: CoupledBlock,
     ) -> None:
         """As `TilePasses.coupled_tile`."""
-        count = len(policy)
+        count, policy, reference = len(policy), widened(policy), widened(reference)
         check_pair(tile, policy, reference, rows, policy_rows, TRAINED)
         if (rows is None) != (policy_rows is None):
             raise FastforgetError("the coupled pass writes both rows or neither")
@@ -195,6 +196,11 @@ def refuse(name: str, tensor: Tensor, wanted: str) -> FastforgetError:
     """What a tensor should have been."""
     found = f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
     return FastforgetError(f"the Triton kernels take {name} as {wanted}, not {found}")
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits of 16 bits, which only a model's own are, in float32: kernels of two rows have no more configurations."""
+    return logits.float() if logits.dtype in NARROW else logits
 
 
 def check_tile(name: str, tensor: Tensor, count: int, tile: Tile, dtypes: tuple[torch.dtype, ...]) -> None:

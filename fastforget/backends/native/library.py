@@ -27,23 +27,29 @@ LIBRARY = Path(
     or Path(__file__).parents[2] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
 )
 
+Fields = tuple[tuple[str, type], ...]
+
+
+def fields(kind: type, *names: str) -> Fields:
+    """Fields of one type."""
+    return tuple((name, kind) for name in names)
+
+
+def rows(*names: str) -> Fields:
+    """The fields of a FastforgetRows for each name."""
+    return tuple(
+        field for name in names for field in ((name, c_void_p), (f"{name}_stride", c_int64), (f"{name}_dtype", c_int64))
+    )
+
+
 TILE = (
-    ("row_count", c_int64),
-    ("first", c_int64),
-    ("columns", c_int64),
-    ("vocabulary", c_int64),
-    ("padded", c_int64),
+    *fields(c_int64, "row_count", "first", "columns", "vocabulary", "padded"),
     ("bias", c_void_p),
-    ("scale", c_float),
-    ("softcap", c_float),
-    ("threads", c_int32),
-    ("instruction_set", c_int32),
+    *fields(c_float, "scale", "softcap"),
+    *fields(c_int32, "threads", "instruction_set"),
 )
-
-
-def rows(name: str) -> tuple[tuple[str, type], ...]:
-    """The fields of a FastforgetRows."""
-    return (name, c_void_p), (f"{name}_stride", c_int64), (f"{name}_dtype", c_int64)
+ACCUMULATORS = (("accumulators", c_void_p), ("accumulators_stride", c_int64))
+GRAD = (("grad", c_void_p), ("grad_stride", c_int64), ("width", c_int64))
 
 
 class LabelTile(ctypes.Structure):
@@ -51,14 +57,10 @@ class LabelTile(ctypes.Structure):
 
     _fields_ = (
         *TILE,
-        *rows("product"),
-        *rows("rows"),
+        *rows("product", "rows"),
         ("labels", c_void_p),
-        ("accumulators", c_void_p),
-        ("accumulators_stride", c_int64),
-        ("grad", c_void_p),
-        ("grad_stride", c_int64),
-        ("width", c_int64),
+        *ACCUMULATORS,
+        *GRAD,
         ("moments", c_int64),
     )
 
@@ -68,19 +70,13 @@ class PairedTile(ctypes.Structure):
 
     _fields_ = (
         *TILE,
-        *rows("policy"),
-        *rows("reference"),
-        *rows("rows"),
-        *rows("reference_rows"),
+        *rows("policy", "reference", "rows", "reference_rows"),
         ("labels", c_void_p),
-        ("accumulators", c_void_p),
-        ("accumulators_stride", c_int64),
+        *ACCUMULATORS,
         ("shift", c_void_p),
-        ("grad", c_void_p),
-        ("grad_stride", c_int64),
         ("reference_grad", c_void_p),
         ("reference_grad_stride", c_int64),
-        ("width", c_int64),
+        *GRAD,
     )
 
 
@@ -89,14 +85,9 @@ class CoupledTile(ctypes.Structure):
 
     _fields_ = (
         *TILE,
-        *rows("policy"),
-        *rows("reference"),
-        *rows("rows"),
-        *rows("policy_rows"),
-        ("labels", c_void_p),
-        ("normalisers", c_void_p),
-        ("accumulators", c_void_p),
-        ("accumulators_stride", c_int64),
+        *rows("policy", "reference", "rows", "policy_rows"),
+        *fields(c_void_p, "labels", "normalisers"),
+        *ACCUMULATORS,
         ("kind", c_int64),
     )
 
@@ -106,12 +97,8 @@ class GradientTile(ctypes.Structure):
 
     _fields_ = (
         *TILE,
-        *rows("product"),
-        *rows("projected"),
-        *rows("rows"),
-        ("labels", c_void_p),
-        ("argmax", c_void_p),
-        ("coefficients", c_void_p),
+        *rows("product", "projected", "rows"),
+        *fields(c_void_p, "labels", "argmax", "coefficients"),
     )
 
 
@@ -119,19 +106,13 @@ class StateRows(ctypes.Structure):
     """Arguments of fastforget_state_rows."""
 
     _fields_ = (
-        ("row_count", c_int64),
-        ("width", c_int64),
+        *fields(c_int64, "row_count", "width"),
         *rows("states"),
-        ("anchor", c_void_p),
-        ("anchor_stride", c_int64),
-        ("centres", c_void_p),
-        ("centre_count", c_int64),
-        ("values", c_void_p),
-        ("values_stride", c_int64),
+        *(("anchor", c_void_p), ("anchor_stride", c_int64)),
+        *(("centres", c_void_p), ("centre_count", c_int64)),
+        *(("values", c_void_p), ("values_stride", c_int64)),
         ("nearest", c_void_p),
-        ("cosine", c_int32),
-        ("threads", c_int32),
-        ("instruction_set", c_int32),
+        *fields(c_int32, "cosine", "threads", "instruction_set"),
     )
 
 

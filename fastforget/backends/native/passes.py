@@ -53,18 +53,15 @@ class NativePasses:
         """As `TilePasses.label_tile`."""
         if block.states is not None and tile.first == 0:
             self.state_pass(block.states)
-        count = len(product)
+        shape = count, _ = len(product), tile.columns
         names = len(LABEL_ACCUMULATORS) if block.moments else BASIC_ACCUMULATORS
-        grad, grad_stride, width = grad_of("the gradient", block.grad, count, tile)
         arguments = library.LabelTile(
             *tile_of(tile, count),
-            *rows_of("products", product, count, tile),
-            *rows_of("written rows", rows, count, tile),
+            *rows_of("products", product, shape, tile.padded),
+            *rows_of("written rows", rows, shape, tile.padded),
             vector_of("labels", block.labels, count),
             *vectors_of("accumulators", block.accumulators, names, count, torch.float64),
-            grad,
-            grad_stride,
-            width,
+            *grad_of("the gradient", block.grad, count, tile),
             block.moments,
         )
         run("fastforget_label_tile", arguments)
@@ -79,22 +76,22 @@ class NativePasses:
         block: PairedBlock,
     ) -> None:
         """As `TilePasses.paired_tile`."""
-        count = len(policy)
-        grad, grad_stride, width = grad_of("the gradient", block.grad, count, tile)
-        embedding = grad_of("the reference's gradient", block.reference_grad, count, tile, width)
+        shape = count, _ = len(policy), tile.columns
+        grad = grad_of("the gradient", block.grad, count, tile)
+        embedding = grad_of("the reference's gradient", block.reference_grad, count, tile)
+        if embedding != NO_ROWS and embedding[2] != grad[2]:
+            raise FastforgetError(f"both gradients must be of one width, not {grad[2]} and {embedding[2]}")
         arguments = library.PairedTile(
             *tile_of(tile, count),
-            *rows_of("the policy's products", policy, count, tile),
-            *rows_of("the reference's products", reference, count, tile),
-            *rows_of("written rows", rows, count, tile),
-            *rows_of("the reference's rows", reference_rows, count, tile),
+            *rows_of("the policy's products", policy, shape, tile.padded),
+            *rows_of("the reference's products", reference, shape, tile.padded),
+            *rows_of("written rows", rows, shape, tile.padded),
+            *rows_of("the reference's rows", reference_rows, shape, tile.padded),
             vector_of("labels", block.labels, count),
             *vectors_of("accumulators", block.accumulators, len(PAIRED_ACCUMULATORS), count, torch.float64),
             None if block.shift is None else vector_of("the shift", block.shift, count, torch.float32),
-            grad,
-            grad_stride,
             *embedding[:2],
-            width,
+            *grad,
         )
         run("fastforget_paired_tile", arguments)
 
@@ -108,16 +105,16 @@ class NativePasses:
         block: CoupledBlock,
     ) -> None:
         """As `TilePasses.coupled_tile`."""
-        count = len(policy)
+        shape = count, _ = len(policy), tile.columns
         normalisers = vectors_of(
             "normalisers", block.normalisers, len(COUPLED_NORMALISERS), count, torch.float32, contiguous=True
         )
         arguments = library.CoupledTile(
             *tile_of(tile, count),
-            *rows_of("the policy's products", policy, count, tile),
-            *rows_of("the reference's products", reference, count, tile),
-            *rows_of("written rows", rows, count, tile),
-            *rows_of("the policy's rows", policy_rows, count, tile),
+            *rows_of("the policy's products", policy, shape, tile.padded),
+            *rows_of("the reference's products", reference, shape, tile.padded),
+            *rows_of("written rows", rows, shape, tile.padded),
+            *rows_of("the policy's rows", policy_rows, shape, tile.padded),
             vector_of("labels", block.labels, count),
             normalisers[0],
             *vectors_of("accumulators", block.accumulators, len(COUPLED_ACCUMULATORS), count, torch.float64),
@@ -129,15 +126,15 @@ class NativePasses:
         self, tile: Tile, product: Tensor, projected: Tensor | None, rows: Tensor, block: GradientBlock
     ) -> None:
         """As `TilePasses.gradient_tile`."""
-        count = len(product)
+        shape = count, _ = len(product), tile.columns
         coefficients = vectors_of(
             "coefficients", block.coefficients, len(GRADIENT_COEFFICIENTS), count, torch.float32, contiguous=True
         )
         arguments = library.GradientTile(
             *tile_of(tile, count),
-            *rows_of("products", product, count, tile),
-            *rows_of("projected products", projected, count, tile),
-            *rows_of("written rows", rows, count, tile),
+            *rows_of("products", product, shape, tile.padded),
+            *rows_of("projected products", projected, shape, tile.padded),
+            *rows_of("written rows", rows, shape, tile.padded),
             vector_of("labels", block.labels, count),
             vector_of("argmax", block.argmax, count),
             coefficients[0],
@@ -149,33 +146,23 @@ class NativePasses:
         states, anchor, centres = block.states, block.targets.anchor, block.targets.centres
         if states.dtype == torch.float64:
             return TorchPasses().state_pass(block)
-        check("hidden states", states, None)
-        if states.dtype not in DTYPES or states.dim() != 2:
-            raise wrong("hidden states", states, "(rows, width)", "float32, bfloat16 or float16")
         count, width = states.shape
-        if width > 1 and states.stride(1) != 1:
-            raise apart("hidden states", states)
-        anchor_stride = 0
-        if anchor is not None:
-            shape = (count, width) if anchor.dim() == 2 else (width,)
-            check("the anchor", anchor, torch.float32, shape)
-            if width > 1 and anchor.stride(-1) != 1:
-                raise apart("the anchor", anchor)
-            anchor_stride = anchor.stride(0) if anchor.dim() == 2 else 0
+        if anchor is None:
+            anchor_rows: tuple[int | None, int] = (None, 0)
+        elif anchor.dim() == 1:
+            anchor_rows = vector_of("the anchor", anchor, width, torch.float32), 0
+        else:
+            anchor_rows = vectors_of("the anchor", anchor, count, width, torch.float32)
+        centre_rows: tuple[int | None, int] = (None, 0)
         if centres is not None:
-            check("centres", centres, torch.float32, (len(centres), width))
-            if not centres.is_contiguous():
-                raise apart("centres", centres)
+            pointer, _ = vectors_of("centres", centres, len(centres), width, torch.float32, contiguous=True)
+            centre_rows = pointer, len(centres)
         arguments = library.StateRows(
             count,
             width,
-            states.data_ptr(),
-            states.stride(0),
-            DTYPES[states.dtype],
-            None if anchor is None else anchor.data_ptr(),
-            anchor_stride,
-            None if centres is None else centres.data_ptr(),
-            0 if centres is None else len(centres),
+            *rows_of("hidden states", states, (count, width), width),
+            *anchor_rows,
+            *centre_rows,
             *vectors_of("values", block.values, 2, count, torch.float32),
             vector_of("nearest", block.nearest, count),
             block.targets.cosine,
@@ -211,37 +198,34 @@ def tile_of(tile: Tile, count: int) -> tuple[int | float | None, ...]:
     )
 
 
-def rows_of(name: str, tensor: Tensor | None, count: int, tile: Tile) -> tuple[int | None, int, int]:
-    """The fields of a FastforgetRows: (count, columns of the tile), rows contiguous."""
+def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: int) -> tuple[int | None, int, int]:
+    """The fields of a FastforgetRows: rows contiguous, each with room for `padded` elements."""
     if tensor is None:
         return NO_ROWS
     check(name, tensor, None)
     dtype = DTYPES.get(tensor.dtype)
-    if dtype is None or tensor.shape != (count, tile.columns):
-        raise wrong(name, tensor, (count, tile.columns), "float32, bfloat16 or float16")
+    if dtype is None or tensor.shape != shape:
+        raise wrong(name, tensor, shape, "float32, bfloat16 or float16")
     stride, step = tensor.stride()
-    if step != 1 and tile.columns > 1:
+    rows, columns = shape
+    if step != 1 and columns > 1:
         raise apart(name, tensor)
-    if tile.padded > tile.columns and count:  # what lies past the last row's end is there too
-        end = tensor.storage_offset() + (count - 1) * stride + tile.padded
+    if padded > columns and rows:  # what lies past the last row's end is there too
+        end = tensor.storage_offset() + (rows - 1) * stride + padded
         if end * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise FastforgetError(f"{name} have no {tile.padded} elements in the last row's memory")
+            raise FastforgetError(f"{name} have no {padded} elements in the last row's memory")
     return tensor.data_ptr(), stride, dtype
 
 
-def grad_of(
-    name: str, tensor: Tensor | None, count: int, tile: Tile, width: int | None = None
-) -> tuple[int | None, int, int]:
+def grad_of(name: str, tensor: Tensor | None, count: int, tile: Tile) -> tuple[int | None, int, int]:
     """Pointer, stride and width of what product 2 has added up to; null at the first tile, where it is not read."""
     if tensor is None:
         return NO_ROWS
-    check(name, tensor, torch.float32)
-    if tensor.dim() != 2 or len(tensor) != count or width not in (None, tensor.shape[1]):
-        raise wrong(name, tensor, (count, "D" if width is None else width), "float32")
-    stride, step = tensor.stride()
-    if step != 1 and tensor.shape[1] > 1:
-        raise apart(name, tensor)
-    return tensor.data_ptr() if tile.first else None, stride, tensor.shape[1]
+    if tensor.dim() != 2:
+        raise wrong(name, tensor, (count, "D"), "float32")
+    width = tensor.shape[1]
+    pointer, stride = vectors_of(name, tensor, count, width, torch.float32)
+    return pointer if tile.first else None, stride, width
 
 
 def vectors_of(
@@ -250,7 +234,7 @@ def vectors_of(
     """Pointer and stride of vectors of `count` numbers side by side."""
     check(name, tensor, dtype, (vectors, count))
     stride, step = tensor.stride()
-    if (step != 1 and count > 1) or (contiguous and stride != count):
+    if (step != 1 and count > 1) or (contiguous and stride != count and vectors > 1):
         raise apart(name, tensor)
     return tensor.data_ptr(), stride
 
