@@ -162,7 +162,11 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
 
     Files of the same names in the folder are replaced, others stay.
+
+    Raises:
+        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
     """
+    check_finite(model)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
@@ -178,6 +182,17 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
         ):
             if path.is_file():
                 shutil.move(path, folder / path.name)
+
+
+def check_finite(model: Any) -> None:
+    """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
+    prefix = model.base_model.prefix
+    for name, parameter in model.named_parameters():
+        if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
+            raise FastforgetError(
+                f"{name} holds NaN or infinite values, so the adapter is broken and is not saved: load the last good "
+                "one, and train at a lower learning rate"
+            )
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # this module comes with `import fastforget`: what is slow to
 
     from fastforget.evaluate.leakage import LeakageReport
 
+BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
+
 
 def unlearn(
     model: str | os.PathLike[str],
@@ -94,7 +96,7 @@ def unlearn(
         What report.json holds.
 
     Raises:
-        NonFiniteLossError: the loss became NaN; the last good adapter is saved, where there is one.
+        NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
     given = dict(locals())
@@ -109,7 +111,14 @@ def unlearn(
 
 def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
     """Check, read, load, measure, unlearn, measure, save: what `unlearn` does once its options are one object."""
-    from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
+    from fastforget.evaluate.report import (
+        check_measured,
+        figures,
+        peak_rss_mb,
+        print_continuations,
+        print_table,
+        write_json,
+    )
 
     start = time.perf_counter()
     out = Path(options.out)
@@ -130,6 +139,7 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
         raise FastforgetError(f"--max-length {options.max_length} is more than the model's context of {context} tokens")
 
     before = recited(model, tokenizer, measured, "Before: continuing the passages", console)
+    check_measured(before, "it is broken before anything was unlearned; check its weights, or give --bits 32")
     try:
         with progress(f"Unlearning ({options.preset})", console) as update:
             result = run_job(
@@ -150,6 +160,7 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
             raise NonFiniteLossError(f"{error}; it is saved in {out}", error.good_steps) from error
         raise
     after = recited(model, tokenizer, measured, "After: continuing the passages", console)
+    check_measured(after, BROKEN)
     save(model, tokenizer, terms, out, config)
     report = {
         "command": "unlearn",
@@ -166,7 +177,7 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
         "peak_rss_mb": round(peak_rss_mb()),
         "adapter": str(out.resolve()),
     }
-    write_json(out / REPORT, report)
+    report = write_json(out / REPORT, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
     console.print(f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
