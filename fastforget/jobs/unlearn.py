@@ -55,6 +55,7 @@ def unlearn(
     preset_options: Mapping[str, Any] | None = None,
     refusals: str | os.PathLike[str] | Sequence[str] | None = None,
     bits: int = UnlearnOptions.bits,
+    allow_missing_weights: bool = UnlearnOptions.allow_missing_weights,
     lora_r: int = UnlearnOptions.lora_r,
     lora_alpha: int | None = None,
     lora_targets: str | Sequence[str] = UnlearnOptions.lora_targets,
@@ -87,6 +88,7 @@ def unlearn(
         streaming: read dataset rows as they are needed; needs `max_steps`.
         chat_template: default where the tokenizer has one.
         refusals: what terms that teach a refusal draw from: a text file, one a line, or texts; default a list of ours.
+        allow_missing_weights: take a checkpoint that lacks weights of the model, which are then random, or has others.
         epochs, max_steps: passes over the forget set, or, where given, steps.
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
@@ -132,7 +134,13 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
     config = options.as_config()
     tokenizer = load_tokenizer(options.model)
     examples, measured = read_sets(sources, tokenizer, options, console)
-    model = load(options.model, bits=options.bits, lora=lora, device=options.device)
+    model = load(
+        options.model,
+        bits=options.bits,
+        lora=lora,
+        device=options.device,
+        allow_missing_weights=options.allow_missing_weights,
+    )
     Backbone(model).check_layers(layers_of(terms))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and options.max_length > context:
