@@ -150,13 +150,13 @@ class UnlearnLoss:
         for (side, group, parts), baselines in zip(ready, constants, strict=True):
             for part in parts:
                 states = self.stream_states(part, group.terms)
-                streams = {
+                stats = {
                     stream: self.side_stats(
                         part[stream], states[stream], looking_at(group.terms, stream), counts.of(side, stream)
                     )
                     for stream in part
                 }
-                yield self.output(side, streams, group.terms, baselines, weights)
+                yield self.output(side, stats, group.terms, baselines, weights)
 
     def terms_on(self, side: str) -> list[tuple[str, Term]]:
         """The terms on one side, with their names."""

@@ -249,7 +249,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
 
 def check_finite(model: Any) -> None:
     """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
-    prefix = model.base_model.prefix
+    prefix = getattr(model.base_model, "prefix", "lora_")
     for name, parameter in model.named_parameters():
         if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
             raise FastforgetError(

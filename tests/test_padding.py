@@ -158,6 +158,18 @@ def test_given_positions_stay(folders):
     assert side.keys != keys_of(padded, gpt2)
 
 
+def test_equal_inputs_that_stand_elsewhere_have_keys_of_their_own(folders):
+    gpt2 = ff.load(folders["gpt2"], bits=32)
+    left, right = collate([example(1)], (1,)), collate([example(1), example(2, 15)], (0, 0))
+    right = {key: value[:1] for key, value in right.items()}
+    for name in ("position_ids", "token_type_ids"):
+        given = {name: (torch.arange(15)[None] * 7) % 4}
+        assert keys_of(left | given, gpt2) != keys_of(right | given, gpt2), name
+    places = torch.arange(15)[None]
+    own = [keys_of(batch | {"position_ids": ids}, gpt2) for batch, ids in ((left, places - 1), (right, places))]
+    assert own[0] == own[1], "the same tokens at the same positions"
+
+
 def test_rounding_is_far_below_what_counts_as_moved_and_one_position_is_above(folders):
     for kind, bits in (("opt", 32), ("llama", 32), ("gpt2", 32), ("opt", 8), ("llama", 16)):
         backbone = Backbone(ff.load(folders[kind], bits=bits, device="cpu"))
