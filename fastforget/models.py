@@ -141,7 +141,7 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
     faults = (
         ("missing, and would be random numbers", info["missing_keys"]),
         ("of another shape, and would be random numbers", reshaped),
-        ("of another shape than its quantised layer, or not quantised at all", packed),
+        ("of another shape than its quantised layer", [name for name in packed if name not in info["missing_keys"]]),
         ("no weights of this model", info["unexpected_keys"]),
     )
     found = [
@@ -150,11 +150,12 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
     if not found:
         return
     message = f"the weights of {name_or_path} do not fit its config.json: {'; '.join(found)}"
-    allowed = "--allow-missing-weights, allow_missing_weights=True"
-    if packed and allow_missing:
-        raise FastforgetError(f"{message}. Only --bits 32 or 16 can do with random numbers for them")
-    if not allow_missing:
-        raise FastforgetError(f"{message}. Get the whole checkpoint of this architecture, or allow it ({allowed})")
+    with_bits = " and --bits 32 or 16, as quantised layers cannot hold random numbers" if packed else ""
+    if packed or not allow_missing:
+        raise FastforgetError(
+            f"{message}. Get the whole checkpoint of this architecture, or allow it with --allow-missing-weights "
+            f"(allow_missing_weights=True){with_bits}"
+        )
     warnings.warn(message, stacklevel=4)
 
 
