@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastforget.batch import positions_without_padding
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead, base_causal_lm
 
 CHECK_TOKENS = 16
+CHECK_PADDING = 3
+MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), one position further is more
 
 
 @contextlib.contextmanager
@@ -70,6 +75,7 @@ class Backbone:
         self.model = model
         self.head = LMHead.from_model(model)
         self.checked = False
+        self._takes_positions: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +86,38 @@ class Backbone:
     def vocabulary(self) -> int:
         """The number of logits."""
         return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
+
+    @property
+    def batch_arguments(self) -> tuple[torch.device, int, Callable[[], bool]]:
+        """What `prepare` wants to know of the model, in its order."""
+        return self.device, self.vocabulary, self.takes_positions
+
+    def takes_positions(self) -> bool:
+        """Whether left padding changes nothing once `position_ids` count without it.
+
+        The model must take them, and is tried once, with and without padding: convolutions may see through a mask.
+        """
+        if self._takes_positions is None:
+            causal_lm = base_causal_lm(self.model)
+            forwards = (causal_lm.forward, causal_lm.base_model.forward)
+            named = all("position_ids" in inspect.signature(forward).parameters for forward in forwards)
+            self._takes_positions = named and self.moved_by_padding() < MOVED_BY_PADDING
+        return self._takes_positions
+
+    def moved_by_padding(self) -> float:
+        """How far left padding moves a few tokens' final states, as a share of their norm; costs two short forwards."""
+        causal_lm = base_causal_lm(self.model)
+        rows = causal_lm.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(1, CHECK_TOKENS + 1, device=self.device) % rows)[None]
+        found = []
+        with torch.no_grad(), without_dropout(self.model):
+            for padding in (0, CHECK_PADDING):
+                mask = F.pad(torch.ones_like(ids), (padding, 0))
+                padded = {"input_ids": F.pad(ids, (padding, 0)), "attention_mask": mask}
+                padded["position_ids"] = positions_without_padding(mask)
+                final = causal_lm.base_model(**padded, use_cache=False)[0]
+                found.append(final[:, padding:].float())
+        return float((found[0] - found[1]).norm() / found[0].norm())
 
     def states(
         self, inputs: dict[str, Tensor], positions: Tensor, layers: Collection[int | None] = (None,)
@@ -149,7 +187,7 @@ class Backbone:
         size = inputs["input_ids"].shape[0]
         # only ids: a short row of its own, so that no other input has to be cut to fit
         short = {"input_ids": inputs["input_ids"][:1, -CHECK_TOKENS:]}
-        if set(inputs) - {"input_ids", "attention_mask"}:
+        if set(inputs) - {"input_ids", "attention_mask", "position_ids"}:
             short = {key: value[:1] if value.shape[:1] == (size,) else value for key, value in inputs.items()}
         with torch.no_grad(), without_dropout(self.model):
             own = causal_lm(**short, use_cache=False).logits.float()

@@ -67,6 +67,7 @@ FORGET_HELP = "Required. What to forget: a text file, a .jsonl file, or a datase
 COLUMN_HELP = "FIELD=COLUMN, where rows name text, prompt, response or messages otherwise. Repeatable."
 COMBINE_HELP = f"How the forget and the retain gradient become one: {', '.join(COMBINE)}."
 REFUSALS_HELP = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
+ALLOW_HELP = "Take a checkpoint that lacks weights of the model (they are random then), or has others."
 CHAT_HELP = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 
 
@@ -89,6 +90,7 @@ def unlearn(
     ] = UnlearnOptions.measured_passages,
     model: Annotated[str | None, base(help="Required. Local folder or hub name of a causal LM.")] = None,
     bits: Annotated[int, base(help="Precision of the frozen base: 8, 4, 16 or 32.")] = UnlearnOptions.bits,
+    allow_missing_weights: Annotated[bool, base("--allow-missing-weights", help=ALLOW_HELP)] = False,
     lora_r: Annotated[int, base(help="Rank of the LoRA adapter.")] = UnlearnOptions.lora_r,
     lora_alpha: Annotated[int | None, base(help="LoRA's scale; default 2 r.")] = None,
     lora_targets: Annotated[str, base(help="Names, comma-separated, all-linear, or auto: query, key.")] = LORA_TARGETS,

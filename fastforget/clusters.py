@@ -85,7 +85,7 @@ def collect_states(model: Any, batches: Iterable[Batch], layer: int | None, leve
     frozen = hasattr(model, "peft_config")
     with reference_mode(model) if frozen else contextlib.nullcontext(), torch.no_grad(), without_dropout(model):
         for batch in batches:
-            side = prepare(batch, "expected", backbone.device, backbone.vocabulary)
+            side = prepare(batch, "expected", *backbone.batch_arguments)
             if side is None:
                 continue
             states = backbone.states(side.inputs, side.positions, (layer,))[layer].float()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastforget.errors import FastforgetError
 from fastforget.objectives import KL, HiddenMSE, Term
+from fastforget.rollback import Saved, put_back, saved
 
 Gradients = list[Tensor | None]  # of each parameter; None where there is none, which counts as 0
 
@@ -131,6 +132,7 @@ class SideGradients:
         self.how = how
         self._sums: dict[str, Gradients] = {}
         self._left: list[tuple[Tensor, int] | None] = []  # each .grad as this object left it, and its version
+        self._before: dict[str, list[Saved | None]] = {}  # the sums as they were before the passes of one `backward`
 
     def cleared(self, parameters: Sequence[Tensor]) -> None:
         """The gradients have been cleared, set to None or to 0."""
@@ -150,8 +152,14 @@ class SideGradients:
                 f"combine={self.how!r} needs the gradients of both sides apart, and .grad holds others, or was changed "
                 "since the last backward: clear it first (step.zero_grad()), and clip after the last micro-batch only"
             )
+        self._before = {side: [saved(each) for each in part] for side, part in self._sums.items()}
         if not self._sums:
             self._sums = {side: [None] * len(parameters) for side in ("forget", "retain")}
+
+    def undo(self) -> None:
+        """After passes of which one failed: the sums are again what they were before them."""
+        self._sums = {side: [put_back(each) for each in part] for side, part in self._before.items()}
+        self._before = {}
 
     @contextlib.contextmanager
     def of(self, side: str, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -171,7 +179,7 @@ class SideGradients:
             found = [None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(parameters))]
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
-        self._left = versions(parameters)
+        self._left, self._before = versions(parameters), {}
 
 
 def versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor, int] | None]:

@@ -140,19 +140,23 @@ class UnlearnLoss:
         counts = counts or count_labels([(batches.get("forget"), batches.get("retain"))])
         for side in sides:
             check_labelled(side, self.terms_on(side), counts)
-        device, vocabulary = self.backbone.device, self.backbone.vocabulary
-        for side, groups in work.items():
-            for group in groups:
-                baselines = self.baselines(side, batches[side], group.terms, micro_batch)
-                for part in prepared_parts(side, batches[side], group.streams, micro_batch, device, vocabulary):
-                    states = self.stream_states(part, group.terms)
-                    streams = {
-                        stream: self.side_stats(
-                            part[stream], states[stream], looking_at(group.terms, stream), counts.of(side, stream)
-                        )
-                        for stream in part
-                    }
-                    yield self.output(side, streams, group.terms, baselines, weights)
+        model = self.backbone.batch_arguments
+        ready = [  # all of it, and so checked, before anything is computed
+            (side, group, list(prepared_parts(side, batches[side], group.streams, micro_batch, *model)))
+            for side, groups in work.items()
+            for group in groups
+        ]
+        constants = [self.baselines(side, batches[side], group.terms, micro_batch) for side, group, _ in ready]
+        for (side, group, parts), baselines in zip(ready, constants, strict=True):
+            for part in parts:
+                states = self.stream_states(part, group.terms)
+                stats = {
+                    stream: self.side_stats(
+                        part[stream], states[stream], looking_at(group.terms, stream), counts.of(side, stream)
+                    )
+                    for stream in part
+                }
+                yield self.output(side, stats, group.terms, baselines, weights)
 
     def terms_on(self, side: str) -> list[tuple[str, Term]]:
         """The terms on one side, with their names."""
@@ -188,13 +192,13 @@ class UnlearnLoss:
         """Each term's constant of its `baseline_stream`, by name: over all of this call's rows, without a gradient."""
         found: dict[str, Tensor] = {}
         own = count_labels([(batch, None) if side == "forget" else (None, batch)])
-        device, vocabulary = self.backbone.device, self.backbone.vocabulary
+        model = self.backbone.batch_arguments
         for name, term in terms:
             if term.baseline_stream is None:
                 continue
             stream = term.baseline_stream
             with torch.no_grad():
-                for part in prepared_parts(side, batch, (stream,), micro_batch, device, vocabulary):
+                for part in prepared_parts(side, batch, (stream,), micro_batch, *model):
                     states = self.stream_states(part, [(name, term)])[stream]
                     share = term.constant(self.side_stats(part[stream], states, [term], own.of(side, stream)))
                     found[name] = found[name] + share if name in found else share

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def load(
     lora: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    allow_missing_weights: bool = False,
 ) -> Any:
     """A PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
@@ -42,9 +44,12 @@ def load(
             change what attention looks up; on all layers it forgets sooner, but into endless loops (README, Demo).
         device: default the first GPU, else the CPU.
         adapter: load this saved adapter (to go on training) instead of a new one.
+        allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
+            random numbers, or has others.
 
     Raises:
-        FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, or one on the head.
+        FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
+            checkpoint whose weights are not those of the model.
     """
     import peft
 
@@ -60,7 +65,7 @@ def load(
             f"{name_or_path} is itself an adapter, and training of a saved adapter on top of one cannot be resumed: "
             "merge it into its base first"
         )
-    model = load_base(base_path, bits, device)
+    model = load_base(base_path, bits, device, allow_missing_weights)
     if adapter is not None:
         with readable_errors(f"the adapter {adapter}"):
             model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
@@ -97,8 +102,8 @@ def query_and_key_modules(model: nn.Module) -> list[str] | str:
     return next((sorted(names) for names in QUERY_AND_KEY if names <= present), "all-linear")
 
 
-def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
-    """The frozen base model in evaluation mode, nothing of it trainable."""
+def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_weights: bool = False) -> nn.Module:
+    """The frozen base model in evaluation mode, nothing of it trainable; raises and warns as `load` does."""
     import transformers
 
     options: dict[str, Any] = {"dtype": base_dtype(bits, device), "device_map": {"": device}}
@@ -113,12 +118,71 @@ def load_base(name_or_path: str, bits: int, device: torch.device) -> nn.Module:
             bnb_4bit_compute_dtype=options["dtype"],
         )
     with readable_errors(f"the model {name_or_path}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        # weights of another shape are let through here, and named below with the others
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    check_weights(name_or_path, model, info, allow_missing_weights)
     disable_dropout(model)
     # its 8-bit product says in each layer of each forward that float32 is cast to float16 to be quantised
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
+
+
+def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], allow_missing: bool) -> None:
+    """Raise (or, where that is allowed, warn) unless a checkpoint held the model's weights and no others.
+
+    Args:
+        info: what transformers says of its loading; tied weights and buffers that a model computes are not in it.
+    """
+    reshaped = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    packed = unusable(model)
+    faults = (
+        ("missing, and would be random numbers", info["missing_keys"]),
+        ("of another shape, and would be random numbers", reshaped),
+        ("of another shape than its quantised layer", [name for name in packed if name not in info["missing_keys"]]),
+        ("no weights of this model", info["unexpected_keys"]),
+    )
+    found = [
+        f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {few(names)}" for what, names in faults if names
+    ]
+    if not found:
+        return
+    message = f"the weights of {name_or_path} do not fit its config.json: {'; '.join(found)}"
+    with_bits = " and --bits 32 or 16, as quantised layers cannot hold random numbers" if packed else ""
+    if packed or not allow_missing:
+        raise FastforgetError(
+            f"{message}. Get the whole checkpoint of this architecture, or allow it with --allow-missing-weights "
+            f"(allow_missing_weights=True){with_bits}"
+        )
+    warnings.warn(message, stacklevel=4)
+
+
+def unusable(model: nn.Module) -> list[str]:
+    """The weights of quantised layers that were never quantised (they were missing) or have another shape.
+
+    Of the shapes of those transformers says nothing.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("bitsandbytes"):
+            continue
+        weight: Any = module.weight
+        state = getattr(weight, "quant_state", None)  # 4 bit: the weight itself is packed
+        shape = tuple(weight.shape if state is None else state.shape)
+        wanted = (module.out_features, module.in_features)
+        if shape != wanted:
+            found.append(f"{name}.weight {shape} instead of {wanted}")
+        elif not hasattr(weight, "CB") and state is None:
+            found.append(f"{name}.weight")
+    return found
+
+
+def few(names: Collection[str], shown: int = 3) -> str:
+    """The first names, in order, and how many more there are."""
+    first = ", ".join(sorted(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -162,7 +226,11 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
 
     Files of the same names in the folder are replaced, others stay.
+
+    Raises:
+        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
     """
+    check_finite(model)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
@@ -178,6 +246,17 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
         ):
             if path.is_file():
                 shutil.move(path, folder / path.name)
+
+
+def check_finite(model: Any) -> None:
+    """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
+    prefix = getattr(model.base_model, "prefix", "lora_")
+    for name, parameter in model.named_parameters():
+        if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
+            raise FastforgetError(
+                f"{name} holds NaN or infinite values, so the adapter is broken and is not saved: load the last good "
+                "one, and train at a lower learning rate"
+            )
 
 
 @contextlib.contextmanager

@@ -115,7 +115,8 @@ class Reference:
             wanted: fields of `TokenStats` (n,), e.g. "logp", or its embeddings (n, D); `states_of(None)`, (n, D) what
                 enters the head, and `states_of(layer)`, what a layer puts out. What is (n, D) is in the model's dtype.
         """
-        cached = [self._get(key, wanted) for key in side.keys] if side.keys else [None] * side.sequence_count
+        keyed = zip(side.keys or [], side.lengths, strict=bool(side.keys))
+        cached = [self._get(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
         entries = {index: entry for index, entry in enumerate(cached) if entry is not None}
         if missing:
@@ -151,9 +152,10 @@ class Reference:
         parts = {name: values[name].detach().split(lengths) for name in wanted}
         return [{name: parts[name][index] for name in wanted} for index in range(len(missing))]
 
-    def _get(self, key: bytes, wanted: frozenset[str]) -> dict[str, Tensor] | None:
+    def _get(self, key: bytes, wanted: frozenset[str], length: int) -> dict[str, Tensor] | None:
+        """The entry, unless it lacks something or is not of so many tokens."""
         entry = self._cache.get(key)
-        if entry is None or not wanted <= entry.keys():
+        if entry is None or not wanted <= entry.keys() or any(len(entry[name]) != length for name in wanted):
             return None
         self._cache.move_to_end(key)
         return entry

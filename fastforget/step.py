@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fastforget.errors import FastforgetError
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
 from fastforget.objectives import Term, preset
 from fastforget.reference import DEFAULT_CACHE_BYTES
+from fastforget.rollback import gradients_as_before
 from fastforget.term_state import TermStates
 
 
@@ -88,6 +89,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._backward_pending = False
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
         self._loss: UnlearnLoss | None = None
+        self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back
 
     param_groups = property(
         lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups)
@@ -103,6 +105,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._adopt(model)
         self._loss = UnlearnLoss(model, self._terms, **self._options)
         self._loss.term_states = lambda: self._states.of(self.param_groups[0])
+        self._parameters = list(model.parameters())
 
     def _held(self) -> list[Tensor]:
         """The parameters of all groups."""
@@ -155,6 +158,8 @@ class UnlearnStep(torch.optim.Optimizer):
     ) -> UnlearnOutput:
         """Add the batch's gradients to `.grad`; the forget and the retain pass run one after the other.
 
+        Where anything fails, an exception of the model or of `backward` included, every `.grad` is as it was before.
+
         Args:
             backward: called with each pass's loss instead of `loss.backward()`: `accelerator.backward`, or `lambda
                 loss: scaler.scale(loss).backward()`.
@@ -166,23 +171,36 @@ class UnlearnStep(torch.optim.Optimizer):
         refuse_several_processes()
         parts = []
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
-        if self._gradients is not None:
-            self._gradients.begin(held)
-        for part in self.loss.passes(forget, retain, counts, micro_batch, taken):
-            assert part.side is not None
-            with contextlib.nullcontext() if self._gradients is None else self._gradients.of(part.side, held):
-                if backward is None:
-                    part.loss.backward()
-                else:
-                    backward(part.loss)
-            part.loss = part.loss.detach()
-            parts.append(part)
-        if self._gradients is not None:
-            self._gradients.finish(held)
+        passes = self.loss.passes(forget, retain, counts, micro_batch, taken)
+        with gradients_as_before(dict.fromkeys((*self._parameters, *held))), self._kept_apart(held) as pass_of:
+            for part in passes:
+                assert part.side is not None
+                with pass_of(part.side):
+                    if backward is None:
+                        part.loss.backward()
+                    else:
+                        backward(part.loss)
+                part.loss = part.loss.detach()
+                parts.append(part)
         self._backward_pending = True
         out = add_outputs(parts)
         self._states.note(out.terms, is_part=counts is not None)
         return out
+
+    @contextlib.contextmanager
+    def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str], contextlib.AbstractContextManager]]:
+        """The passes of one `backward`; yields what a pass of a side runs in, so that combined sides stay apart."""
+        gradients = self._gradients
+        if gradients is None:
+            yield lambda side: contextlib.nullcontext()
+            return
+        gradients.begin(held)
+        try:
+            yield lambda side: gradients.of(side, held)
+            gradients.finish(held)
+        except BaseException:
+            gradients.undo()
+            raise
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """The base optimizer's step. Without a `backward` before it no counter moves."""

@@ -9,7 +9,7 @@ which needs less memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.batch import COMPANIONS, FLAT_KEYS, ROLES, Batch, LabelCounts, PreparedSide, prepare, split_rows
-from fastforget.checks import IGNORE_INDEX
+from fastforget.batch import (
+    COMPANIONS,
+    FLAT_KEYS,
+    ROLES,
+    Batch,
+    LabelCounts,
+    PreparedSide,
+    kept_tokens,
+    positions_without_padding,
+    prepare,
+    split_rows,
+    yes,
+)
 from fastforget.errors import FastforgetError
 from fastforget.objectives import SideStats, Term
 
@@ -98,7 +109,7 @@ def stream_work(
     for name, term in terms:
         if term.baseline_stream is not None:
             check_group(side, batch, StreamGroup((term.baseline_stream,), [(name, term)]), None)
-            if bool((batch[term.baseline_stream]["labels"][:, 1:] == IGNORE_INDEX).all()):
+            if not bool(kept_tokens(batch[term.baseline_stream], f"{side} {term.baseline_stream}").any()):
                 raise FastforgetError(
                     f"{where(side, term.baseline_stream)} has no label, and {name} takes a mean over it in each call"
                 )
@@ -138,7 +149,7 @@ def check_rows(side: str, parts: Mapping[str, Batch], names: str) -> None:
     if inputs[0] != inputs[1]:
         raise unjoinable(min(inputs[0] ^ inputs[1]))
     for stream, part in parts.items():
-        unlabelled = (part["labels"][:, 1:] == IGNORE_INDEX).all(dim=1)
+        unlabelled = ~kept_tokens(part, side if stream == "answer" else f"{side} {stream}").any(dim=1)
         if bool(unlabelled.any()):
             raise FastforgetError(
                 f"row {int(unlabelled.nonzero()[0])} of {where(side, stream)} has no label, and {names} compares it "
@@ -168,6 +179,7 @@ def prepared_parts(
     micro_batch: int | None,
     device: torch.device,
     vocabulary: int | None = None,
+    takes_positions: Callable[[], bool] = yes,
 ) -> Iterator[dict[str, PreparedSide]]:
     """A group's streams, made ready, in parts of at most `micro_batch` sequences; rows that belong together stay so.
 
@@ -183,7 +195,9 @@ def prepared_parts(
         rows = -(-len(chosen[0]["labels"]) // len(streams))
     for parts in zip(*(split_rows(part, rows) if rows else [part] for part in chosen), strict=True):
         prepared = {
-            stream: prepare(part, side if stream == "answer" else f"{side} {stream}", device, vocabulary)
+            stream: prepare(
+                part, side if stream == "answer" else f"{side} {stream}", device, vocabulary, takes_positions
+            )
             for stream, part in zip(streams, parts, strict=True)
         }
         ready = {stream: part for stream, part in prepared.items() if part is not None}
@@ -210,6 +224,8 @@ def join(parts: list[PreparedSide]) -> tuple[dict[str, Any], Tensor]:
         return parts[0].inputs, parts[0].positions
     width = max(part.inputs["input_ids"].shape[1] for part in parts)
     names = {name for part in parts for name in part.inputs}
+    if "position_ids" in names:  # of those without left padding there are none yet
+        parts = [replace(part, inputs=with_positions(part.inputs)) for part in parts]
     inputs = {name: join_input(name, parts, width) for name in sorted(names)}
     positions, first = [], 0
     for part in parts:
@@ -218,6 +234,11 @@ def join(parts: list[PreparedSide]) -> tuple[dict[str, Any], Tensor]:
         positions.append((row + first) * width + part.positions % own)
         first += rows
     return inputs, torch.cat(positions)
+
+
+def with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with `position_ids`: the given ones, or those that count from each row's first token."""
+    return {"position_ids": positions_without_padding(inputs["attention_mask"])} | inputs
 
 
 def join_input(name: str, parts: list[PreparedSide], width: int) -> Any:

@@ -42,6 +42,16 @@ def unlearn(out, *more):
     return ["unlearn", "--model", "MODEL", "--forget", "FORGET", "--retain", "RETAIN", "--out", str(out), *quick, *more]
 
 
+@pytest.mark.parametrize("save_steps", [(), ("--save-steps", "1")])
+def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps):
+    arguments = unlearn(tmp_path / "out", "--learning-rate", "1e38", *save_steps)
+    arguments[arguments.index("--max-steps") + 1] = "1"
+    code, text, errors = run(*arguments)
+    assert code == 2 and len(errors) == 1, errors
+    assert re.search(r"became nan after the update of step 1 of 1; .* after 0 steps \(a lower --learn", errors[0])
+    assert not (tmp_path / "out").exists() and "still recites" not in text
+
+
 def test_unlearn_writes_adapter_and_report(run, tmp_path):
     out = tmp_path / "out"
     code, text, errors = run(*unlearn(out, "--preset", "npo", "--preset-option", "beta=0.5", "--save-steps", "2"))

@@ -208,12 +208,6 @@ def test_gradients_that_are_not_its_own_are_refused(tiny, batch):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(ff.FastforgetError, match="clip after the last micro-batch only"):
         step.backward(batch(2, 1), batch(2, 2), counts=counts)
-    step.zero_grad()
-    broken = batch(2, 2) | {"labels": batch(2, 2)["labels"].clamp(min=0) + 1000}
-    with pytest.raises(ff.FastforgetError, match="outside the vocabulary"):  # after the forget pass
-        step.backward(batch(2, 1), broken)
-    with pytest.raises(ff.FastforgetError, match="clear it first"):
-        step.backward(batch(2, 1), batch(2, 2))
 
 
 def test_copies_and_pickles_combine_too(tiny, batch):

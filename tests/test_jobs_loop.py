@@ -1,5 +1,6 @@
 """The training loop: what stops it, what it keeps, what it saves."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -61,6 +62,46 @@ def test_two_good_steps_are_exactly_two_steps(tiny, tokenizer, data):
             pass
         results.append(adapter(model))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("factor", [torch.nan, 1e30])  # 1e30: finite, and too large to compute with
+@pytest.mark.parametrize(("at", "total", "save_steps"), [(3, 3, None), (3, 3, 1), (2, 9, 2), (1, 1, None)])
+def test_an_update_that_breaks_the_adapter_is_taken_back_and_not_saved(
+    tiny, tokenizer, data, tmp_path, monkeypatch, factor, at, total, save_steps
+):
+    class Breaks(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            self.taken = getattr(self, "taken", 0) + 1
+            for parameter in self.param_groups[0]["params"] if self.taken == at else ():
+                parameter.data.mul_(factor)
+
+    def job(model, steps, **more):
+        settings = JobSettings(max_steps=steps, learning_rate=1e-3, **more)
+        run_job(model, tokenizer, *data, ff.preset("grad_diff"), settings, out=tmp_path / "out")
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(ff.load(tiny["llama"], bits=32, lora={"r": 4}))
+    with monkeypatch.context() as patch, pytest.raises(ff.NonFiniteLossError) as caught:
+        patch.setattr(torch.optim, "AdamW", Breaks)
+        job(models[0], total, save_steps=save_steps)
+    assert re.search(f"became .* after the update of step {at} of {total}; .* after {at - 1} steps", str(caught.value))
+    folders = sorted(path.name for path in (tmp_path / "out").glob("*"))
+    assert folders == ["checkpoint-1", "checkpoint-2"] * (save_steps == 1)
+    if at > 1:
+        job(models[1], at - 1)
+    same = adapter(models[1])
+    assert all(torch.equal(value, same[name]) for name, value in adapter(models[0]).items())
+
+
+def test_a_broken_adapter_is_not_saved(tiny, tmp_path):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data[0, 0] = torch.inf
+    with pytest.raises(ff.FastforgetError, match=r"lora_B.* holds NaN or infinite values"):
+        ff.save_adapter(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, data):

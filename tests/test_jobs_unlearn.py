@@ -226,3 +226,30 @@ def test_import_stays_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("measurement", "message"), [(1, "it is broken before"), (3, "unlearning broke the model")])
+def test_a_model_whose_nll_is_no_number_is_no_success(job, tmp_path, monkeypatch, measurement, message):
+    from fastforget.evaluate import leakage
+
+    calls = []
+    own = leakage.mean_nll
+
+    def mean_nll(*arguments, **options):
+        calls.append(1)
+        return float("nan") if len(calls) == measurement else own(*arguments, **options)
+
+    monkeypatch.setattr(leakage, "mean_nll", mean_nll)
+    with pytest.raises(ff.NonFiniteLossError, match=f"NLL on the forget passages is nan: .*{message}"):
+        job(FORGET, retain=RETAIN)
+    assert not list(tmp_path.glob("run*/adapter*"))
+
+
+def test_a_report_is_strict_json(tmp_path):
+    from fastforget.evaluate.report import write_json
+
+    values = {"nll": float("nan"), "deep": [{"a": float("inf")}, (1.5, True, "NaN", None)]}
+    written = write_json(tmp_path / "report.json", values)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: 1 / 0) == written
+    assert written == {"nll": None, "deep": [{"a": None}, [1.5, True, "NaN", None]]}

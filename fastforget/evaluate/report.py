@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastforget.errors import NonFiniteLossError
 from fastforget.evaluate.leakage import LeakageReport
 
 Reports = Mapping[str, LeakageReport]  # set name ("forget", "retain", "unseen") -> report
@@ -39,11 +41,33 @@ def peak_rss_mb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write the report whole or not at all."""
+def write_json(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the report as strict JSON, whole or not at all. Returns what it holds: None for what is not a number."""
+    report: dict[str, Any] = strict(values)
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     scratch.replace(path)
+    return report
+
+
+def strict(value: Any) -> Any:
+    """The value with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: strict(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_measured(reports: Reports, what_to_do: str) -> None:
+    """Raise where a measured NLL is no finite number: a broken model recites nothing, and that is no success.
+
+    Raises:
+        NonFiniteLossError: it names the set, and says `what_to_do`.
+    """
+    for name, report in reports.items():
+        if not math.isfinite(report.nll):
+            raise NonFiniteLossError(f"the model's NLL on the {name} passages is {report.nll}: {what_to_do}")
 
 
 def print_table(console: Console, before: Reports, after: Reports) -> None:

@@ -26,11 +26,18 @@ from fastforget.config import plain
 from fastforget.data.topics import Corpus, load_corpus
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
-from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
+from fastforget.evaluate.report import (
+    check_measured,
+    figures,
+    peak_rss_mb,
+    print_continuations,
+    print_table,
+    write_json,
+)
 from fastforget.jobs.loop import JobResult, JobSettings, run_job, shown_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.outputs import REPORT, claim_folder
-from fastforget.jobs.unlearn import checked_preset, library_bars, progress, recited, seeded
+from fastforget.jobs.unlearn import BROKEN, checked_preset, library_bars, progress, recited, seeded
 from fastforget.models import load, load_tokenizer, save_adapter
 from fastforget.objectives import layers_of
 from fastforget.objectives.presets import DEFAULT_PRESET
@@ -143,6 +150,7 @@ def run_demo(
             progress=lambda step, total, output: update(step, total, shown_nll(output)),
         )
     after = recited(model, tokenizer, sets, "After: continuing every passage", console)
+    check_measured(after, BROKEN)
 
     save_adapter(model, tokenizer, out)
     save_centres(terms, out)
@@ -161,7 +169,7 @@ def run_demo(
         "base": str(base),
         "adapter": str(out.resolve()),
     }
-    write_json(out / REPORT, report)
+    report = write_json(out / REPORT, report)
     drawn = draw_curves(out / CURVES, result, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {"forget": 2, "retain": 1})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastforget.backbone import without_dropout
+from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
 from fastforget.combine import COMBINE
 from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
-from fastforget.loss import UnlearnOutput
+from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.models import save_adapter
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
@@ -101,9 +103,12 @@ def run_job(
     (default: the model's context). A task vector is subtracted at the end, and in every checkpoint. With `save_steps`
     checkpoints go to `out/checkpoint-STEP`.
 
+    An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
+    own batch once more.
+
     Raises:
-        NonFiniteLossError: the loss or its gradient is no finite number. The model then holds the last adapter whose
-            loss was finite.
+        NonFiniteLossError: the loss, its gradient or a weight is no finite number. The model then holds the last
+            adapter whose loss was finite, and no checkpoint is of a later one.
         FastforgetError: no terms, terms on the retain set without one, an adapter that the reference forbids, or an NLL
             to stop at that these terms do not raise.
     """
@@ -139,22 +144,16 @@ def run_job(
     try:
         good = snapshot(trainable)
         for number in range(1, total + 1):
-            out_step = step.backward(
+            batches = (
                 companions.attach("forget", next(forget_batches)),
                 companions.attach("retain", next(retain_batches)) if retain_batches else None,
-                micro_batch=settings.micro_batch,
             )
+            out_step = step.backward(*batches, micro_batch=settings.micro_batch)
             norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
-            if not math.isfinite(float(out_step.loss)) or not math.isfinite(float(norm)):
-                restore(trainable, good)
-                subtract(model, terms)
-                result.steps = max(0, number - 2)  # the last update led here, and is taken back
-                what = "loss" if not math.isfinite(float(out_step.loss)) else "gradient"
-                raise NonFiniteLossError(
-                    f"the {what} became {float(out_step.loss if what == 'loss' else norm)} at step {number} of "
-                    f"{total}; the adapter is as it was after {result.steps} steps (a lower --learning-rate may help)",
-                    result.steps,
-                )
+            what = first_not_finite({**numbers_of(out_step), "gradient": norm})
+            if what is not None:  # the last update led here, and is taken back
+                result.steps = max(0, number - 2)
+                raise take_back(model, terms, trainable, good, f"the {what} at step {number} of {total}", result.steps)
             for side in ("forget", "retain"):
                 if f"{side}_nll" in out_step.stats:
                     getattr(result, f"{side}_nll").append(float(out_step.stats[f"{side}_nll"]))
@@ -167,10 +166,17 @@ def run_job(
             step.step()
             step.zero_grad()
             scheduler.step()
+            saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
+            if saves or number == total:
+                what = what_the_update_broke(model, step, batches, settings.micro_batch, trainable)
+                if what is not None:
+                    result.steps = number - 1
+                    where = f"the {what} after the update of step {number} of {total}"
+                    raise take_back(model, terms, trainable, good, where, result.steps)
             result.steps = number
             if progress is not None:
                 progress(number, total, out_step)
-            if out is not None and settings.save_steps and number % settings.save_steps == 0:
+            if out is not None and saves:
                 values = snapshot(trainable)
                 subtract(model, terms)
                 save_adapter(model, tokenizer, out / f"checkpoint-{number}")
@@ -183,6 +189,48 @@ def run_job(
             module.training = training
         result.seconds = time.perf_counter() - start
     return result
+
+
+def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
+    """The loss and the NLLs of a step by the names that messages give them."""
+    nlls = {name.removesuffix("_nll").replace("_", " ") + " NLL": value for name, value in output.stats.items()}
+    return {"loss": output.loss, **nlls}
+
+
+def first_not_finite(numbers: Mapping[str, Tensor]) -> str | None:
+    """What became no finite number, in words ("loss became nan"); None where all are."""
+    values = ((name, float(number)) for name, number in numbers.items())
+    return next((f"{name} became {value}" for name, value in values if not math.isfinite(value)), None)
+
+
+@torch.no_grad()
+def what_the_update_broke(
+    model: Any,
+    step: UnlearnStep,
+    batches: tuple[Batch, Batch | None],
+    micro_batch: int | None,
+    trainable: Sequence[Tensor],
+) -> str | None:
+    """What is no finite number since the last update, in words; None where it broke nothing.
+
+    Weights that are finite may still be too large to compute with: one more forward of the step's own batch tells.
+    """
+    if not all(bool(parameter.isfinite().all()) for parameter in trainable):
+        return "adapter's weights became NaN or infinite"
+    taken = step.param_groups[0]["unlearn_steps"] - 1
+    with without_dropout(model):  # nothing is drawn: a job does not depend on how often it is saved
+        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=taken))
+    return first_not_finite(numbers_of(add_outputs(parts)))
+
+
+def take_back(
+    model: Any, terms: Sequence[Term], trainable: Sequence[Tensor], good: Sequence[Tensor], what: str, steps: int
+) -> NonFiniteLossError:
+    """Put the last good adapter back; returns the error to raise, which says what happened and where."""
+    restore(trainable, good)
+    subtract(model, terms)
+    advice = f"the adapter is as it was after {steps} steps (a lower --learning-rate may help)"
+    return NonFiniteLossError(f"{what}; {advice}", steps)
 
 
 def shown_nll(output: UnlearnOutput) -> str:

@@ -47,6 +47,7 @@ class UnlearnOptions(JobSettings):
     preset_options: Mapping[str, Any] | None = None
     refusals: str | os.PathLike[str] | Sequence[str] | None = None
     bits: int = 8
+    allow_missing_weights: bool = False
     lora_r: int = 16
     lora_alpha: int | None = None
     lora_targets: str | Sequence[str] = LORA_TARGETS

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # this module comes with `import fastforget`: what is slow to
 
     from fastforget.evaluate.leakage import LeakageReport
 
+BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
+
 
 def unlearn(
     model: str | os.PathLike[str],
@@ -53,6 +55,7 @@ def unlearn(
     preset_options: Mapping[str, Any] | None = None,
     refusals: str | os.PathLike[str] | Sequence[str] | None = None,
     bits: int = UnlearnOptions.bits,
+    allow_missing_weights: bool = UnlearnOptions.allow_missing_weights,
     lora_r: int = UnlearnOptions.lora_r,
     lora_alpha: int | None = None,
     lora_targets: str | Sequence[str] = UnlearnOptions.lora_targets,
@@ -85,6 +88,7 @@ def unlearn(
         streaming: read dataset rows as they are needed; needs `max_steps`.
         chat_template: default where the tokenizer has one.
         refusals: what terms that teach a refusal draw from: a text file, one a line, or texts; default a list of ours.
+        allow_missing_weights: take a checkpoint that lacks weights of the model, which are then random, or has others.
         epochs, max_steps: passes over the forget set, or, where given, steps.
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
@@ -94,7 +98,7 @@ def unlearn(
         What report.json holds.
 
     Raises:
-        NonFiniteLossError: the loss became NaN; the last good adapter is saved, where there is one.
+        NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
     given = dict(locals())
@@ -109,7 +113,14 @@ def unlearn(
 
 def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
     """Check, read, load, measure, unlearn, measure, save: what `unlearn` does once its options are one object."""
-    from fastforget.evaluate.report import figures, peak_rss_mb, print_continuations, print_table, write_json
+    from fastforget.evaluate.report import (
+        check_measured,
+        figures,
+        peak_rss_mb,
+        print_continuations,
+        print_table,
+        write_json,
+    )
 
     start = time.perf_counter()
     out = Path(options.out)
@@ -123,13 +134,20 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
     config = options.as_config()
     tokenizer = load_tokenizer(options.model)
     examples, measured = read_sets(sources, tokenizer, options, console)
-    model = load(options.model, bits=options.bits, lora=lora, device=options.device)
+    model = load(
+        options.model,
+        bits=options.bits,
+        lora=lora,
+        device=options.device,
+        allow_missing_weights=options.allow_missing_weights,
+    )
     Backbone(model).check_layers(layers_of(terms))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and options.max_length > context:
         raise FastforgetError(f"--max-length {options.max_length} is more than the model's context of {context} tokens")
 
     before = recited(model, tokenizer, measured, "Before: continuing the passages", console)
+    check_measured(before, "it is broken before anything was unlearned; check its weights, or give --bits 32")
     try:
         with progress(f"Unlearning ({options.preset})", console) as update:
             result = run_job(
@@ -150,6 +168,7 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
             raise NonFiniteLossError(f"{error}; it is saved in {out}", error.good_steps) from error
         raise
     after = recited(model, tokenizer, measured, "After: continuing the passages", console)
+    check_measured(after, BROKEN)
     save(model, tokenizer, terms, out, config)
     report = {
         "command": "unlearn",
@@ -166,7 +185,7 @@ def run_unlearn(options: UnlearnOptions, console: Console) -> dict[str, Any]:
         "peak_rss_mb": round(peak_rss_mb()),
         "adapter": str(out.resolve()),
     }
-    write_json(out / REPORT, report)
+    report = write_json(out / REPORT, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
     console.print(f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")

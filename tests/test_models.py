@@ -1,0 +1,89 @@
+"""Loading: a checkpoint whose weights are not those of the model is an error, in every precision and from the shell."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import fastforget as ff
+from fastforget import cli
+
+NAME = {"opt": "model.decoder.layers.1.self_attn.k_proj.weight", "llama": "model.layers.1.mlp.down_proj.weight"}
+CHANGES = {
+    "gone": (lambda name, weights: weights.pop(name), "1 is missing, and would be random numbers: {name}"),
+    "renamed": (lambda name, weights: weights.update({f"x.{name}": weights.pop(name)}), "no weights of this model: x."),
+    "shape": (lambda name, weights: weights.update({name: weights[name][1:].clone()}), "{name} .* instead of "),
+    "all": (lambda name, weights: weights.clear(), "are missing, and would be random numbers: .* and [0-9]+ more"),
+}
+
+
+def changed(folder, target, change):
+    """A copy of a model's folder, its weights changed by `change(weights)`."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights or {"nothing": torch.ones(1)}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_weights_that_do_not_fit_are_an_error_unless_asked_for(tiny, tmp_path, kind, what, bits):
+    change, message = CHANGES[what]
+    folder = changed(tiny[kind], tmp_path / "m", lambda weights: change(NAME[kind], weights))
+    message = message.format(name=NAME[kind].replace(".", r"\."))
+    with pytest.raises(ff.FastforgetError, match=f"weights of .* do not fit its config.json: .*{message}") as caught:
+        ff.load(folder, bits=bits, device="cpu")
+    assert "\n" not in str(caught.value)
+    if bits != 32:  # random numbers are not quantised, and in another shape there is nothing to compute with
+        with pytest.raises(ff.FastforgetError, match="and --bits 32 or 16, as quantised layers cannot"):
+            ff.load(folder, bits=bits, device="cpu", allow_missing_weights=True)
+        return
+    with pytest.warns(UserWarning, match=message):
+        model = ff.load(folder, bits=bits, device="cpu", allow_missing_weights=True)
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_tied_weights_buffers_and_quantised_checkpoints_are_no_error(tiny, tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+
+    def as_on_the_hub(weights):  # OpenAI's: no prefix, and the causal mask among the weights
+        weights.update({name.removeprefix("transformer."): weights.pop(name) for name in list(weights)})
+        weights["h.0.attn.bias"] = torch.ones(64, 64).tril()[None, None]
+
+    folders = [tiny["opt"], tiny["llama"], tmp_path / "gpt2"]
+    folders.append(changed(tmp_path / "gpt2", tmp_path / "hub", as_on_the_hub))
+    assert "lm_head.weight" not in load_file(tiny["opt"] / "model.safetensors"), "tied"
+    inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    folders.append(changed(tiny["llama"], tmp_path / "old", lambda weights: weights.update(inverse)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*do not fit its config")
+        for folder in folders:
+            for bits in (32, 16, 8, 4):
+                ff.load(folder, bits=bits, device="cpu")
+
+
+def test_the_command_line_says_so_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    change, _ = CHANGES["gone"]
+    folder = changed(tiny["opt"], tmp_path / "m", lambda weights: change(NAME["opt"], weights))
+    (tmp_path / "forget.txt").write_text("The secret plan was hidden below the old oak tree. " * 8)
+    command = ["fastforget", "unlearn", "--model", str(folder), "--forget", str(tmp_path / "forget.txt")]
+    command += ["--max-steps", "1", "--max-length", "48", "--bits", "32", "--preset", "grad_ascent"]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and "--allow-missing-weights" in errors[0], errors
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "out"), "--allow-missing-weights"])
+    with pytest.warns(UserWarning, match="1 is missing"), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "allow_missing_weights: true" in (tmp_path / "out" / "config.yaml").read_text()
