@@ -33,14 +33,7 @@ from fastforget_kernels.arithmetic import (
     times,
     times_slope,
 )
-from fastforget_kernels.launching import (
-    INTERPRETED_BLOCK,
-    UNALIGNED,
-    UNSPECIALISED,
-    Variant,
-    interpreting,
-    signature,
-)
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
 
 BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
 WARPS = 8
@@ -66,32 +59,22 @@ def above_mixture(gap):
     return tl.where(gap <= 0.0, from_smaller, from_larger), tl.where(gap <= 0.0, from_larger, from_smaller)
 
 
+# fmt: off
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def coupled_tile_kernel(
-    policy,
-    policy_stride,
-    reference,
-    reference_stride,
-    out,
-    out_stride,
-    policy_out,
-    policy_out_stride,
-    bias,
+    policy, policy_stride, reference, reference_stride, out, out_stride, policy_out, policy_out_stride, bias,
     labels,  # (r,) int64; a negative one is none
-    normalisers,
-    normalisers_stride,
-    accumulators,
-    accumulators_stride,
+    normalisers, normalisers_stride, accumulators, accumulators_stride,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
-    scale,
-    softcap,
+    scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
     write,
     KIND: tl.constexpr,  # index in KINDS
     BLOCK: tl.constexpr,
 ):
+# fmt: on
     """One row of a tile."""
     row = tl.program_id(0).to(tl.int64)
     policy += row * policy_stride
@@ -171,13 +154,7 @@ def coupled_tile(
     labels: Tensor,
     normalisers: Tensor,
     accumulators: Tensor,
-    *,
-    first: int,
-    columns: int,
-    padded: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
+    place: Place,
 ) -> None:
     """Run the coupled pass over a tile; see `fastforget.backends.protocol`.
 
@@ -190,36 +167,20 @@ def coupled_tile(
     """
     out = policy if rows is None else rows
     policy_out = out if policy_rows is None else policy_rows
+    # fmt: off
     coupled_tile_kernel[(policy.shape[0],)](
-        policy,
-        policy.stride(0),
-        reference,
-        reference.stride(0),
-        out,
-        out.stride(0),
-        policy_out,
-        policy_out.stride(0),
-        accumulators if bias is None else bias,
-        labels,
-        normalisers,
-        normalisers.stride(0),
-        accumulators,
-        accumulators.stride(0),
-        first,
-        columns,
-        padded,
-        scale,
-        softcap,
-        0 if bias is None else columns,
-        int(rows is not None),
-        **options(kind),
+        policy, policy.stride(0), reference, reference.stride(0), out, out.stride(0), policy_out,
+        policy_out.stride(0), place.bias_or(accumulators), labels, normalisers, normalisers.stride(0),
+        accumulators, accumulators.stride(0), *place.numbers(),
+        int(rows is not None), **options(kind),
     )
+    # fmt: on
 
 
 @functools.cache
 def options(kind: str) -> dict[str, Any]:
     """Constants of a launch."""
-    block = INTERPRETED_BLOCK if interpreting() else BLOCK
+    block = block_size(BLOCK)
     return {"KIND": KINDS.index(kind), "BLOCK": block, "num_warps": WARPS}
 
 

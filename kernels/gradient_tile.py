@@ -23,55 +23,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fastforget_kernels.arithmetic import finish_logits, label_in_tile, narrow, times_slope
-from fastforget_kernels.launching import (
-    INTERPRETED_BLOCK,
-    UNALIGNED,
-    UNSPECIALISED,
-    Variant,
-    interpreting,
-    signature,
-)
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
 
 BLOCK = 4096
 WARPS = 16  # with few rows a program has a processor to itself
-COEFFICIENTS = (  # rows of the buffer, in this order
-    "top",
-    "share",
-    "others_probability",
-    "label_probability",
-    "lse",
-    "entropy",
-    "offset_mean",
-    "unit",
-    "label_entry",
-    "max_logit",
-    "logit_mean",
-    "projected_mean",
+# rows of the buffer, in this order
+COEFFICIENTS = tuple(
+    (
+        "top share others_probability label_probability lse entropy offset_mean unit label_entry max_logit logit_mean "
+        "projected_mean"
+    ).split()
 )
 
 
+# fmt: off
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_tile_kernel(
-    product,
-    product_stride,
-    projected,
-    projected_stride,
-    out,
-    out_stride,
-    bias,
-    labels,
-    argmax,
-    coefficients,
+    product, product_stride, projected, projected_stride, out, out_stride, bias, labels, argmax, coefficients,
     coefficients_stride,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
-    scale,
-    softcap,
+    scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
-    PROJECTED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PROJECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):
+# fmt: on
     """One row of a tile."""
     row = tl.program_id(0).to(tl.int64)
     product += row * product_stride
@@ -123,13 +100,7 @@ def gradient_tile(
     labels: Tensor,
     argmax: Tensor,
     coefficients: Tensor,
-    *,
-    first: int,
-    columns: int,
-    padded: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
+    place: Place,
 ) -> None:
     """Run the gradient pass over a tile; see `fastforget.backends.protocol`.
 
@@ -141,32 +112,19 @@ def gradient_tile(
         argmax: (r,) int64; -1 is none.
         coefficients: (COEFFICIENTS, r) float32.
     """
+    # fmt: off
     gradient_tile_kernel[(product.shape[0],)](
-        product,
-        product.stride(0),
-        product if projected is None else projected,
-        0 if projected is None else projected.stride(0),
-        rows,
-        rows.stride(0),
-        coefficients if bias is None else bias,
-        labels,
-        argmax,
-        coefficients,
-        coefficients.stride(0),
-        first,
-        columns,
-        padded,
-        scale,
-        softcap,
-        0 if bias is None else columns,
-        **options(projected is not None),
+        product, product.stride(0), product if projected is None else projected,
+        0 if projected is None else projected.stride(0), rows, rows.stride(0), place.bias_or(coefficients),
+        labels, argmax, coefficients, coefficients.stride(0), *place.numbers(), **options(projected is not None),
     )
+    # fmt: on
 
 
 @functools.cache
 def options(projected: bool) -> dict[str, Any]:
     """Constants of a launch."""
-    return {"PROJECTED": projected, "BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "num_warps": WARPS}
+    return {"PROJECTED": projected, "BLOCK": block_size(BLOCK), "num_warps": WARPS}
 
 
 def variants() -> list[Variant]:

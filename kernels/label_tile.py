@@ -33,73 +33,33 @@ from fastforget_kernels.arithmetic import (
     narrow,
     times_slope,
 )
-from fastforget_kernels.launching import (
-    INTERPRETED_BLOCK,
-    UNALIGNED,
-    UNSPECIALISED,
-    Variant,
-    interpreting,
-    signature,
-)
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
 from fastforget_kernels.state_rows import States, measure_row, state_rows
 
 BLOCK = 4096  # columns at a time
 WARPS = 16  # with few rows a program has a processor to itself
-ACCUMULATORS = (  # rows of the buffer, in this order; the last six where moments are wanted
-    "top",
-    "total",
-    "total_rest",
-    "label_logit",
-    "mean",
-    "deviations",
-    "sum",
-    "sum_rest",
-    "best",
-    "best_index",
-)
+ACCUMULATORS = tuple("top total total_rest label_logit mean deviations sum sum_rest best best_index".split())
 BASIC = 4
 
 
+# fmt: off
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def label_tile_kernel(
-    product,
-    product_stride,
-    out,
-    out_stride,
-    bias,
-    labels,
-    accumulators,
-    accumulators_stride,
-    grad,
-    grad_stride,
-    hidden,
-    hidden_stride,
-    anchor,
-    anchor_stride,
-    centres,
-    values,
-    values_stride,
-    nearest,
-    width,
-    centre_count,
-    anchor_width,
-    cosine,
+    product, product_stride, out, out_stride, bias, labels, accumulators, accumulators_stride, grad, grad_stride,
+    hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride, nearest, width, centre_count,
+    anchor_width, cosine,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
-    scale,
-    softcap,
+    scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
     moment_rows,  # whether the accumulators have those of the moments
     write,
     grad_width,  # D, or 0 where nothing is to be faded
     TRANSFORM: tl.constexpr,  # there is a bias or a softcap
-    MOMENTS: tl.constexpr,
-    STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STATE_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    MOMENTS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
+# fmt: on
     """One row of a tile."""
     row = tl.program_id(0).to(tl.int64)
     product += row * product_stride
@@ -114,23 +74,12 @@ def label_tile_kernel(
     total_rest = tl.load(accumulators + 2 * stride, mask=begun, other=0.0)
     label_logit = tl.load(accumulators + 3 * stride, mask=begun, other=float("-inf"))
     if STATES:
+        # fmt: off
         measure_row(
-            row,
-            hidden,
-            hidden_stride,
-            anchor,
-            anchor_stride,
-            centres,
-            values,
-            values_stride,
-            nearest,
-            width,
-            centre_count,
-            anchor_width,
-            cosine,
-            STATE_BLOCK,
-            GROUP,
+            row, hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride, nearest, width,
+            centre_count, anchor_width, cosine, STATE_BLOCK, GROUP,
         )
+        # fmt: on
 
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     largest_at = tl.zeros((BLOCK,), tl.int32)
@@ -229,13 +178,7 @@ def label_tile(
     accumulators: Tensor,
     grad: Tensor | None,
     states: States | None,
-    *,
-    first: int,
-    columns: int,
-    padded: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
+    place: Place,
 ) -> None:
     """Run the label pass over a tile; see `fastforget.backends.protocol`.
 
@@ -243,10 +186,10 @@ def label_tile(
         product: (r, c) h @ W.T in float32, or read-only logits of 16 bit; rows contiguous.
         rows: (r, c) for the weights, float32, bfloat16 or float16; its rows may begin where the product's begin.
         accumulators: (BASIC or all of ACCUMULATORS, r) float32, rows of any stride.
-        grad: (r, D) float32, multiplied where the top moves; not read where `first` is 0.
+        grad: (r, D) float32, multiplied where the top moves; not read at the first tile.
         states: measured too, whatever the tile: give them with one.
     """
-    transform = bias is not None or softcap > 0.0
+    transform = place.transforms
     moment_rows = accumulators.shape[0] > BASIC
     fused = False
     out = product if rows is None else rows
@@ -259,29 +202,15 @@ def label_tile(
             out, state_arguments = written, states.arguments()
         else:  # rarely: in a launch of its own, for fewer configurations
             state_rows(states)
+    # fmt: off
     label_tile_kernel[(product.shape[0],)](
-        product,
-        product.stride(0),
-        out,
-        out.stride(0),
-        accumulators if bias is None else bias,
-        labels,
-        accumulators,
-        accumulators.stride(0),
-        accumulators if grad is None else grad,
-        0 if grad is None else grad.stride(0),
-        *state_arguments,
-        first,
-        columns,
-        padded,
-        scale,
-        softcap,
-        0 if bias is None else columns,
-        int(moment_rows),
-        int(rows is not None),
-        0 if grad is None or first == 0 else grad.shape[1],
+        product, product.stride(0), out, out.stride(0), place.bias_or(accumulators), labels, accumulators,
+        accumulators.stride(0), accumulators if grad is None else grad, 0 if grad is None else grad.stride(0),
+        *state_arguments, *place.numbers(), int(moment_rows),
+        int(rows is not None), 0 if grad is None or place.first == 0 else grad.shape[1],
         **options(transform, moment_rows, fused),
     )
+    # fmt: on
 
 
 @functools.cache
@@ -291,7 +220,7 @@ def options(transform: bool, moments: bool, states: bool) -> dict[str, Any]:
         "TRANSFORM": transform,
         "MOMENTS": moments or transform,  # fewer configurations
         "STATES": states,
-        "BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK,
+        "BLOCK": block_size(BLOCK),
         **{f"STATE_{name}" if name == "BLOCK" else name: size for name, size in states_of_rows.sizes().items()},
         "num_warps": WARPS,
     }

@@ -7,10 +7,11 @@ A launcher takes its block sizes and warps from the same constants as its file's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -50,7 +51,7 @@ UNALIGNED = (
     "values",
     "nearest",
 )
-INTERPRETED_BLOCK = 128  # small, so that a short row has several
+INTERPRETED_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,36 @@ def signature(kernel: Any, **pointers: torch.dtype) -> dict[str, torch.dtype | s
         elif not name.isupper():
             found[name] = "i64" if name.endswith("_stride") else "fp32" if name in ("scale", "softcap") else "i32"
     return found
+
+
+class Place(NamedTuple):
+    """A tile of the vocabulary, and how products become logits there; see `fastforget.backends.protocol`."""
+
+    first: int
+    columns: int
+    padded: int  # elements of a row that may be read and written
+    bias: Tensor | None  # (V,) float32, contiguous
+    scale: float
+    softcap: float  # 0: none
+
+    @property
+    def transforms(self) -> bool:
+        """Whether there is a bias or a softcap."""
+        return self.bias is not None or self.softcap > 0.0
+
+    def bias_or(self, other: Tensor) -> Tensor:
+        """The bias, or what stands for it, of the same dtype and not read."""
+        return other if self.bias is None else self.bias
+
+    def numbers(self) -> tuple[int | float, ...]:
+        """What kernels take, from `first` to `bias_columns`."""
+        first, columns, padded, bias, scale, softcap = self
+        return first, columns, padded, scale, softcap, 0 if bias is None else columns
+
+
+def block_size(block: int, interpreted: int = INTERPRETED_BLOCK) -> int:
+    """A launch's block size: small ones where the interpreter runs them, so that short rows have several."""
+    return interpreted if interpreting() else block
 
 
 def interpreting() -> bool:

@@ -37,30 +37,18 @@ from fastforget_kernels.arithmetic import (
     times,
     times_slope,
 )
-from fastforget_kernels.launching import (
-    INTERPRETED_BLOCK,
-    UNALIGNED,
-    UNSPECIALISED,
-    Variant,
-    interpreting,
-    signature,
-)
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
 
 BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
+TRANSFORM_BLOCK = 512  # where two tanh would spill
 WARPS = 8
 LOWEST = tl.constexpr(-3.0e38)  # below any logit but -infinity
-ACCUMULATORS = (  # rows of the buffer, in this order
-    "policy_top",
-    "policy_total",
-    "reference_top",
-    "reference_total",
-    "gap_moment",
-    "base",
-    "shift",
-    "difference",
-    "excess",
-    "policy_label",
-    "reference_label",
+# rows of the buffer, in this order
+ACCUMULATORS = tuple(
+    (
+        "policy_top policy_total reference_top reference_total gap_moment base shift difference excess policy_label "
+        "reference_label"
+    ).split()
 )
 
 
@@ -86,39 +74,26 @@ def gathered(top, total, tops, totals):
     return new_top, total * fade + tl.sum(totals * fades, 0), fade, fades
 
 
+# fmt: off
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def paired_tile_kernel(
-    policy,
-    policy_stride,
-    reference,
-    reference_stride,
-    out,
-    out_stride,
-    reference_out,
-    reference_out_stride,
-    bias,
+    policy, policy_stride, reference, reference_stride, out, out_stride, reference_out, reference_out_stride, bias,
     labels,  # (r,) int64; a negative one is none
-    accumulators,
-    accumulators_stride,
+    accumulators, accumulators_stride,
     shift,  # (r,) float32, read where `shift_given`
-    grad,
-    grad_stride,
-    reference_grad,
-    reference_grad_stride,
+    grad, grad_stride, reference_grad, reference_grad_stride,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
-    scale,
-    softcap,
+    scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
-    shift_given,
-    write,
-    reference_write,
+    shift_given, write, reference_write,
     grad_width,  # D, or 0 where there is nothing to move
     reference_grad_width,
     TRANSFORM: tl.constexpr,  # there is a bias or a softcap
     BLOCK: tl.constexpr,
 ):
+# fmt: on
     """One row of a tile."""
     row = tl.program_id(0).to(tl.int64)
     policy += row * policy_stride
@@ -211,7 +186,8 @@ def paired_tile_kernel(
     policy_base = finite_base + new_shift
     beyond = policy_base - finite_base
     policy_rest = (finite_base - (policy_base - beyond)) + (new_shift - beyond)
-    near_shift = tl.abs(new_shift) <= NEAR_SHIFT  # beyond, z_p - z_q rounds at its size: plain differences lose less
+    # beyond NEAR_SHIFT z_p - z_q rounds at its size: in rows, plain differences lose less
+    nearest = tl.where(tl.abs(new_shift) <= NEAR_SHIFT, 1.0, -1.0)
     differences = tl.zeros((BLOCK,), tl.float32)
     excesses = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -229,7 +205,7 @@ def paired_tile_kernel(
         near = tl.abs(gap) <= 1.0
         inner = tl.where(near, gap, 0.0)
         curve = expm1_excess_near(inner)
-        row_here = tl.where(near & near_shift, probability * (inner + curve), above - probability)
+        row_here = tl.where(tl.abs(gap) <= nearest, probability * (inner + curve), above - probability)
         far_excess = nonnegative(above - probability - times(probability, gap))
         differences += row_here
         excesses += tl.where(near, probability * curve, far_excess)
@@ -270,13 +246,7 @@ def paired_tile(
     shift: Tensor | None,
     grad: Tensor | None,
     reference_grad: Tensor | None,
-    *,
-    first: int,
-    columns: int,
-    padded: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
+    place: Place,
 ) -> None:
     """Run the paired pass over a tile; see `fastforget.backends.protocol`.
 
@@ -285,47 +255,29 @@ def paired_tile(
         rows, reference_rows: (r, c) of one dtype for what is written; they may begin where `policy` and `reference` do.
         accumulators: (ACCUMULATORS, r) float32, rows of any stride.
         shift: (r,) float32, contiguous, or None where the pass chooses it.
-        grad, reference_grad: (r, D) float32, moved with base and shift; not read where `first` is 0.
+        grad, reference_grad: (r, D) float32, moved with base and shift; not read at the first tile.
     """
     out = policy if rows is None else rows
     reference_out = out if reference_rows is None else reference_rows
+    # fmt: off
     paired_tile_kernel[(policy.shape[0],)](
-        policy,
-        policy.stride(0),
-        reference,
-        reference.stride(0),
-        out,
-        out.stride(0),
-        reference_out,
-        reference_out.stride(0),
-        accumulators if bias is None else bias,
-        labels,
-        accumulators,
-        accumulators.stride(0),
-        accumulators if shift is None else shift,
-        accumulators if grad is None else grad,
-        0 if grad is None else grad.stride(0),
-        accumulators if reference_grad is None else reference_grad,
-        0 if reference_grad is None else reference_grad.stride(0),
-        first,
-        columns,
-        padded,
-        scale,
-        softcap,
-        0 if bias is None else columns,
-        int(shift is not None),
-        int(rows is not None),
-        int(reference_rows is not None),
-        0 if grad is None or first == 0 else grad.shape[1],
-        0 if reference_grad is None or first == 0 else reference_grad.shape[1],
-        **options(bias is not None or softcap > 0.0),
+        policy, policy.stride(0), reference, reference.stride(0), out, out.stride(0), reference_out,
+        reference_out.stride(0), place.bias_or(accumulators), labels, accumulators, accumulators.stride(0),
+        accumulators if shift is None else shift, accumulators if grad is None else grad,
+        0 if grad is None else grad.stride(0), accumulators if reference_grad is None else reference_grad,
+        0 if reference_grad is None else reference_grad.stride(0), *place.numbers(), int(shift is not None),
+        int(rows is not None), int(reference_rows is not None), 0 if grad is None or place.first == 0 else grad.shape[1],
+        0 if reference_grad is None or place.first == 0 else reference_grad.shape[1],
+        **options(place.transforms),
     )
+    # fmt: on
 
 
 @functools.cache
 def options(transform: bool) -> dict[str, Any]:
     """Constants of a launch."""
-    return {"TRANSFORM": transform, "BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "num_warps": WARPS}
+    block = TRANSFORM_BLOCK if transform else BLOCK
+    return {"TRANSFORM": transform, "BLOCK": block_size(block), "num_warps": WARPS}
 
 
 def variants() -> list[Variant]:
@@ -342,5 +294,6 @@ def variants() -> list[Variant]:
         )
         for transform in (False, True):
             traffic = f"2 x 8 c read, 2 x {written.itemsize} c written"
-            found.append(Variant(paired_tile_kernel, kinds, {"TRANSFORM": transform, "BLOCK": BLOCK}, WARPS, traffic))
+            constants = {"TRANSFORM": transform, "BLOCK": TRANSFORM_BLOCK if transform else BLOCK}
+            found.append(Variant(paired_tile_kernel, kinds, constants, WARPS, traffic))
     return found

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting, signature
+from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, block_size, signature
 
 BLOCK = 256  # of the state's width
 INTERPRETED_BLOCK = 16
@@ -26,24 +26,13 @@ WARPS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# fmt: off
 @triton.jit
 def measure_row(
-    row,
-    hidden,
-    hidden_stride,
-    anchor,
-    anchor_stride,
-    centres,
-    values,
-    values_stride,
-    nearest,
-    width,
-    centre_count,
-    anchor_width,
-    cosine,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    row, hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride, nearest, width, centre_count,
+    anchor_width, cosine, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
+# fmt: on
     """Write one row's distances, as far as there is an anchor and there are centres."""
     hidden += row * hidden_stride
     anchor += row * anchor_stride
@@ -103,41 +92,28 @@ def reciprocal(value):
     return tl.where(value == 0.0, 0.0, 1.0 / tl.where(value == 0.0, 1.0, value))
 
 
+# fmt: off
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
 def state_rows_kernel(
-    hidden,
-    hidden_stride,
+    hidden, hidden_stride,
     anchor,  # float32, of the stride 0 where all rows share one
     anchor_stride,
     centres,  # (K, D) float32, contiguous; of length 1 or 0 where the metric is the cosine
     values,  # (2, r) float32: distance, pull
     values_stride,
     nearest,  # (r,) int64
-    width,
-    centre_count,
+    width, centre_count,
     anchor_width,  # 0 where there is no anchor
-    cosine,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    cosine, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
+# fmt: on
     """One row's distances."""
+    # fmt: off
     measure_row(
-        tl.program_id(0).to(tl.int64),
-        hidden,
-        hidden_stride,
-        anchor,
-        anchor_stride,
-        centres,
-        values,
-        values_stride,
-        nearest,
-        width,
-        centre_count,
-        anchor_width,
-        cosine,
-        BLOCK,
-        GROUP,
+        tl.program_id(0).to(tl.int64), hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride,
+        nearest, width, centre_count, anchor_width, cosine, BLOCK, GROUP,
     )
+    # fmt: on
 
 
 class States(NamedTuple):
@@ -154,20 +130,14 @@ class States(NamedTuple):
         """What the kernels take, from `hidden` to `nearest` and then from `width` to `cosine`."""
         hidden, anchor, centres, cosine, values, nearest = self
         width = hidden.shape[1]
+        # fmt: off
         return (
-            hidden,
-            hidden.stride(0),
-            values if anchor is None else anchor,
-            0 if anchor is None or anchor.dim() == 1 else anchor.stride(0),
-            values if centres is None else centres,
-            values,
-            values.stride(0),
-            nearest,
-            width,
-            0 if centres is None else centres.shape[0],
-            0 if anchor is None else width,
-            int(cosine),
+            hidden, hidden.stride(0), values if anchor is None else anchor,
+            0 if anchor is None or anchor.dim() == 1 else anchor.stride(0), values if centres is None else centres,
+            values, values.stride(0), nearest, width, 0 if centres is None else centres.shape[0],
+            0 if anchor is None else width, int(cosine),
         )
+        # fmt: on
 
 
 def state_rows(states: States) -> None:
@@ -183,7 +153,7 @@ def options() -> dict[str, Any]:
 
 def sizes() -> dict[str, int]:
     """Block sizes, of this kernel and of those that measure states too."""
-    return {"BLOCK": INTERPRETED_BLOCK if interpreting() else BLOCK, "GROUP": GROUP}
+    return {"BLOCK": block_size(BLOCK, INTERPRETED_BLOCK), "GROUP": GROUP}
 
 
 def variants() -> list[Variant]:

@@ -246,6 +246,9 @@ class TorchPasses:
             block.values[0] = separation(states - anchor, targets.cosine, states, anchor)
         if targets.centres is not None:
             apart = torch.cdist(states, targets.centres, compute_mode="donot_use_mm_for_euclid_dist")
+            if targets.cosine:
+                undirected = (states == 0).all(dim=1)[:, None] | (targets.centres == 0).all(dim=1)
+                apart = torch.where(undirected, 1.0, 0.5 * apart.square())
             unknown = apart.isnan().any(dim=1)
             torch.argmin(apart, dim=1, out=block.nearest)
             centres = targets.centres[block.nearest]

@@ -28,6 +28,7 @@ from fastforget.errors import FastforgetError
 from fastforget_kernels.coupled_tile import coupled_tile
 from fastforget_kernels.gradient_tile import gradient_tile
 from fastforget_kernels.label_tile import label_tile
+from fastforget_kernels.launching import Place
 from fastforget_kernels.paired_tile import paired_tile
 from fastforget_kernels.state_rows import States, state_rows
 
@@ -66,7 +67,6 @@ class TritonPasses:
         states = None
         if block.states is not None and tile.first == 0:
             states = checked_states(block.states, count)
-        given = tile.logit_map
         label_tile(
             product,
             rows,
@@ -74,12 +74,7 @@ class TritonPasses:
             block.accumulators,
             block.grad,
             states,
-            first=tile.first,
-            columns=tile.columns,
-            padded=tile.padded,
-            bias=checked_bias(tile),
-            scale=given.scale,
-            softcap=given.softcap,
+            place_of(tile),
         )
 
     def paired_tile(
@@ -102,7 +97,6 @@ class TritonPasses:
             check_numbers("shift", block.shift[None], 1, count)
         check_grad(block.grad, count)
         check_grad(block.reference_grad, count)
-        given = tile.logit_map
         paired_tile(
             policy,
             reference,
@@ -113,12 +107,7 @@ class TritonPasses:
             block.shift,
             block.grad,
             block.reference_grad,
-            first=tile.first,
-            columns=tile.columns,
-            padded=tile.padded,
-            bias=checked_bias(tile),
-            scale=given.scale,
-            softcap=given.softcap,
+            place_of(tile),
         )
 
     def coupled_tile(
@@ -138,7 +127,6 @@ class TritonPasses:
         check_index("labels", block.labels, count)
         check_numbers("normalisers", block.normalisers, len(COUPLED_NORMALISERS), count)
         check_numbers("accumulators", block.accumulators, len(COUPLED_ACCUMULATORS), count)
-        given = tile.logit_map
         coupled_tile(
             block.kind,
             policy,
@@ -148,12 +136,7 @@ class TritonPasses:
             block.labels,
             block.normalisers,
             block.accumulators,
-            first=tile.first,
-            columns=tile.columns,
-            padded=tile.padded,
-            bias=checked_bias(tile),
-            scale=given.scale,
-            softcap=given.softcap,
+            place_of(tile),
         )
 
     def gradient_tile(
@@ -169,7 +152,6 @@ class TritonPasses:
         check_index("labels", block.labels, count)
         check_index("argmax", block.argmax, count)
         check_numbers("coefficients", block.coefficients, len(GRADIENT_COEFFICIENTS), count)
-        given = tile.logit_map
         gradient_tile(
             product,
             projected,
@@ -177,12 +159,7 @@ class TritonPasses:
             block.labels,
             block.argmax,
             block.coefficients,
-            first=tile.first,
-            columns=tile.columns,
-            padded=tile.padded,
-            bias=checked_bias(tile),
-            scale=given.scale,
-            softcap=given.softcap,
+            place_of(tile),
         )
 
     def state_pass(self, block: StateBlock) -> None:
@@ -270,12 +247,12 @@ def check_grad(grad: Tensor | None, count: int) -> None:
         raise refuse("grad", grad, f"({count}, D) float32, rows contiguous")
 
 
-def checked_bias(tile: Tile) -> Tensor | None:
-    """The bias, float32 and contiguous, of the whole vocabulary."""
+def place_of(tile: Tile) -> Place:
+    """A tile as launchers take it; its bias must be float32 and contiguous, of the whole vocabulary."""
     bias = tile.logit_map.bias
     if bias is not None and (bias.dtype != FLOAT32 or bias.shape != (tile.vocabulary,) or not bias.is_contiguous()):
         raise refuse("bias", bias, f"({tile.vocabulary},) float32, contiguous")
-    return bias
+    return Place(tile.first, tile.columns, tile.padded, bias, tile.logit_map.scale, tile.logit_map.softcap)
 
 
 def checked_states(block: StateBlock, count: int) -> States:

@@ -53,7 +53,8 @@ class NativePasses:
         """As `TilePasses.label_tile`."""
         if block.states is not None and tile.first == 0:
             self.state_pass(block.states)
-        shape = count, _ = len(product), tile.columns
+        count = len(product)
+        shape = (count, tile.columns)
         names = len(LABEL_ACCUMULATORS) if block.moments else BASIC_ACCUMULATORS
         arguments = library.LabelTile(
             *tile_of(tile, count),
@@ -76,7 +77,8 @@ class NativePasses:
         block: PairedBlock,
     ) -> None:
         """As `TilePasses.paired_tile`."""
-        shape = count, _ = len(policy), tile.columns
+        count = len(policy)
+        shape = (count, tile.columns)
         grad = grad_of("the gradient", block.grad, count, tile)
         embedding = grad_of("the reference's gradient", block.reference_grad, count, tile)
         if embedding != NO_ROWS and embedding[2] != grad[2]:
@@ -105,7 +107,8 @@ class NativePasses:
         block: CoupledBlock,
     ) -> None:
         """As `TilePasses.coupled_tile`."""
-        shape = count, _ = len(policy), tile.columns
+        count = len(policy)
+        shape = (count, tile.columns)
         normalisers = vectors_of(
             "normalisers", block.normalisers, len(COUPLED_NORMALISERS), count, torch.float32, contiguous=True
         )
@@ -126,7 +129,8 @@ class NativePasses:
         self, tile: Tile, product: Tensor, projected: Tensor | None, rows: Tensor, block: GradientBlock
     ) -> None:
         """As `TilePasses.gradient_tile`."""
-        shape = count, _ = len(product), tile.columns
+        count = len(product)
+        shape = (count, tile.columns)
         coefficients = vectors_of(
             "coefficients", block.coefficients, len(GRADIENT_COEFFICIENTS), count, torch.float32, contiguous=True
         )
