@@ -40,8 +40,8 @@ from fastforget_kernels.arithmetic import (
 from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
 
 BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
-TRANSFORM_BLOCK = 512  # where two tanh would spill
 WARPS = 8
+TRANSFORM_WARPS = 16  # the two tanh of a softcap would spill
 LOWEST = tl.constexpr(-3.0e38)  # below any logit but -infinity
 # rows of the buffer, in this order
 ACCUMULATORS = tuple(
@@ -266,7 +266,8 @@ def paired_tile(
         accumulators if shift is None else shift, accumulators if grad is None else grad,
         0 if grad is None else grad.stride(0), accumulators if reference_grad is None else reference_grad,
         0 if reference_grad is None else reference_grad.stride(0), *place.numbers(), int(shift is not None),
-        int(rows is not None), int(reference_rows is not None), 0 if grad is None or place.first == 0 else grad.shape[1],
+        int(rows is not None), int(reference_rows is not None),
+        0 if grad is None or place.first == 0 else grad.shape[1],
         0 if reference_grad is None or place.first == 0 else reference_grad.shape[1],
         **options(place.transforms),
     )
@@ -276,8 +277,7 @@ def paired_tile(
 @functools.cache
 def options(transform: bool) -> dict[str, Any]:
     """Constants of a launch."""
-    block = TRANSFORM_BLOCK if transform else BLOCK
-    return {"TRANSFORM": transform, "BLOCK": block_size(block), "num_warps": WARPS}
+    return {"TRANSFORM": transform, "BLOCK": block_size(BLOCK), "num_warps": TRANSFORM_WARPS if transform else WARPS}
 
 
 def variants() -> list[Variant]:
@@ -294,6 +294,6 @@ def variants() -> list[Variant]:
         )
         for transform in (False, True):
             traffic = f"2 x 8 c read, 2 x {written.itemsize} c written"
-            constants = {"TRANSFORM": transform, "BLOCK": TRANSFORM_BLOCK if transform else BLOCK}
-            found.append(Variant(paired_tile_kernel, kinds, constants, WARPS, traffic))
+            constants, warps = {"TRANSFORM": transform, "BLOCK": BLOCK}, TRANSFORM_WARPS if transform else WARPS
+            found.append(Variant(paired_tile_kernel, kinds, constants, warps, traffic))
     return found
