@@ -69,6 +69,5 @@ def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
     """Raise for a kept label, on the CPU, outside the vocabulary."""
-    wrong = labels[(labels < 0) | (labels >= vocabulary)]
-    if len(wrong):
-        raise outside(int(wrong[0]), vocabulary)
+    if len(labels) and not 0 <= int(labels.amin()) <= int(labels.amax()) < vocabulary:
+        raise outside(int(labels[(labels < 0) | (labels >= vocabulary)][0]), vocabulary)

@@ -131,23 +131,30 @@ def stats_of(
         fields["distance"] = fields["distance"].clamp(max=margin)
     if masked:
         return TokenStats(**{name: masked_rows(value, labels, EMPTY.get(name, 0)) for name, value in fields.items()})
-    assert positions is not None
+    if positions is None:
+        return TokenStats(**fields)
     return TokenStats(
         **{name: spread(value, positions, len(hidden), EMPTY.get(name, 0)) for name, value in fields.items()}
     )
 
 
-def kept_rows(hidden: Tensor, labels: Tensor, positions: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """(the kept rows, their labels), on the device of the states, once all labels are known to be right."""
+def kept_rows(
+    hidden: Tensor, labels: Tensor, positions: Tensor | None, vocabulary: int
+) -> tuple[Tensor | None, Tensor]:
+    """(the kept rows or None for all, their labels), on the device of the states, once all labels are known right."""
     if torch.compiler.is_compiling() or not labels.is_cpu:
         labels = labels.to(hidden.device, non_blocking=True)
         found = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
         found = found.to(hidden.device, non_blocking=True)
         return found, checked_labels(labels[found], vocabulary, vocabulary)  # none of the kept may be ignored
-    found = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
-    kept = labels[found.cpu()]
+    if positions is None:
+        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if len(positions) == len(labels):  # all of them: nothing to gather, nothing to spread
+            positions = None
+    kept = labels if positions is None else labels[positions.cpu()]
     check_labels(kept, vocabulary)
-    return found.to(hidden.device, non_blocking=True), kept.to(hidden.device, non_blocking=True)
+    kept = kept.to(hidden.device, non_blocking=True)
+    return None if positions is None else positions.to(hidden.device, non_blocking=True), kept
 
 
 def token_stats_from_logits(

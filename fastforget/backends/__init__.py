@@ -1,7 +1,7 @@
 """Who computes the statistics, and which of them `auto` picks.
 
 `eager` is the oracle: it holds all logits and leaves gradients to autograd. The others are tile passes (plain `torch`,
-C++ on the CPU as `native`, kernels on a GPU as `triton`) under one sweep. `docs/internals.md` says how they fit together.
+C++ on the CPU as `native`, kernels on a GPU as `triton`) under one sweep: see `docs/internals.md`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class KeptRows:
             out.index_add_(0, self.positions[rows], part.to(out.dtype))
 
 
-@dataclass(frozen=True)
-class TileViews:
+class TileViews(NamedTuple):
     """One tile of a block: where it lies, and its parts of the buffers."""
 
     tile: Tile

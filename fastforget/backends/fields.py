@@ -1,7 +1,7 @@
 """From accumulators to statistics, and the closing formulas of the sweeps: per row, once, in float64, for all backends.
 
-`p_y` is the label's probability, "others" all tokens but the label. Everything is kept as the others' logsumexp and the
-label's logit relative to it, so that log p_y and log(1 - p_y) both keep their digits, at p_y = 1e-12 as at 1 - p_y = 1e-9.
+`p_y` is the label's probability, "others" all tokens but the label. Everything is kept as the others' logsumexp and
+the label's logit relative to it, so that log p_y and log(1 - p_y) keep their digits, at p_y = 1e-12 as at 1 - 1e-9.
 """
 
 from __future__ import annotations
@@ -108,13 +108,20 @@ def moment_fields(accumulators: Tensor, labels: Tensor, found: LabelResult, voca
 
 
 def unit_factor(upstream: Mapping[str, Tensor], logp: Tensor, log_not: Tensor) -> Tensor:
-    """The factor of the unit gradient: d logp = -(1 - p_y) unit, d lse = (1 - p_y) unit + onehot, d log(1 - p_y) = p_y unit.
+    """The unit gradient's factor: d logp = -(1 - p_y) unit, d lse = (1 - p_y) unit + onehot, d log(1 - p_y) = p_y unit.
 
     `unit` is the others' softmax - onehot: of order 1 on a memorised token too, where p - onehot underflows.
     """
-    zero = torch.zeros_like(logp)
-    outer = upstream.get("lse", zero) - upstream.get("logp", zero)
-    return outer * log_not.exp() + upstream.get("log_not_label", zero) * logp.exp()
+    others = log_not.exp()
+    factor: Tensor | None = None
+    for name, sign in (("lse", 1.0), ("logp", -1.0)):
+        if name in upstream:
+            part = upstream[name] * others * sign
+            factor = part if factor is None else factor + part
+    if "log_not_label" in upstream:
+        part = upstream["log_not_label"] * logp.exp()
+        factor = part if factor is None else factor + part
+    return torch.zeros_like(logp) if factor is None else factor
 
 
 def gradient_coefficients(
@@ -127,7 +134,7 @@ def gradient_coefficients(
     given = {name: gradient.double() for name, gradient in upstream.items()}
     p_label, p_others = found.logp.exp(), found.log_not.exp()
     base, total = finite_or_zero(top), total + rest
-    unit = unit_factor({**given, "lse": zero}, found.logp, found.log_not)
+    unit = unit_factor({**given, "lse": zero}, found.logp, found.log_not)  # that of lse is p itself
     entry = p_label * given.get("lse", zero) - unit + given.get("label_logit", zero)
     offset_mean = zero
     if "entropy" in given:
@@ -215,7 +222,7 @@ def paired_result(accumulators: Tensor, labels: Tensor, label_shift: float, scal
 
 
 def two_outcomes(gap: Tensor, moved: Tensor) -> Tensor:
-    """KL of two outcomes with logit `gap` from those with logit `gap + moved`: of the likelier one's doubt, so exact."""
+    """KL of two outcomes with logit `gap` from those with `gap + moved`: of the likelier one's doubt, so exact."""
     sign = torch.where(gap > 0, -1.0, 1.0)
     start, step = gap * sign, moved * sign
     return (F.softplus(start + step) - F.softplus(start) - times(torch.sigmoid(start), step)).clamp(min=0.0)

@@ -33,6 +33,8 @@ class LabelContext:
     positions: Tensor | None
     head: LMHead
     accumulators: Tensor
+    logp: Tensor
+    log_not: Tensor
     unit_grad: Tensor | None
     argmax: Tensor | None
     embedding: Tensor | None  # the expected one
@@ -81,8 +83,7 @@ def direct_backward(context: LabelContext, upstream: Mapping[str, Tensor], out: 
     hidden, head, unit_grad = context.hidden, context.head, context.unit_grad
     assert unit_grad is not None
     kept = KeptRows.of(hidden, context.positions)
-    found = closing.LabelResult.of(context.accumulators)
-    factor = closing.unit_factor(upstream, found.logp, found.log_not).to(unit_grad.dtype)
+    factor = closing.unit_factor(upstream, context.logp, context.log_not)
     mean_row = None
     if "logit_mean" in upstream:
         mean_row = head.scale * head.weight.detach().mean(dim=0, dtype=unit_grad.dtype)

@@ -21,7 +21,14 @@ from fastforget.backends import passes_of
 from fastforget.backends.gradients import LabelContext, label_backward, scatter_scaled, states_backward
 from fastforget.backends.products import compute_dtype
 from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, KnownReference, Targets
-from fastforget.backends.state_ops import StateStatsFunction, call, or_empty, or_zeros, state_stats_op
+from fastforget.backends.state_ops import (
+    StateStatsFunction,
+    call,
+    or_empty,
+    or_zeros,
+    remember_signature,
+    state_stats_op,
+)
 from fastforget.backends.sweep import DivergenceSweep, coupled_sweep, label_sweep, paired_sweep
 from fastforget.head import LMHead
 
@@ -46,7 +53,8 @@ class SweepBackend:
         targets: Targets | None = None,
     ) -> dict[str, Tensor]:
         """As `Backend.token_stats`."""
-        wanted = {*outputs, "argmax"} if "max_logit" in outputs else {*outputs}  # whose row of the head is its gradient
+        wanted = {*outputs, "logp", "log_not_label"}  # what the backward pass takes, and for nothing
+        wanted |= {"argmax"} if "max_logit" in outputs else set()  # whose row of the head is its gradient
         targets = targets or Targets()
         names = [name for name in closing.NAMES if name in wanted]
         names += ["distance"] * (targets.anchor is not None) + ["pull"] * (targets.centres is not None)
@@ -153,6 +161,7 @@ def token_stats_body(
 
 
 token_stats_op = torch.library.custom_op("fastforget::token_stats", token_stats_body, mutates_args=())
+remember_signature(token_stats_body)
 
 
 @token_stats_op.register_fake
@@ -180,7 +189,8 @@ def save_token_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     tensors, (metric, scale, softcap, codes, _, backend) = inputs[:8], inputs[8:]
     ctx.names = [CODES[code] for code in codes]
     fields = dict(zip(ctx.names, output, strict=False))
-    ctx.save_for_backward(*tensors, fields.get("argmax"), fields.get("expected_embedding"), *output[-3:])
+    kept = [fields.get(name) for name in ("argmax", "expected_embedding", "logp", "log_not_label")]
+    ctx.save_for_backward(*tensors, *kept, *output[-3:])
     ctx.scalars = (metric, scale, softcap, backend)
     ctx.set_materialize_grads(False)
 
@@ -197,7 +207,7 @@ def token_stats_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any,
     if given and any(needs):
         run = token_stats_backward_op if torch.compiler.is_compiling() else token_stats_backward_body
         codes = [CODES.index(name) for name in given]
-        found = run(*ctx.saved_tensors, list(given.values()), codes, *ctx.scalars, *needs)
+        found = run(*ctx.saved_tensors, list(given.values()), codes, *ctx.scalars, *needs)  # type: ignore[call-arg]
         results = [result if need else None for result, need in zip(found, needs, strict=True)]
     hidden, weight, bias, states = results
     return hidden, None, None, weight, bias, states, *[None] * (ARGUMENTS - 6)
@@ -230,6 +240,8 @@ def token_stats_backward_body(
     centres: Tensor | None,
     argmax: Tensor | None,
     embedding: Tensor | None,
+    logp: Tensor,
+    log_not: Tensor,
     accumulators: Tensor,
     unit_grad: Tensor,
     nearest: Tensor,
@@ -246,13 +258,15 @@ def token_stats_backward_body(
 ) -> list[Tensor]:
     """Gradients over hidden, weight, bias and states; zeros where one is needed and there is none, else empty."""
     given = dict(zip((CODES[code] for code in codes), upstream, strict=True))
-    of_states = {name: given.pop(name) for name in ("distance", "pull") if name in given}
+    of_states: dict[str, Tensor] = {name: given.pop(name) for name in ("distance", "pull") if name in given}
     grad = grad_weight = grad_bias = None
     with torch.cuda.device_of(hidden):
         if given and (need_hidden or need_weight or need_bias):
             head = LMHead(weight, bias, scale, softcap or None)
             kept = unit_grad if unit_grad.dim() == 2 else None
-            context = LabelContext(hidden, labels, positions, head, accumulators, kept, argmax, embedding)
+            context = LabelContext(
+                hidden, labels, positions, head, accumulators, logp, log_not, kept, argmax, embedding
+            )
             passes = passes_of(backend, hidden.dtype)
             grad, grad_weight, grad_bias = label_backward(passes, context, given, need_weight, need_bias)
         grad_states = or_zeros(None, states, need_states)
@@ -311,6 +325,7 @@ def divergence_body(
 
 
 divergence_op = torch.library.custom_op("fastforget::divergence", divergence_body, mutates_args=())
+remember_signature(divergence_body)
 
 
 @divergence_op.register_fake

@@ -1,8 +1,8 @@
 """The matrix products with tiles of the head, accumulated in float32 whatever the head's dtype.
 
 A 16-bit head is never turned into a float32 copy as a whole. On a GPU the product itself returns float32
-(`torch.mm(..., out_dtype=torch.float32)`) and adds onto float32; that operator is missing on the CPU, so there each tile
-of the weight is cast, once for both products.
+(`torch.mm(..., out_dtype=torch.float32)`) and adds onto float32; that operator is missing on the CPU, so there each
+tile of the weight is cast, once for both products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a backend is: the tile passes that the sweep calls, what they are given and what they leave, typed.
 
-A sweep (`sweep.py`) takes a block of rows through the vocabulary a tile of columns at a time: product 1 of the tile (the
-logits), one of the passes below, product 2 of the tile (what the pass wrote, times the head's rows). A pass reads the
+A sweep (`sweep.py`) takes a block of rows through the vocabulary a tile of columns at a time: product 1 of the tile
+(the logits), one of the passes below, product 2 of the tile (what the pass wrote, times the head's rows). A pass reads the
 tile once or twice, brings the rows' accumulators up to date, and writes the rows of product 2. Everything per row that
 is computed once a sweep (statistics from accumulators, the closing formulas) stands in `fields.py`, for all backends.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -144,8 +144,7 @@ class LogitMap:
         return cls(bias, head.scale, head.softcap or 0.0)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):  # as quick to make as a tuple: there is one for each tile
     """Where in the vocabulary a tile of c columns lies, and what its rows may be taken to be.
 
     `padded`: how many elements of a row of every buffer may be read and written, at least c; what lies past c is
@@ -166,7 +165,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class StateTargets:
-    """What hidden states are measured against, as passes read it: float32 (float64 for float64 states), rows contiguous.
+    """What states are measured against, as passes read it: float32 (float64 for float64 states), rows contiguous.
 
     `centres` are of length 1 (0 where they are 0) where the metric is the cosine.
     """
@@ -291,7 +290,7 @@ class Backend(Protocol):
         positions: Tensor | None = None,
         targets: Targets | None = None,
     ) -> dict[str, Tensor]:
-        """{field: (n,) or (n, D)} of those named in `outputs`; with `targets` `distance` and `pull` too, as far as asked."""
+        """{field: (n,) or (n, D)} of `outputs`; with `targets` `distance` and `pull` too, as far as asked."""
 
     def divergence(
         self,
@@ -350,7 +349,7 @@ class TilePasses(Protocol):
         """Bring the accumulators up to date; write e^(z_q - base) expm1(gap) times the policy's slope, 0 at the label.
 
         And where `reference_rows` is given (which may begin where `reference` begins) e^(z_q - base) times the same
-        slope, 0 at the label. float16 rows: the base is the running largest, and both are multiplied with FLOAT16_SCALE.
+        slope, 0 at the label. float16 rows: the base is the running largest, and both are times FLOAT16_SCALE.
         """
 
     def coupled_tile(
@@ -370,7 +369,7 @@ class TilePasses(Protocol):
     def gradient_tile(
         self, tile: Tile, product: Tensor, projected: Tensor | None, rows: Tensor, block: GradientBlock
     ) -> None:
-        """Write the gradient over the logits, times the slope, for any mix of upstream gradients (float16 unscaled):
+        """Write the gradient over the logits, times the slope, for any mix of upstream gradients (never scaled):
 
             v != y   unit_v ((1 - p_y) (c_lse - c_entropy (z_v - m - offset_mean) + r_v - projected_mean) + c_unit)
             v == y   label_entry + p_y (r_y - projected_mean)

@@ -8,8 +8,8 @@
 
 `label_sweep` costs two products, `paired_sweep` four (three where the reference's embedding is known), and what needs
 the normaliser inside the row itself a second sweep: `gradient_sweep` (entropy, expected embedding, a head that trains,
-logits that a model has produced) and the second half of `coupled_sweep` (reverse KL, JSD). Gradients are computed in the
-forward pass wherever they are the upstream gradient times a vector that is known then.
+logits that a model has produced) and the second half of `coupled_sweep` (reverse KL, JSD). Gradients are computed in
+the forward pass wherever they are the upstream gradient times a vector that is known then.
 
 Nothing here looks at a value on the device: no synchronisation.
 """
@@ -157,7 +157,7 @@ def label_slope(label_logit: Tensor, head: LMHead) -> Tensor:
 
 @dataclass(frozen=True)
 class DivergenceSweep:
-    """A divergence (n,) of the kept rows, its gradient (n, D) over their states, and log p_y (n,); 0 without a label."""
+    """A divergence (n,) of the kept rows, its gradient (n, D) over their states, and log p_y (n,), 0 without a label."""
 
     value: Tensor
     grad: Tensor | None
