@@ -243,8 +243,8 @@ def label_normalisers(
 ) -> LabelNormalisers:
     """From the accumulators of two label sweeps over the same labels; where there is none any token stood for it.
 
-    `likeliest`: both logits of the policy's likeliest token, whose x is the centre: where p and q lie apart, x is nearly
-    the same for all that p holds, and rows of p x less their mean would cancel.
+    `likeliest`: both logits of the policy's likeliest token, whose x is the centre: where p and q lie apart, x is
+    nearly the same for all that p holds, and rows of p x less their mean would cancel.
     """
     rows, lses, log_probs = [], [], []
     for accumulators, shift in ((policy, 0.0), (reference, label_shift)):

@@ -157,7 +157,7 @@ def label_slope(label_logit: Tensor, head: LMHead) -> Tensor:
 
 @dataclass(frozen=True)
 class DivergenceSweep:
-    """A divergence (n,) of the kept rows, its gradient (n, D) over their states, and log p_y (n,), 0 without a label."""
+    """A divergence (n,) of the kept rows, its gradient (n, D) over their states, log p_y (n,), 0 without a label."""
 
     value: Tensor
     grad: Tensor | None
