@@ -2,8 +2,8 @@
 
 A sweep (`sweep.py`) takes a block of rows through the vocabulary a tile of columns at a time: product 1 of the tile
 (the logits), one of the passes below, product 2 of the tile (what the pass wrote, times the head's rows). A pass reads
-the tile once or twice, brings the rows' accumulators up to date, and writes the rows of product 2. Everything per row that
-is computed once a sweep (statistics from accumulators, the closing formulas) stands in `fields.py`, for all backends.
+the tile once or twice, brings the rows' accumulators up to date, and writes the rows of product 2. Everything per row
+that is computed once a sweep (statistics from accumulators, the closing formulas) stands in `fields.py`, for all backends.
 
 Notation: z a row of logits, y its label, "the others" all tokens but y. Logits are made of products h @ W.T by
 `LogitMap`. A *lazy top* m is a logit near the largest of the others so far: it is set by the first tile and moves, to
@@ -361,7 +361,7 @@ class TilePasses(Protocol):
         policy_rows: Tensor | None,
         block: CoupledBlock,
     ) -> None:
-        """Bring the accumulators up to date; write p (x - centre) over `policy` and p over `reference`, times the slope.
+        """Bring the accumulators up to date; write p (x - centre) over `policy`, p over `reference`, times the slope.
 
         Both are 0 at the label. Never in float16.
         """
