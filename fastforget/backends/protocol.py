@@ -3,7 +3,7 @@
 A sweep (`sweep.py`) takes a block of rows through the vocabulary a tile of columns at a time: product 1 of the tile
 (the logits), one of the passes below, product 2 of the tile (what the pass wrote, times the head's rows). A pass reads
 the tile once or twice, brings the rows' accumulators up to date, and writes the rows of product 2. Everything per row
-that is computed once a sweep (statistics from accumulators, the closing formulas) stands in `fields.py`, for all backends.
+that is computed once a sweep (statistics from accumulators, closing formulas) stands in `fields.py`, for all backends.
 
 Notation: z a row of logits, y its label, "the others" all tokens but y. Logits are made of products h @ W.T by
 `LogitMap`. A *lazy top* m is a logit near the largest of the others so far: it is set by the first tile and moves, to
