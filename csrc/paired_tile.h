@@ -155,8 +155,9 @@ static void paired_tile(const FastforgetPairedTile& arguments, std::int64_t row)
     if (!first) move_grads(arguments, row, move);
     const Floats base = all(static_cast<float>(finite_or_zero(state.base))), shift = all(static_cast<float>(state.shift));
     const Floats policy_base = base + shift;  // taken off one by one, they would cost a far policy its digits
-    // with a large shift the gap rounds at its size: plain differences are as good then
-    const Floats near = all(::fabs(state.shift) <= NEAR_SHIFT ? NEAR : -1.0f);
+    const Floats near = all(NEAR);
+    // with a large shift the gap rounds at its size: rows are plain differences then
+    const Floats near_row = all(::fabs(state.shift) <= NEAR_SHIFT ? NEAR : -1.0f);
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
         const int count = length_of_block(start, tile.columns);
         look_at(start, count);
@@ -170,9 +171,9 @@ static void paired_tile(const FastforgetPairedTile& arguments, std::int64_t row)
             const Floats close = clamp_near(gap), over = expm1_excess(close);
             const Mask is_near = at_most(size_of(gap), near);
             Floats difference = probability * (close + over), excess = probability * over;
-            if (!everywhere(is_near)) {  // as it mostly is, with a reference that is an earlier self
+            if (!everywhere(at_most(size_of(gap), near_row))) {  // as it mostly is, with a reference that is an earlier self
                 const Floats far = exp_of(policy_logits - policy_base) - probability;
-                difference = select(is_near, difference, far);
+                difference = select(at_most(size_of(gap), near_row), difference, far);
                 excess = select(is_near, excess, larger(zero(), far - times(probability, gap)));
             }
             differences = differences + difference;

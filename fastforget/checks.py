@@ -67,6 +67,19 @@ def check_anchor(anchor: Tensor, hidden: Tensor) -> None:
         )
 
 
+def check_positions(positions: Tensor, count: int) -> None:
+    """Raise for positions that are not distinct rows of `count`; on a device only their form is looked at."""
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.dim() != 1:
+        raise FastforgetError(f"positions must be an int64 tensor (n,), not {positions!r:.80}")
+    if torch.compiler.is_compiling() or not positions.is_cpu or not len(positions):
+        return
+    if int(positions.amin()) < 0 or int(positions.amax()) >= count:
+        wrong = positions[(positions < 0) | (positions >= count)][0]
+        raise FastforgetError(f"position {int(wrong)} is none of the {count} rows")
+    if int(torch.zeros(count, dtype=torch.bool).index_fill_(0, positions, True).sum()) != len(positions):
+        raise FastforgetError("positions must be distinct: a row that is named twice would get its gradient twice")
+
+
 def check_labels(labels: Tensor, vocabulary: int) -> None:
     """Raise for a kept label, on the CPU, outside the vocabulary."""
     if len(labels) and not 0 <= int(labels.amin()) <= int(labels.amax()) < vocabulary:

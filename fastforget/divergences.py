@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastforget import backends
 from fastforget.backends.state_ops import checked_labels
-from fastforget.checks import IGNORE_INDEX, check_hidden, spread
+from fastforget.checks import IGNORE_INDEX, check_hidden, check_positions, spread
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
@@ -48,6 +49,8 @@ def divergence(
         raise FastforgetError(f"ref_hidden is {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}: they must agree")
     if kind not in DIVERGENCES:
         raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+    if positions is not None:
+        check_positions(positions, len(hidden))
     if head.trainable:
         raise FastforgetError(
             "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
@@ -73,8 +76,9 @@ def shifted_labels(
         return None
     if labels is None:
         raise FastforgetError("label_shift shifts the logits of labels: give labels (N,) too")
-    if labels.shape != hidden.shape[:1]:
-        raise FastforgetError(f"labels must be ({hidden.shape[0]},) to go with hidden, not {tuple(labels.shape)}")
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        what = f"{labels.dtype} {tuple(labels.shape)}"
+        raise FastforgetError(f"labels must be int64 ({hidden.shape[0]},) to go with hidden, not {what}")
     vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
     kept = labels if positions is None else labels[positions.to(labels.device)]
     checked_labels(kept, vocabulary, IGNORE_INDEX)

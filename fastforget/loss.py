@@ -82,7 +82,6 @@ class UnlearnLoss:
         self.backbone.check_layers(layers_of(self.terms.values()))
         needed = frozenset().union(*(reference_needs(term) for term in self.terms.values()))
         self.reference = Reference(self.backbone, reference_cache_bytes) if needed else None
-        self.known_reference = reference_cache_bytes > 0  # to compute its embedding costs what it saves in one epoch
         states = initial_states(self.terms)
         self.term_states: Callable[[], States] = lambda: states  # scalars of terms' own; a step puts its own here
         self._constants: dict[int, Tensor] = {}  # anchors and centres on the model's device, by the id of the user's
@@ -225,7 +224,9 @@ class UnlearnLoss:
         needs = frozenset().union(*(term.needs for term in terms))
         head, labels = self.backbone.head, prepared.labels
         kinds = divergences_among(needs)
-        wanted = reference_wants(terms, self.known_reference and head.softcap is None and not head.is_identity)
+        known = self.reference is not None and self.reference.keeps_embeddings and torch.is_grad_enabled()
+        known = known and self.backend != "eager" and head.softcap is None and not head.is_identity
+        wanted = reference_wants(terms, known)
         reference = self.reference.of(prepared, wanted, self.backend) if self.reference and wanted else {}
         fields: dict[str, Tensor] = {}
         divergences: dict[str, Tensor] = {}
@@ -236,12 +237,12 @@ class UnlearnLoss:
             if learned or not kinds or len(names) > 1:
                 with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
                     fields = backend.token_stats(hidden, labels, head, names)
-            known = None
+            of_reference = None
             if "others_embedding" in reference:
-                known = KnownReference(reference["others_embedding"], reference["others_argmax"])
+                of_reference = KnownReference(reference["others_embedding"], reference["others_argmax"])
             for name, (kind, shift) in kinds.items():
                 divergences[name], logp = backend.divergence(
-                    hidden, reference[states_of(None)], head, kind, labels=labels, label_shift=shift, known=known
+                    hidden, reference[states_of(None)], head, kind, labels=labels, label_shift=shift, known=of_reference
                 )
                 fields.setdefault("logp", logp)
         tokens, sequences = totals

@@ -21,6 +21,7 @@ from fastforget.errors import FastforgetError
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
 STATES = "states:"
+EMBEDDING = "others_embedding"
 
 
 def states_of(layer: int | None) -> str:
@@ -105,6 +106,9 @@ class Reference:
         self.backbone = backbone
         self.cache_bytes = cache_bytes
         self.bytes_used = 0
+        # to compute the reference's embedding costs what it saves in one epoch: without a cache, or where it does not
+        # fit beside the states, nobody asks for it
+        self.keeps_embeddings = cache_bytes > 0
         self.forwards = 0  # reference forwards so far
         self._cache: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
 
@@ -145,8 +149,8 @@ class Reference:
             if fields:
                 found = backend_of(backend, labels.device)
                 values |= found.token_stats(states[None], labels, self.backbone.head, fields)
-                if "others_embedding" in values:  # as it is cached, from the first epoch on
-                    values["others_embedding"] = values["others_embedding"].to(states[None].dtype)
+                if EMBEDDING in values:  # as it is cached, from the first epoch on
+                    values[EMBEDDING] = values[EMBEDDING].to(states[None].dtype)
         self.forwards += 1
         lengths = [side.lengths[index] for index in missing]
         parts = {name: values[name].detach().split(lengths) for name in wanted}
@@ -172,6 +176,11 @@ class Reference:
         # clone: a slice would keep the whole batch alive
         self._cache[key] = {name: value.cpu().clone() for name, value in entry.items()}
         self.bytes_used += size
+        if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
+            self.keeps_embeddings = False
+            for each in self._cache.values():
+                dropped = each.pop(EMBEDDING, None)
+                self.bytes_used -= 0 if dropped is None else dropped.numel() * dropped.element_size()
         while self.bytes_used > self.cache_bytes:
             _, oldest = self._cache.popitem(last=False)
             self.bytes_used -= entry_bytes(oldest)

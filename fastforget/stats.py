@@ -22,6 +22,7 @@ from fastforget.checks import (
     check_anchor,
     check_labels,
     check_metric,
+    check_positions,
     check_token_arguments,
     masked_rows,
     spread,
@@ -118,6 +119,8 @@ def stats_of(
 ) -> TokenStats:
     """`token_stats` of arguments that have been checked."""
     vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
+    if positions is not None:
+        check_positions(positions, len(hidden))
     masked = positions is None and torch.compiler.is_compiling()
     if masked:  # how many rows are kept is not known when the graph is built: all are computed, and masked afterwards
         labels = labels.to(hidden.device, non_blocking=True)
@@ -209,6 +212,10 @@ def stats_in_place(
     name = backends.pick(backend, logits.device)
     if name == "eager":
         raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
+    if positions is not None:
+        check_positions(positions, len(logits))
+    if logits.stride(0) == 0 and len(logits) > 1:
+        raise FastforgetError("in_place=True needs logits of their own: these are one row, expanded")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise FastforgetError("in_place=True needs logits whose rows are contiguous")
     if labels.is_cpu and not torch.compiler.is_compiling():

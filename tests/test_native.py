@@ -10,7 +10,7 @@ import test_stats
 import torch
 from hypothesis import given, settings
 from kernel_device import WHY_NOT_NATIVE, needs_native
-from test_stats import DRAWS, NOISES, SHIFTS, check, problems
+from test_stats import DRAWS, MORE, NOISES, SHIFTS, check, problems
 
 import fastforget as ff
 from fastforget.backends import tiling
@@ -24,7 +24,7 @@ SETS = [
     pytest.param(name, marks=pytest.mark.skipif(index > HERE, reason="not on this machine"))
     for index, name in enumerate(INSTRUCTION_SETS)
 ]
-FEW = settings(DRAWS, max_examples=40)
+FEW = settings(DRAWS, max_examples=12 * MORE)
 
 
 @pytest.fixture(params=SETS)

@@ -183,3 +183,18 @@ def test_the_reference_of_a_stacked_adapter_is_the_adapter_below(tiny, batch, tm
     assert list(model.active_adapters) == ["default", "unlearn"]
     with pytest.raises(ff.FastforgetError, match="is itself an adapter"):
         ff.load(tmp_path / "first", bits=32, adapter=tmp_path / "first")
+
+
+def test_embeddings_leave_the_cache_before_examples_do(tiny, batch):
+    """Where states and embeddings do not fit together, the states stay, and nobody asks for embeddings again."""
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
+    batches = [batch(2, seed) for seed in range(6)]
+    whole = ff.UnlearnLoss(model, [ff.KL(on="forget")])
+    for each in batches:
+        whole(each)
+    tight = ff.UnlearnLoss(model, [ff.KL(on="forget")], reference_cache_bytes=int(0.7 * whole.reference.bytes_used))
+    for _ in range(3):
+        for each in batches:
+            tight(each)
+    assert whole.reference.keeps_embeddings and not tight.reference.keeps_embeddings
+    assert tight.reference.forwards == len(batches) and tight.reference.bytes_used <= tight.reference.cache_bytes

@@ -5,6 +5,7 @@ eager's. Eager is plain PyTorch on materialised float32 logits.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from fastforget.backends.protocol import KnownReference
 from fastforget.divergences import DIVERGENCES
 
 NOISES, SHIFTS = st.sampled_from([0.0, 1e-3, 1.0, 100.0]), st.sampled_from([0.0, -1.0, -10.0])
-DRAWS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MORE = int(os.environ.get("FASTFORGET_DRAWS", "1"))  # make proof draws 20 times as many
+DRAWS = settings(max_examples=30 * MORE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 LOGITS = [name for name in OUTPUTS if not name.endswith("_embedding")]  # what a head that is the identity has
@@ -558,3 +560,27 @@ def test_errors_say_what_is_wrong():
     for message, call in cases:
         with pytest.raises(ff.FastforgetError, match=message):
             call()
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_logits_of_any_strides_get_their_gradient(backend):
+    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).to(device_of(backend)).t().requires_grad_()
+    labels = torch.tensor([0, 5, 3])
+    ff.token_stats_from_logits(logits, labels, backend=backend).logp.sum().backward()
+    truth = logits.detach().double().cpu().requires_grad_()
+    truth.log_softmax(1).gather(1, labels[:, None]).sum().backward()
+    assert torch.allclose(logits.grad.cpu().double(), truth.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_positions_are_distinct_rows():
+    hidden, weight, labels = realistic(rows=4)
+    head = ff.LMHead(weight)
+    wrong = ([0, 4], [0, -1], [0, 0])
+    for positions in (*map(torch.tensor, wrong), torch.tensor([0.0]), torch.tensor([[1]]), [1]):
+        for call in (
+            lambda positions: ff.token_stats(hidden, head, labels, positions=positions),
+            lambda positions: ff.token_stats_from_logits(hidden, labels % 96, positions=positions, in_place=True),
+            lambda positions: ff.divergence(hidden, hidden, head, positions=positions),
+        ):
+            with pytest.raises(ff.FastforgetError, match="position"):
+                call(positions)

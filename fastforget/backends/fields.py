@@ -199,8 +199,7 @@ def paired_result(accumulators: Tensor, labels: Tensor, label_shift: float, scal
     moved = policy_label - reference_label - label_shift - shift - apart  # g_p - g_q, from differences
     own = policy_label - log_total(policy_top, policy_total) - reference_gap  # and from the policy alone
     moved = torch.where(shift.abs() <= NEAR_SHIFT, moved, own)
-    none_or_moved = torch.where(has_label, moved, 0.0)
-    moved = none_or_moved.masked_fill(none & has_label, 0.0)
+    moved = torch.where(has_label & ~none, moved, 0.0)
     reference_gap = torch.where(has_label, reference_gap, -torch.inf)
     policy_gap = torch.where(has_label, reference_gap + moved, -torch.inf)
     outcomes = torch.where(has_label, two_outcomes(reference_gap, moved), 0.0)
@@ -265,7 +264,7 @@ def label_normalisers(
 
 @dataclass(frozen=True)
 class CoupledResult:
-    """Reverse KL or JSD of each row, and what its gradient is made of; (n,) float64.
+    """Reverse KL or JSD of each row, and what its gradient is made of; (n,) float64, `rows` one number for all.
 
     gradient = scale * (rows * S1 + policy * S0 + label * slope_y * W_y).
     """

@@ -46,7 +46,8 @@ def label_backward(
     """Gradients over hidden (N, D) and over a head that trains, from upstream gradients (n,) or (n, D) by field."""
     hidden, head, positions = context.hidden, context.head, context.positions
     whole = torch.empty_like if positions is None else torch.zeros_like
-    out = whole(hidden)
+    # passes write rows of logits where they belong, and those must lie side by side
+    out = whole(hidden, memory_format=torch.contiguous_format if head.is_identity else torch.preserve_format)
     capped_mean = "logit_mean" in upstream and head.softcap is not None
     if not (train_weight or train_bias or capped_mean or head.is_identity or NEEDS_SWEEP & upstream.keys()):
         direct_backward(context, upstream, out)

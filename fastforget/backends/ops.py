@@ -58,7 +58,8 @@ class SweepBackend:
         targets = targets or Targets()
         names = [name for name in closing.NAMES if name in wanted]
         names += ["distance"] * (targets.anchor is not None) + ["pull"] * (targets.centres is not None)
-        trains = any(tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias))
+        # of a head that trains all gradients come from the gradient sweep, and none is kept
+        keeps = torch.is_grad_enabled() and hidden.requires_grad and not head.trainable
         values = call(token_stats_op, TokenStatsFunction)(
             hidden,
             labels.contiguous(),
@@ -72,7 +73,7 @@ class SweepBackend:
             head.scale,
             head.softcap or 0.0,
             [CODES.index(name) for name in names],
-            torch.is_grad_enabled() and trains,
+            keeps,
             self.name,
         )
         fields = dict(zip(names, values, strict=False))
@@ -286,7 +287,10 @@ token_stats_backward_op = torch.library.custom_op(
 @token_stats_backward_op.register_fake
 def token_stats_backward_fake(hidden: Tensor, *others: Any) -> list[Tensor]:
     """Shapes and dtypes of what `token_stats_backward_body` returns."""
-    likes = (hidden, *others[2:5])
+    weight, bias, states = others[2:5]
+    if weight is None:  # logits, whose gradient has contiguous rows
+        hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    likes = (hidden, weight, bias, states)
     return [or_zeros(None, like, need) for like, need in zip(likes, others[-4:], strict=True)]
 
 

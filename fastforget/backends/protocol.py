@@ -29,7 +29,7 @@ from fastforget.head import LMHead
 LAZY = 30.0  # how far above the top a logit may lie before the top moves; e^30 times a vocabulary is far from 3e38
 FLOAT16_SCALE = 8192.0  # what float16 rows are multiplied with, lest most of a row flush to zero; the sweep divides
 RECENTRE = 0.5  # how far lse_p - lse_q may move from a paired block's shift before the pass moves the shift
-NEAR_SHIFT = 8.0  # beyond it z_p - z_q would round at its size: rows are plain differences, gaps of log-probabilities
+NEAR_SHIFT = 8.0  # beyond it z_p - z_q rounds at its size: rows are plain differences, gaps those of log-probabilities
 
 Coupling = Literal["reverse_kl", "jsd"]
 

@@ -9,7 +9,8 @@
 * Where a 16-bit weight is cast to float32: as many columns as 32 MiB of it hold.
 
 Where there are few rows a tile takes more columns: at 64 rows on a GPU the whole of most vocabularies. FASTFORGET_TILE
-("1024x8192") overrides rows and columns, for tuning (`benchmarks/gpu.sh`).
+("1024x8192") overrides rows and columns, for tuning (`benchmarks/gpu.sh`); logits that are there already go by whole
+rows in any case.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def whole_rows(count: int, vocabulary: int, device: torch.device, itemsize: int)
 def parsed(asked: str) -> tuple[int, int]:
     """Rows and columns of FASTFORGET_TILE."""
     rows, _, columns = asked.partition("x")
-    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise FastforgetError(f"{OVERRIDE}={asked!r} is no tile: give rows and columns, as in {OVERRIDE}=1024x8192")
     return int(rows), int(columns)
 

@@ -127,7 +127,8 @@ class TorchPasses:
         above = (policy - policy_base).exp()  # e^(z_p - shift - base) = probability * e^gap
         near = (gaps.abs() <= NEAR) & ~absent
         inner = gaps.where(near, 0.0)
-        difference = torch.where(near, probability * torch.expm1(inner), above - probability)
+        near_row = near & (shift.abs() <= NEAR_SHIFT)  # with a larger one the gap rounds at its size
+        difference = torch.where(near_row, probability * torch.expm1(inner), above - probability)
         excess = torch.where(near, probability * expm1_excess(inner), above - probability - times(probability, gaps))
         excess = torch.where(absent, above, excess)
         new[7] += difference.sum(dim=1, dtype=torch.float64)
