@@ -146,6 +146,8 @@ def test_nothing_looks_at_a_value(monkeypatch, backend):
     """The traced operations hold none that synchronises with a device, nor do launchers read one on the host."""
     # these look, but at labels on the CPU only
     monkeypatch.setattr(ff.stats, "check_labels", lambda *_: None)
+    for module in (ff.stats, ff.divergences):
+        monkeypatch.setattr(module, "check_positions", lambda *_: None)
     monkeypatch.setattr(ff.divergences, "checked_labels", lambda labels, *_: labels)
     hidden, weight, labels = problem(backend)
     positions = torch.tensor([0, 2, 3, 4])

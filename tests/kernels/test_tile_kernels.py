@@ -322,8 +322,8 @@ def test_layouts_that_kernels_would_misread_are_refused():
         (product, rows[:, :10], tile),
         (product.contiguous(), rows, tile),  # no `padded` elements a row
         (product, product.view(BF16)[:, :COLUMNS].as_strided(rows.shape, (200, 1)), tile),  # rows over others' logits
-        (product, rows, dataclasses.replace(tile, logit_map=LogitMap(random(9), 1.0, 0.0))),
-        (product, rows, dataclasses.replace(tile, padded=10**6)),
+        (product, rows, tile._replace(logit_map=LogitMap(random(9), 1.0, 0.0))),
+        (product, rows, tile._replace(padded=10**6)),
     ):
         with pytest.raises(FastforgetError, match="Triton kernels take"):
             passes.label_tile(wrong_tile, wrong_product, wrong_rows, block)
