@@ -14,7 +14,7 @@ from fastforget.config import plain
 from fastforget.loss import SIDES, reference_needs, reference_wants
 from fastforget.objectives import PRESETS, ClusterPull, Term, layers_of, preset, reaches_head
 from fastforget.objectives.needs import divergences
-from fastforget.reference import STATES
+from fastforget.reference import EMBEDDING, STATES
 from fastforget.streams import stream_groups, used_streams
 
 ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?!\d)")  # its numbers since 2015
@@ -108,7 +108,7 @@ def cost(terms: Sequence[Term]) -> Cost:
                 reference_forwards += bool(wanted)
                 gemms += head_products(seen_by, learning) if whole else 0
                 reference_gemms += any(not name.startswith(STATES) for name in wanted)
-                reference_gemms += "others_embedding" in wanted
+                reference_gemms += EMBEDDING in wanted
     layers = [layer for layer in deepest if layer is not None]
     to_layer = max(layers, key=lambda layer: (layer < 0, layer)) if layers and len(layers) == len(deepest) else None
     return Cost(forwards, reference_forwards, gemms, reference_gemms, to_layer)

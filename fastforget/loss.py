@@ -26,7 +26,7 @@ from fastforget.objectives import (
 )
 from fastforget.objectives.needs import OF_REFERENCE, reference_fields
 from fastforget.objectives.needs import divergences as divergences_among
-from fastforget.reference import DEFAULT_CACHE_BYTES, STATES, Reference, states_of
+from fastforget.reference import DEFAULT_CACHE_BYTES, EMBEDDING, STATES, Reference, states_of
 from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_streams, join, prepared_parts, seen_by, stream_work, used_streams
 from fastforget.term_state import States, initial_states
@@ -238,8 +238,8 @@ class UnlearnLoss:
                 with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
                     fields = backend.token_stats(hidden, labels, head, names)
             of_reference = None
-            if "others_embedding" in reference:
-                of_reference = KnownReference(reference["others_embedding"], reference["others_argmax"])
+            if EMBEDDING in reference:
+                of_reference = KnownReference(reference[EMBEDDING], reference["others_argmax"])
             for name, (kind, shift) in kinds.items():
                 divergences[name], logp = backend.divergence(
                     hidden, reference[states_of(None)], head, kind, labels=labels, label_shift=shift, known=of_reference
@@ -325,7 +325,7 @@ def reference_wants(terms: Sequence[Term], known: bool) -> frozenset[str]:
     wanted = frozenset().union(*(reference_needs(term) for term in terms))
     kinds = divergences_among(frozenset().union(*(term.needs for term in terms)))
     if known and any(kind == "forward_kl" for kind, _ in kinds.values()):
-        wanted |= {"others_embedding", "others_argmax"}
+        wanted |= {EMBEDDING, "others_argmax"}
     return wanted
 
 
