@@ -12,6 +12,7 @@ from torch import Tensor
 from fastforget.backends import tiling
 from fastforget.backends.products import compute_dtype, operand_dtype, rows_contiguous
 from fastforget.backends.protocol import LogitMap, StateBlock, StateTargets, Targets, Tile, TilePasses
+from fastforget.backends.torch_passes import unit_vectors
 from fastforget.head import LMHead
 
 
@@ -46,6 +47,28 @@ class KeptRows:
             out.index_add_(0, self.positions[rows], part.to(out.dtype))
 
 
+@dataclass(frozen=True)
+class SweepInput:
+    """What every sweep goes over: a backend's passes, hidden states, and which rows of them are kept."""
+
+    passes: TilePasses
+    hidden: Tensor  # (N, D), detached
+    labels: Tensor  # (n,) int64 of the kept rows; negative: none, where a sweep allows it
+    positions: Tensor | None  # (n,) int64 of the kept rows; None: all
+    head: LMHead
+
+    @property
+    def kept(self) -> KeptRows:
+        """The kept rows."""
+        return KeptRows.of(self.hidden, self.positions)
+
+    def written_dtype(self) -> torch.dtype:
+        """The dtype of rows for product 2; of logits those rows are the gradient itself."""
+        if self.head.is_identity:
+            return compute_dtype(self.hidden)
+        return self.passes.row_dtype(torch.promote_types(self.hidden.dtype, self.head.weight.dtype))
+
+
 class TileViews(NamedTuple):
     """One tile of a block: where it lies, and its parts of the buffers."""
 
@@ -63,14 +86,13 @@ class Tiling:
     written. `row_dtype`: of written rows, None where none are.
     """
 
-    hidden: Tensor
-    kept: KeptRows
-    head: LMHead
+    given: SweepInput
     buffers: int = 1
     row_dtype: torch.dtype | None = None
     _views: dict[int, list[TileViews]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.hidden, self.kept, self.head = self.given.hidden, self.given.kept, self.given.head
         self.dtype = compute_dtype(self.hidden)
         self.logit_map = LogitMap.of(self.head, self.dtype)
         itemsize, device = self.buffers * self.dtype.itemsize, self.hidden.device
@@ -99,11 +121,16 @@ class Tiling:
         """A block of hidden states as product 1 takes them, or of logits as passes do."""
         return rows_contiguous(self.kept.take(hidden, rows).to(self.operands))
 
-    def tiles(self, count: int) -> list[TileViews]:
-        """The tiles of a block of `count` rows; made once, as making them costs as much as a small pass."""
+    def tiles(self, count: int) -> Iterator[tuple[TileViews, Tensor | None]]:
+        """The tiles of a block of `count` rows, each with the head's rows as both products take them (None: no head).
+
+        Views are made once, as making them costs as much as a small pass.
+        """
         if count not in self._views:
             self._views[count] = [self.view(count, first) for first in range(0, self.vocabulary, self.shape.columns)]
-        return self._views[count]
+        for views in self._views[count]:
+            weight = None if self.weight is None else self.weight[views.columns]
+            yield views, weight.to(self.operands) if weight is not None and self.casts else weight
 
     def view(self, count: int, first: int) -> TileViews:
         """One tile of a block of `count` rows."""
@@ -114,16 +141,15 @@ class Tiling:
         rows = tuple(buffer.view(self.row_dtype or self.dtype)[:count, :columns] for buffer in self.memory)
         return TileViews(tile, slice(first, first + columns), (None,) * self.buffers if whole else parts, rows)
 
-    def weight_tile(self, columns: slice) -> Tensor | None:
-        """The head's rows of a tile, as both products take them; None where there is no head."""
-        if self.weight is None:
-            return None
-        return self.weight[columns].to(self.operands) if self.casts else self.weight[columns]
-
     def empty_states(self, count: int | None = None) -> Tensor:
         """An empty (n, D), float32 or float64."""
         size = self.kept.count if count is None else count, self.hidden.shape[1]
         return self.hidden.new_empty(size, dtype=self.dtype)
+
+    def empty_accumulators(self, count: int) -> Tensor:
+        """An empty (count, n) of the backend's dtype."""
+        dtype = self.given.passes.accumulator_dtype(self.dtype)
+        return self.hidden.new_empty((count, self.kept.count), dtype=dtype)
 
 
 def prepared(targets: Targets, dtype: torch.dtype) -> StateTargets:
@@ -134,8 +160,7 @@ def prepared(targets: Targets, dtype: torch.dtype) -> StateTargets:
         anchor = anchor.contiguous()
     centres = None if targets.centres is None else targets.centres.detach().to(dtype).contiguous()
     if cosine and centres is not None:
-        length = torch.linalg.vector_norm(centres, dim=1, keepdim=True)
-        centres = centres / length.where(length != 0, 1.0)
+        centres = unit_vectors(centres)[0]
     return StateTargets(anchor, centres, cosine)
 
 

@@ -13,8 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.backends.protocol import FIELDS, FLOAT16_SCALE, GRADIENT_COEFFICIENTS, NEAR_SHIFT, Tile
-from fastforget.backends.torch_passes import above_mixture, finish_logits, finite_or_zero, log_total, times
+from fastforget.backends.protocol import (
+    FIELDS,
+    FLOAT16_SCALE,
+    GRADIENT_COEFFICIENTS,
+    NEAR_SHIFT,
+    GradientBlock,
+    Tile,
+)
+from fastforget.backends.torch_passes import (
+    above_mixture,
+    finish_logits,
+    finite_or_zero,
+    label_column,
+    log_total,
+    times,
+)
 
 NAMES = tuple(field.name for field in FIELDS)
 BY_NAME = {field.name: field for field in FIELDS}
@@ -304,16 +318,14 @@ def summand(log_from: Tensor, gap: Tensor) -> Tensor:
 
 
 def add_embedding_gradient_(
-    weight_grad: Tensor, tile: Tile, product: Tensor, upstream: Tensor, scale: float, labels: Tensor, rows: Tensor
+    weight_grad: Tensor, tile: Tile, product: Tensor, upstream: Tensor, scale: float, block: GradientBlock
 ) -> None:
     """Add what a head's rows get of an expected embedding themselves, scale * p^T @ upstream, to a tile's (c, D).
 
-    rows: (GRADIENT_COEFFICIENTS, r) of the block; what reaches them through p is the gradient pass's.
+    What reaches them through p is the gradient pass's.
     """
-    top, share, p_others, p_label = rows[:4, :, None]
+    top, share, p_others, p_label = block.coefficients[:4, :, None]
     probability = finish_logits(product, tile).sub_(top).exp_().mul_(share * p_others)
-    column = labels - tile.first
-    inside = (column >= 0) & (column < tile.columns)
-    column = column.clamp(0, tile.columns - 1)[:, None]
+    column, inside = label_column(block.labels, tile)
     probability.scatter_(1, column, torch.where(inside[:, None], p_label, probability.gather(1, column)))
     weight_grad.addmm_(probability.T, upstream.to(probability.dtype), alpha=scale)

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from fastforget.backends import fields as closing
 from fastforget.backends import tiling
-from fastforget.backends.blocks import KeptRows, prepared
-from fastforget.backends.products import add_head_rows, compute_dtype, head_logit
-from fastforget.backends.protocol import Targets, TilePasses
+from fastforget.backends.blocks import KeptRows, SweepInput, prepared
+from fastforget.backends.products import add_head_rows, compute_dtype, head_logit, label_slope
+from fastforget.backends.protocol import Targets
 from fastforget.backends.sweep import Trained, gradient_sweep
 from fastforget.backends.torch_passes import unit_vectors
-from fastforget.head import LMHead
 
 NEEDS_SWEEP = frozenset({"entropy", "expected_embedding"})
 
@@ -28,10 +27,7 @@ NEEDS_SWEEP = frozenset({"entropy", "expected_embedding"})
 class LabelContext:
     """What a label sweep leaves for its backward pass."""
 
-    hidden: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    head: LMHead
+    given: SweepInput
     accumulators: Tensor
     logp: Tensor
     log_not: Tensor
@@ -41,11 +37,11 @@ class LabelContext:
 
 
 def label_backward(
-    passes: TilePasses, context: LabelContext, upstream: Mapping[str, Tensor], train_weight: bool, train_bias: bool
+    context: LabelContext, upstream: Mapping[str, Tensor], train_weight: bool, train_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients over hidden (N, D) and over a head that trains, from upstream gradients (n,) or (n, D) by field."""
-    hidden, head, positions = context.hidden, context.head, context.positions
-    whole = torch.empty_like if positions is None else torch.zeros_like
+    hidden, head = context.given.hidden, context.given.head
+    whole = torch.empty_like if context.given.positions is None else torch.zeros_like
     # passes write rows of logits where they belong, and those must lie side by side
     out = whole(hidden, memory_format=torch.contiguous_format if head.is_identity else torch.preserve_format)
     capped_mean = "logit_mean" in upstream and head.softcap is not None
@@ -61,19 +57,8 @@ def label_backward(
     embedding = None
     if "expected_embedding" in upstream and context.embedding is not None:
         embedding = context.embedding, upstream["expected_embedding"]
-    gradient_sweep(
-        passes,
-        hidden,
-        context.labels,
-        positions,
-        head,
-        context.accumulators,
-        context.argmax if "max_logit" in upstream else None,
-        others,
-        embedding,
-        trained,
-        out,
-    )
+    argmax = context.argmax if "max_logit" in upstream else None
+    gradient_sweep(context.given, context.accumulators, argmax, others, out, embedding, trained)
     weight = None if trained.weight is None else trained.weight.to(head.weight.dtype)
     bias = None if trained.bias is None or head.bias is None else trained.bias.to(head.bias.dtype)
     return out, weight, bias
@@ -81,21 +66,21 @@ def label_backward(
 
 def direct_backward(context: LabelContext, upstream: Mapping[str, Tensor], out: Tensor) -> None:
     """Write the gradient that is the kept one times a factor, plus single rows of the head, or the mean of all."""
-    hidden, head, unit_grad = context.hidden, context.head, context.unit_grad
+    hidden, head, labels, unit_grad = context.given.hidden, context.given.head, context.given.labels, context.unit_grad
     assert unit_grad is not None
-    kept = KeptRows.of(hidden, context.positions)
+    kept = context.given.kept
     factor = closing.unit_factor(upstream, context.logp, context.log_not)
     mean_row = None
     if "logit_mean" in upstream:
         mean_row = head.scale * head.weight.detach().mean(dim=0, dtype=unit_grad.dtype)
     for rows in tiling.state_blocks(*unit_grad.shape):
         part = unit_grad[rows] * factor[rows, None]
-        for index, name in ((context.labels, "lse"), (context.labels, "label_logit"), (context.argmax, "max_logit")):
+        for index, name in ((labels, "lse"), (labels, "label_logit"), (context.argmax, "max_logit")):
             if name in upstream and index is not None:
                 coefficient = upstream[name][rows]
                 if head.softcap is not None:
                     logit = head_logit(head, kept.take(hidden, rows), index[rows])
-                    coefficient = coefficient * (1.0 - (logit / head.softcap).square())
+                    coefficient = coefficient * label_slope(logit, head).to(coefficient.dtype)
                 add_head_rows(part, index[rows], coefficient, head)
         if mean_row is not None:
             part.addcmul_(mean_row, upstream["logit_mean"][rows, None])

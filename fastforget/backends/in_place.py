@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from fastforget.backends import fields as closing
 from fastforget.backends import passes_of
-from fastforget.backends.sweep import Trained, gradient_sweep, label_sweep
+from fastforget.backends.blocks import SweepInput
+from fastforget.backends.sweep import gradient_sweep, label_sweep
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
@@ -37,11 +38,10 @@ class StatsInPlace(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, kept: Tensor, names: tuple[str, ...], backend: str
     ) -> tuple[Tensor, ...]:
+        given = SweepInput(passes_of(backend, logits.dtype), logits.detach(), labels, None, LMHead(None))
         with torch.cuda.device_of(logits):
-            found = label_sweep(
-                passes_of(backend, logits.dtype), logits.detach(), labels, None, LMHead(None), names, False
-            )
-        ctx.logits, ctx.names, ctx.backend = logits.detach(), names, backend
+            found = label_sweep(given, names, False)
+        ctx.logits, ctx.version, ctx.names, ctx.backend = given.hidden, logits._version, names, backend
         ctx.save_for_backward(labels, kept, found.accumulators, found.fields.get("argmax"))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(found.fields[name] for name in names if name not in closing.DIFFERENTIABLE))
@@ -52,21 +52,15 @@ class StatsInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         if ctx.logits is None:
             raise FastforgetError("the logits were overwritten, so there is one backward pass only: not in_place=True")
+        if ctx.logits._version != ctx.version:
+            raise FastforgetError(
+                "the logits were changed after their statistics were computed (by another in_place=True, perhaps), so "
+                "their gradient cannot be written over them: not in_place=True"
+            )
         labels, kept, accumulators, argmax = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
+        given = SweepInput(passes_of(ctx.backend, logits.dtype), logits, labels, None, LMHead(None))
         upstream = {name: grad for name, grad in zip(ctx.names, grads, strict=True) if grad is not None}
         with torch.cuda.device_of(logits):
-            gradient_sweep(
-                passes_of(ctx.backend, logits.dtype),
-                logits,
-                labels,
-                None,
-                LMHead(None),
-                accumulators,
-                argmax if "max_logit" in upstream else None,
-                upstream,
-                None,
-                Trained(None, None),
-                logits,
-            )
+            gradient_sweep(given, accumulators, argmax if "max_logit" in upstream else None, upstream, logits)
         return logits.masked_fill_(~kept[:, None], 0.0), None, None, None, None

@@ -75,6 +75,13 @@ def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
     return logit if head.softcap is None else torch.tanh(logit / head.softcap) * head.softcap
 
 
+def label_slope(logit: Tensor, head: LMHead) -> Tensor:
+    """d z / d (z before the softcap) at one token's logit z, (n,) float64; 1 without a softcap."""
+    if head.softcap is None:
+        return torch.ones_like(logit, dtype=torch.float64)
+    return (1.0 - (logit.double() / head.softcap).square()).clamp(min=0.0)
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor with the elements of a row side by side; only then may a pass read it."""
     return tensor if tensor.stride(-1) == 1 and tensor.dim() == 2 else tensor.contiguous()

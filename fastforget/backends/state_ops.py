@@ -1,43 +1,20 @@
-"""Distances of hidden states behind autograd, as an op of their own; and what all ops share (see `ops.py`)."""
+"""Distances of hidden states behind autograd, and the check of labels, as ops of their own (see `opaque.py`)."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastforget.backends import passes_of
 from fastforget.backends.blocks import measure_states
 from fastforget.backends.gradients import states_backward
+from fastforget.backends.opaque import differentiable, opaque, or_empty
 from fastforget.backends.products import compute_dtype
 from fastforget.backends.protocol import Targets
 from fastforget.errors import FastforgetError
-
-
-def call(op: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """What to call: the op where torch.compile traces, else the Function."""
-    return op if torch.compiler.is_compiling() else function.apply
-
-
-def remember_signature(body: Callable[..., Any]) -> None:
-    """Keep a body's signature, which a Function with a `setup_context` looks up at each call (30 microseconds)."""
-    body.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
-
-
-def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or an empty one on the same device."""
-    return like.new_empty(0) if tensor is None else tensor
-
-
-def or_zeros(grad: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
-    """The gradient; zeros where it is needed and there is none; empty where it is not needed."""
-    if not needed or like is None:
-        return torch.empty(0)
-    return torch.zeros_like(like) if grad is None else grad
 
 
 def state_stats_body(
@@ -52,11 +29,6 @@ def state_stats_body(
     return or_empty(distance, found.values), or_empty(pull, found.values), nearest  # type: ignore[return-value]
 
 
-state_stats_op = torch.library.custom_op("fastforget::state_stats", state_stats_body, mutates_args=())
-remember_signature(state_stats_body)
-
-
-@state_stats_op.register_fake
 def state_stats_fake(
     hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, backend: str
 ) -> list[Tensor]:
@@ -74,32 +46,15 @@ def save_state_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def state_stats_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def state_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The gradient over hidden."""
     hidden, anchor, centres, nearest = ctx.saved_tensors
     distance = grads[0] if anchor is not None else None
     pull = grads[1] if centres is not None else None
     found = None
     if (distance is not None or pull is not None) and ctx.needs_input_grad[0]:
-        run = state_stats_backward_op if torch.compiler.is_compiling() else state_stats_backward_body
-        found = run(hidden, anchor, centres, nearest, distance, pull, ctx.metric)
+        found = state_stats_backward(hidden, anchor, centres, nearest, distance, pull, ctx.metric)
     return found, None, None, None, None
-
-
-state_stats_op.register_autograd(state_stats_backward, setup_context=save_state_stats)
-
-
-class StateStatsFunction(torch.autograd.Function):
-    """`state_stats_op` in eager mode."""
-
-    setup_context = staticmethod(save_state_stats)
-
-    forward = staticmethod(state_stats_body)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return state_stats_backward(ctx, grads)
 
 
 def state_stats_backward_body(
@@ -118,15 +73,13 @@ def state_stats_backward_body(
     return grad
 
 
-state_stats_backward_op = torch.library.custom_op(
-    "fastforget::state_stats_backward", state_stats_backward_body, mutates_args=()
-)
-
-
-@state_stats_backward_op.register_fake
 def state_stats_backward_fake(hidden: Tensor, *others: Any) -> Tensor:
     """Shape and dtype of what `state_stats_backward_body` returns."""
     return torch.empty_like(hidden)
+
+
+state_stats = differentiable("state_stats", state_stats_body, state_stats_fake, save_state_stats, state_stats_grad)
+state_stats_backward = opaque("state_stats_backward", state_stats_backward_body, state_stats_backward_fake)
 
 
 @torch.library.custom_op("fastforget::checked_labels", mutates_args=())

@@ -17,15 +17,15 @@ Nothing here looks at a value on the device: no synchronisation.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastforget.backends import fields as closing
 from fastforget.backends import tiling
-from fastforget.backends.blocks import KeptRows, StateMeasures, StateRows, Tiling
-from fastforget.backends.products import accumulate, add_head_rows, compute_dtype, head_logit, product
+from fastforget.backends.blocks import StateMeasures, StateRows, SweepInput, Tiling
+from fastforget.backends.products import accumulate, add_head_rows, compute_dtype, head_logit, label_slope, product
 from fastforget.backends.protocol import (
     BASIC_ACCUMULATORS,
     COUPLED_ACCUMULATORS,
@@ -39,7 +39,6 @@ from fastforget.backends.protocol import (
     LabelBlock,
     PairedBlock,
     Targets,
-    TilePasses,
 )
 from fastforget.head import LMHead
 
@@ -55,74 +54,51 @@ class LabelSweep:
 
 
 def label_sweep(
-    passes: TilePasses,
-    hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
-    head: LMHead,
-    names: Collection[str],
-    compute_grad: bool,
-    targets: Targets | None = None,
+    given: SweepInput, names: Collection[str], compute_grad: bool, targets: Targets | None = None
 ) -> LabelSweep:
-    """Statistics of the kept rows of hidden (N, D), whose labels (n,) are given.
+    """Statistics of the kept rows.
 
     Two products; one where neither a gradient nor an embedding is wanted. Of logits there is no unit gradient: theirs
     is `gradient_sweep`'s.
     """
     embeddings = [name for name in names if closing.BY_NAME[name].needs == "embedding"]
-    writes = (compute_grad or bool(embeddings)) and not head.is_identity
-    kept = KeptRows.of(hidden, positions)
-    row_dtype = written_dtype(passes, hidden, head) if writes else None
+    writes = (compute_grad or bool(embeddings)) and not given.head.is_identity
+    row_dtype = given.written_dtype() if writes else None
     if embeddings:  # values, which are not to be rounded to 16 bit on the way
-        row_dtype = compute_dtype(hidden)
-    plan = Tiling(hidden.detach(), kept, head, row_dtype=row_dtype)
+        row_dtype = compute_dtype(given.hidden)
+    plan = Tiling(given, row_dtype=row_dtype)
     moments = any(closing.BY_NAME[name].needs == "moments" for name in names)
-    count = len(LABEL_ACCUMULATORS) if moments else BASIC_ACCUMULATORS
-    accumulators = empty_accumulators(passes, plan, count)
+    accumulators = plan.empty_accumulators(len(LABEL_ACCUMULATORS) if moments else BASIC_ACCUMULATORS)
     grad = plan.empty_states() if writes else None
-    states_of = StateRows(hidden, kept, targets) if targets else None
+    states_of = StateRows(given.hidden, plan.kept, targets) if targets else None
     found: dict[str, list[Tensor]] = {}
     for rows in plan.blocks():
-        states = plan.states(plan.hidden, rows)
+        states = plan.states(given.hidden, rows)
         block = LabelBlock(
-            labels[rows],
+            given.labels[rows],
             accumulators[:, rows],
             None if grad is None else grad[rows],
             None if states_of is None else states_of.block(rows),
         )
         tile_states: dict[str, Tensor] = {}
-        for views in plan.tiles(len(states)):
-            weight = plan.weight_tile(views.columns)
+        for views, weight in plan.tiles(len(states)):
             logits = product(states, weight, views.products[0])
             closing.update_tile_statistics(tile_states, names, views.tile, logits)
-            if block.grad is None:
-                passes.label_tile(views.tile, logits, None, block)
-            else:
-                passes.label_tile(views.tile, logits, views.rows[0], block)
-                accumulate(views.rows[0], weight, block.grad, begin=views.tile.first == 0)
+            written = None if block.grad is None else views.rows[0]
+            given.passes.label_tile(views.tile, logits, written, block)
+            if block.grad is not None:
+                accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
         for name, state in tile_states.items():
             found.setdefault(name, []).append(closing.TILE_STATISTICS[name].finish(state))
-    fields = closing.label_fields(accumulators, labels, names, plan.vocabulary)
+    fields = closing.label_fields(accumulators, given.labels, names, plan.vocabulary)
     for name in names:
         if closing.BY_NAME[name].needs == "tiles":
             fields[name] = torch.cat(found[name]) if name in found else accumulators.new_empty(0)
     fields = {name: value if value.dtype == torch.int64 else value.to(plan.dtype) for name, value in fields.items()}
     if grad is not None:
-        close_label_(grad, accumulators, labels, plan, embeddings, fields)
+        close_label_(grad, accumulators, given.labels, plan, embeddings, fields)
     measures = None if states_of is None else states_of.measures
     return LabelSweep(accumulators, fields, grad if compute_grad else None, measures)
-
-
-def written_dtype(passes: TilePasses, hidden: Tensor, head: LMHead) -> torch.dtype:
-    """The dtype of rows for product 2; of logits those rows are the gradient itself."""
-    if head.is_identity:
-        return compute_dtype(hidden)
-    return passes.row_dtype(torch.promote_types(hidden.dtype, head.weight.dtype))
-
-
-def empty_accumulators(passes: TilePasses, plan: Tiling, count: int) -> Tensor:
-    """(count, n) of the backend's dtype."""
-    return plan.hidden.new_empty((count, plan.kept.count), dtype=passes.accumulator_dtype(plan.dtype))
 
 
 def close_label_(
@@ -148,13 +124,6 @@ def close_label_(
         add_head_rows(part, labels[rows], -slope[rows], head)
 
 
-def label_slope(label_logit: Tensor, head: LMHead) -> Tensor:
-    """d z / d (z before the softcap) at the label, (n,) float64; 1 without a softcap or a label."""
-    if head.softcap is None:
-        return torch.ones_like(label_logit, dtype=torch.float64)
-    return (1.0 - (label_logit.double() / head.softcap).square()).clamp(min=0.0)
-
-
 @dataclass(frozen=True)
 class DivergenceSweep:
     """A divergence (n,) of the kept rows, its gradient (n, D) over their states, log p_y (n,), 0 without a label."""
@@ -165,161 +134,138 @@ class DivergenceSweep:
 
 
 def paired_sweep(
-    passes: TilePasses,
-    hidden: Tensor,
+    given: SweepInput,
     ref_hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
-    head: LMHead,
     compute_grad: bool,
     label_shift: float = 0.0,
     known: KnownReference | None = None,
 ) -> DivergenceSweep:
-    """Forward KL(q||p) of the kept rows of hidden (N, D) from those of ref_hidden, q with its label's logit shifted.
+    """Forward KL(q||p) of the kept rows of hidden from those of ref_hidden (N, D), q with its label's logit shifted.
 
-    labels (n,) of the kept rows; negative ones are none, and `known` is then of all tokens' embedding and argmax.
+    Without a label in a row, `known` is of all tokens' embedding and argmax.
     """
-    kept, row_dtype = KeptRows.of(hidden, positions), None
-    if compute_grad:
-        row_dtype = written_dtype(passes, hidden, head)
+    head = given.head
+    row_dtype = given.written_dtype() if compute_grad else None
     if head.softcap is not None or head.is_identity or not compute_grad:
         known = None  # under a softcap rows carry the policy's slopes, which the reference's embedding knows nothing of
-    plan = Tiling(hidden.detach(), kept, head, buffers=2, row_dtype=row_dtype)
-    accumulators = empty_accumulators(passes, plan, len(PAIRED_ACCUMULATORS))
+    plan = Tiling(given, buffers=2, row_dtype=row_dtype)
+    accumulators = plan.empty_accumulators(len(PAIRED_ACCUMULATORS))
     grad = plan.empty_states() if compute_grad else None
     embedding = plan.empty_states(plan.shape.rows) if compute_grad and known is None else None
     for rows in plan.blocks():
-        policy, reference = plan.states(plan.hidden, rows), plan.states(ref_hidden.detach(), rows)
+        policy, reference = plan.states(given.hidden, rows), plan.states(ref_hidden, rows)
         shift = None
         if known is not None:
             likeliest = known.others_argmax[rows]
             shift = head_logit(head, policy, likeliest) - head_logit(head, reference, likeliest)
         block = PairedBlock(
-            labels[rows],
+            given.labels[rows],
             accumulators[:, rows],
             shift,
             None if grad is None else grad[rows],
             None if embedding is None else embedding[: len(policy)],
         )
-        for views in plan.tiles(len(policy)):
-            weight, begin = plan.weight_tile(views.columns), views.tile.first == 0
-            policy_logits = product(policy, weight, views.products[0])
-            reference_logits = product(reference, weight, views.products[1])
+        for views, weight in plan.tiles(len(policy)):
+            logits = product(policy, weight, views.products[0]), product(reference, weight, views.products[1])
             row = None if block.grad is None else views.rows[0]
             reference_row = None if block.reference_grad is None else views.rows[1]
-            passes.paired_tile(views.tile, policy_logits, reference_logits, row, reference_row, block)
+            given.passes.paired_tile(views.tile, *logits, row, reference_row, block)
             if block.grad is not None:
-                accumulate(views.rows[0], weight, block.grad, begin)
+                accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
             if block.reference_grad is not None:
-                accumulate(views.rows[1], weight, block.reference_grad, begin)
+                accumulate(views.rows[1], weight, block.reference_grad, views.tile.first == 0)
         if block.grad is not None:
             scaled = row_dtype == torch.float16
-            found = closing.paired_result(block.accumulators, block.labels, label_shift, scaled)
-            known_rows = None if known is None else known.others_embedding[rows]
-            close_paired_(block, found, head, known_rows)
-    found = closing.paired_result(accumulators, labels, label_shift, False)
-    return DivergenceSweep(found.value.to(plan.dtype), grad, found.logp.to(plan.dtype))
+            result = closing.paired_result(block.accumulators, block.labels, label_shift, scaled)
+            close_paired_(block, result, head, None if known is None else known.others_embedding[rows])
+    result = closing.paired_result(accumulators, given.labels, label_shift, False)
+    return DivergenceSweep(result.value.to(plan.dtype), grad, result.logp.to(plan.dtype))
 
 
-def close_paired_(block: PairedBlock, found: closing.PairedResult, head: LMHead, known: Tensor | None) -> None:
+def close_paired_(block: PairedBlock, result: closing.PairedResult, head: LMHead, known: Tensor | None) -> None:
     """Turn S1 into the gradient of KL over the states, in place."""
     grad = block.grad
     assert grad is not None
-    grad.mul_((head.scale * found.rows).to(grad.dtype)[:, None])
+    grad.mul_((head.scale * result.rows).to(grad.dtype)[:, None])
     if known is not None:  # the head's scale is in it
-        grad.addcmul_(known.to(grad.dtype), found.reference.to(grad.dtype)[:, None])
+        grad.addcmul_(known.to(grad.dtype), result.reference.to(grad.dtype)[:, None])
     elif block.reference_grad is not None:
-        total = found.reference_total
-        factor = torch.where(total == 0, 0.0, head.scale * found.reference / total)
+        total = result.reference_total
+        factor = torch.where(total == 0, 0.0, head.scale * result.reference / total)
         grad.addcmul_(block.reference_grad, factor.to(grad.dtype)[:, None])
-    label = found.label * label_slope(block.accumulators[9], head)
-    label = torch.where(block.labels >= 0, label, 0.0)
-    add_head_rows(grad, block.labels.clamp(min=0), label, head)
+    add_label_rows(grad, block.labels, result.label * label_slope(block.accumulators[9], head), head)
+
+
+def add_label_rows(grad: Tensor, labels: Tensor, coefficient: Tensor, head: LMHead) -> None:
+    """Add `coefficient * scale * W[label]` to grad (r, D) where there is a label."""
+    add_head_rows(grad, labels.clamp(min=0), torch.where(labels >= 0, coefficient, 0.0), head)
 
 
 def coupled_sweep(
-    passes: TilePasses,
-    hidden: Tensor,
-    ref_hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
-    head: LMHead,
-    kind: Coupling,
-    compute_grad: bool,
-    label_shift: float = 0.0,
+    given: SweepInput, ref_hidden: Tensor, kind: Coupling, compute_grad: bool, label_shift: float = 0.0
 ) -> DivergenceSweep:
     """Reverse KL(p||q) or JSD, as `paired_sweep`; both normalisers come from label sweeps of their own.
 
     Two products for these, four more (two without a gradient) here.
     """
-    kept, there = KeptRows.of(hidden, positions), labels >= 0
-    any_label = labels.clamp(min=0)
+    head = given.head
+    any_label = replace(given, labels=given.labels.clamp(min=0))
     policy_side, reference_side = (
-        label_sweep(passes, states.detach(), any_label, positions, head, ("argmax",), False)
-        for states in (hidden, ref_hidden)
-    )
-    likeliest = policy_side.fields["argmax"]
-    policy_logit, reference_logit = (
-        head_logit(head, kept.take(states.detach(), slice(None)), likeliest) for states in (hidden, ref_hidden)
-    )
-    labelled = closing.label_normalisers(
-        policy_side.accumulators,
-        reference_side.accumulators,
-        there,
-        label_shift,
-        (policy_logit, reference_logit),
-        kind,
+        label_sweep(replace(any_label, hidden=states), ("argmax",), False) for states in (given.hidden, ref_hidden)
     )
     row_dtype = None
     if compute_grad:  # p x is not bounded as float16 would have it
-        row_dtype = written_dtype(passes, hidden, head)
+        row_dtype = given.written_dtype()
         row_dtype = torch.float32 if row_dtype == torch.float16 else row_dtype
-    plan = Tiling(hidden.detach(), kept, head, buffers=2, row_dtype=row_dtype)
-    normalisers = labelled.normalisers.to(plan.dtype)
-    accumulators = empty_accumulators(passes, plan, len(COUPLED_ACCUMULATORS))
+    plan = Tiling(given, buffers=2, row_dtype=row_dtype)
+    accumulators = plan.empty_accumulators(len(COUPLED_ACCUMULATORS))
+    value, logp = (accumulators.new_empty(plan.kept.count, dtype=plan.dtype) for _ in range(2))
     grad = plan.empty_states() if compute_grad else None
-    mean = plan.empty_states() if compute_grad else None
+    mean = plan.empty_states(plan.shape.rows) if compute_grad else None
     for rows in plan.blocks():
-        policy, reference = plan.states(plan.hidden, rows), plan.states(ref_hidden.detach(), rows)
-        block = CoupledBlock(kind, labels[rows], normalisers[:, rows].contiguous(), accumulators[:, rows])
-        for views in plan.tiles(len(policy)):
-            weight, begin = plan.weight_tile(views.columns), views.tile.first == 0
-            policy_logits = product(policy, weight, views.products[0])
-            reference_logits = product(reference, weight, views.products[1])
+        policy, reference = plan.states(given.hidden, rows), plan.states(ref_hidden, rows)
+        likeliest = policy_side.fields["argmax"][rows]
+        labelled = closing.label_normalisers(
+            policy_side.accumulators[:, rows],
+            reference_side.accumulators[:, rows],
+            given.labels[rows] >= 0,
+            label_shift,
+            (head_logit(head, policy, likeliest), head_logit(head, reference, likeliest)),
+            kind,
+        )
+        block = CoupledBlock(kind, given.labels[rows], labelled.normalisers.to(plan.dtype), accumulators[:, rows])
+        for views, weight in plan.tiles(len(policy)):
+            logits = product(policy, weight, views.products[0]), product(reference, weight, views.products[1])
             written = (None, None) if grad is None else views.rows
-            passes.coupled_tile(views.tile, policy_logits, reference_logits, written[0], written[1], block)
+            given.passes.coupled_tile(views.tile, *logits, written[0], written[1], block)
             if grad is not None and mean is not None:
-                accumulate(views.rows[0], weight, grad[rows], begin)
-                accumulate(views.rows[1], weight, mean[rows], begin)
-    found = closing.coupled_result(accumulators, labelled, labels, kind)
-    if grad is not None and mean is not None:
-        grad.mul_(found.rows * head.scale)
-        grad.addcmul_(mean, (head.scale * found.policy).to(grad.dtype)[:, None])
-        slope = label_slope(labelled.policy_label, head)
-        add_head_rows(grad, any_label, torch.where(there, found.label * slope, 0.0), head)
-    return DivergenceSweep(found.value.to(plan.dtype), grad, labelled.log_p.to(plan.dtype))
+                accumulate(views.rows[0], weight, grad[rows], views.tile.first == 0)
+                accumulate(views.rows[1], weight, mean[: len(policy)], views.tile.first == 0)
+        result = closing.coupled_result(block.accumulators, labelled, block.labels, kind)
+        value[rows], logp[rows] = result.value, labelled.log_p
+        if grad is not None and mean is not None:
+            part = grad[rows].mul_(result.rows * head.scale)
+            part.addcmul_(mean[: len(policy)], (head.scale * result.policy).to(part.dtype)[:, None])
+            add_label_rows(part, block.labels, result.label * label_slope(labelled.policy_label, head), head)
+    return DivergenceSweep(value, grad, logp)
 
 
 @dataclass(frozen=True)
 class Trained:
     """Gradients of a head that trains, float32 (float64), which a gradient sweep adds to; None for what does not."""
 
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def gradient_sweep(
-    passes: TilePasses,
-    hidden: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
-    head: LMHead,
+    given: SweepInput,
     accumulators: Tensor,
     argmax: Tensor | None,
     upstream: Mapping[str, Tensor],
-    embedding: tuple[Tensor, Tensor] | None,
-    trained: Trained,
     out: Tensor,
+    embedding: tuple[Tensor, Tensor] | None = None,
+    trained: Trained | None = None,
 ) -> None:
     """Write the gradient over hidden (N, D), or over logits (N, V), into `out`, for any mix of upstream gradients (n,).
 
@@ -327,49 +273,39 @@ def gradient_sweep(
     head's gradients); none for logits, which `out` may be. `embedding`: the expected embedding (n, D) and its upstream
     gradient.
     """
-    kept = KeptRows.of(hidden, positions)
-    row_dtype = written_dtype(passes, hidden, head)
+    head, trained = given.head, trained or Trained()
+    row_dtype = given.written_dtype()
     if row_dtype != torch.bfloat16 or trained.weight is not None or trained.bias is not None:
-        row_dtype = compute_dtype(hidden)  # float16 would need a scale that is not known
-    buffers = 1 if embedding is None else 2
-    plan = Tiling(hidden.detach(), kept, head, buffers, None if head.is_identity else row_dtype)
+        row_dtype = compute_dtype(given.hidden)  # float16 would need a scale that is not known
+    plan = Tiling(given, 1 if embedding is None else 2, None if head.is_identity else row_dtype)
     projected_mean = None if embedding is None else (embedding[0] * embedding[1]).sum(dim=1)
     coefficients = closing.gradient_coefficients(accumulators, upstream, projected_mean, plan.vocabulary)
     coefficients = coefficients.to(plan.dtype)
-    argmax = torch.full_like(labels, -1) if argmax is None else argmax
+    argmax = torch.full_like(given.labels, -1) if argmax is None else argmax
     for rows in plan.blocks():
-        states = plan.states(plan.hidden, rows)
-        block = GradientBlock(labels[rows], argmax[rows], coefficients[:, rows].contiguous())
+        states = plan.states(given.hidden, rows)
+        block = GradientBlock(given.labels[rows], argmax[rows], coefficients[:, rows].contiguous())
         grad = plan.empty_states(0 if head.is_identity else len(states))
         along = None if embedding is None else embedding[1][rows].to(plan.operands)
-        for views in plan.tiles(len(states)):
-            weight = plan.weight_tile(views.columns)
+        for views, weight in plan.tiles(len(states)):
             logits = product(states, weight, views.products[0])
             if weight is None:  # written where they belong, or over a copy of the kept rows
-                written = out[rows] if positions is None else logits
-                passes.gradient_tile(views.tile, logits, None, written, block)
-                if positions is not None:
-                    kept.put(written, rows, out)
+                written = out[rows] if given.positions is None else logits
+                given.passes.gradient_tile(views.tile, logits, None, written, block)
+                if given.positions is not None:
+                    plan.kept.put(written, rows, out)
                 continue
-            projected = None
-            if along is not None:
-                projected = product(along, weight, views.products[1])
-                if trained.weight is not None:
-                    closing.add_embedding_gradient_(
-                        trained.weight[views.columns],
-                        views.tile,
-                        logits,
-                        along,
-                        head.scale,
-                        block.labels,
-                        block.coefficients,
-                    )
-            passes.gradient_tile(views.tile, logits, projected, views.rows[0], block)
-            accumulate(views.rows[0], weight, grad, begin=views.tile.first == 0)
+            projected = None if along is None else product(along, weight, views.products[1])
+            if along is not None and trained.weight is not None:
+                closing.add_embedding_gradient_(
+                    trained.weight[views.columns], views.tile, logits, along, head.scale, block
+                )
+            row = views.rows[0]
+            given.passes.gradient_tile(views.tile, logits, projected, row, block)
+            accumulate(row, weight, grad, views.tile.first == 0)
             if trained.weight is not None:
-                row = views.rows[0]
                 trained.weight[views.columns].addmm_(row.T, states.to(row.dtype), alpha=head.scale)
             if trained.bias is not None:
-                trained.bias[views.columns] += views.rows[0].sum(dim=0)
+                trained.bias[views.columns] += row.sum(dim=0)
         if not head.is_identity:
-            kept.put(grad.mul_(head.scale), rows, out)
+            plan.kept.put(grad.mul_(head.scale), rows, out)
