@@ -5,6 +5,7 @@ Written from the definitions, with autograd for every gradient; N x V logits are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -16,7 +17,7 @@ from fastforget.head import LMHead
 
 
 class EagerBackend:
-    """The oracle as a backend (`protocol.Backend`)."""
+    """The oracle as a backend (`protocol.Backend`); under autocast too in float32, as the others are."""
 
     name = "eager"
 
@@ -32,7 +33,8 @@ class EagerBackend:
     ) -> dict[str, Tensor]:
         """As `Backend.token_stats`."""
         rows = slice(None) if positions is None else positions
-        fields = label_stats(hidden[rows], labels, head, outputs)
+        with torch.autocast(hidden.device.type, enabled=False):
+            fields = label_stats(hidden[rows], labels, head, outputs)
         fields = {name: fields[name] for name in outputs}
         if targets:
             states, anchor = hidden if targets.states is None else targets.states, targets.anchor
@@ -54,12 +56,13 @@ class EagerBackend:
     ) -> tuple[Tensor, Tensor]:
         """As `Backend.divergence`; what is known of the reference is computed all the same."""
         rows = slice(None) if positions is None else positions
-        kept = hidden[rows]
-        value = divergence(kept, ref_hidden[rows].detach(), head, kind, labels if label_shift else None, label_shift)
-        with torch.no_grad():
+        kept, shifted = hidden[rows], labels if label_shift else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            value = divergence(kept, ref_hidden[rows].detach(), head, kind, shifted, label_shift)
             if labels is None:
                 return value, torch.zeros_like(value)
-            logp = label_stats(kept, labels.clamp(min=0), head, ("logp",))["logp"]
+            with torch.no_grad():
+                logp = label_stats(kept, labels.clamp(min=0), head, ("logp",))["logp"]
             return value, torch.where(labels >= 0, logp, 0.0)
 
     def state_stats(self, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -133,7 +136,8 @@ def divergence(
         return kl(log_q, log_p)
     if kind == "reverse_kl":
         return kl(log_p, log_q)
-    log_mixture = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+    nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # there logaddexp's gradient is NaN
+    log_mixture = torch.logaddexp(log_p.masked_fill(nowhere, 0.0), log_q) - math.log(2.0)
     return 0.5 * (kl(log_p, log_mixture) + kl(log_q, log_mixture))
 
 
@@ -156,10 +160,11 @@ def between(hidden: Tensor, points: Tensor, metric: str) -> Tensor:
     if metric == "l2":
         return torch.linalg.vector_norm(hidden - points, dim=-1)
     lengths = torch.linalg.vector_norm(hidden, dim=-1) * torch.linalg.vector_norm(points, dim=-1)
-    cosine = (hidden * points).sum(dim=-1) / torch.where(lengths > 0, lengths, 1.0)
-    return 1.0 - torch.where(lengths > 0, cosine, 0.0)
+    cosine = (hidden * points).sum(dim=-1) / torch.where(lengths == 0, 1.0, lengths)
+    return 1.0 - torch.where(lengths == 0, 0.0, cosine)
 
 
 def kl(log_from: Tensor, log_to: Tensor) -> Tensor:
-    """KL(from || to), by its definition."""
-    return (log_from.exp() * (log_from - log_to)).sum(dim=-1)
+    """KL(from || to), by its definition; 0 log 0 is 0."""
+    gap = torch.where(log_from == -torch.inf, 0.0, log_from - log_to)
+    return (log_from.exp() * gap).sum(dim=-1)

@@ -107,15 +107,16 @@ def moment_fields(accumulators: Tensor, labels: Tensor, found: LabelResult, voca
     spread = torch.where(total == 0, 0.0, deviations / total)
     logp_mean = p_label * mean_label + p_others * mean_others
     variance = p_label * (mean_label - logp_mean).square() + p_others * (spread + (mean_others - logp_mean).square())
-    unknown = total + label_logit  # NaN where a logit is: the largest passes over it
-    label_first = (label_logit > best) | ((label_logit == best) & (labels < index))
+    # the first of equals, and the first NaN before everything, as torch.argmax has it
+    equal = (label_logit == best) | (label_logit.isnan() & best.isnan())
+    label_first = torch.where(equal, labels < index, (label_logit > best) | label_logit.isnan())
     return {
         "entropy": -logp_mean,
         "logp_mean": logp_mean,
         "logp_var": variance,
         "others_entropy": torch.where(total == 0, 0.0, total.log() - mean),
         "logit_mean": (plain + plain_rest) / vocabulary,
-        "max_logit": torch.where(unknown.isnan(), unknown, torch.maximum(best, label_logit)),
+        "max_logit": torch.maximum(best, label_logit),
         "argmax": torch.where(label_first, labels, index.long()),
         "others_argmax": index.long(),
     }

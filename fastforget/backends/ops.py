@@ -17,7 +17,7 @@ from fastforget.backends.blocks import SweepInput
 from fastforget.backends.gradients import LabelContext, label_backward, scatter_scaled, states_backward
 from fastforget.backends.opaque import differentiable, opaque, or_empty, or_zeros
 from fastforget.backends.products import compute_dtype
-from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, Coupling, KnownReference, Targets
+from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, KnownReference, Targets
 from fastforget.backends.state_ops import state_stats
 from fastforget.backends.sweep import coupled_sweep, label_sweep, paired_sweep
 from fastforget.head import LMHead

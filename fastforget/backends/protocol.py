@@ -76,7 +76,7 @@ LABEL_ACCUMULATORS = (
     "deviations",  # sum over the others of e^(z - top) (z - top - mean)^2
     "sum",  # of all tokens' z
     "sum_rest",  # to be added to it
-    "best",  # the largest z of the others; passes over NaN
+    "best",  # the largest z of the others; NaN from the first NaN on
     "best_index",  # the first token that has it, as a float
 )
 BASIC_ACCUMULATORS = 4

@@ -78,8 +78,10 @@ class TorchPasses:
             gap = tile_mean - mean
             new[4] = mean + gap * share
             new[5] = previous[5] * fade + spread + gap.square() * (total * fade) * share
-            new[8] = torch.maximum(previous[8], without_nan(largest))
-            new[9] = torch.where(largest > previous[8], (index + tile.first).double(), previous[9])
+            best = previous[8]
+            beats = (largest > best) | (largest.isnan() & ~best.isnan())  # the first NaN stays, as torch.argmax has it
+            new[8] = torch.where(beats, largest.double(), best)
+            new[9] = torch.where(beats, (index + tile.first).double(), previous[9])
         block.accumulators.copy_(new if block.moments else new[:BASIC_ACCUMULATORS])
         if block.grad is not None and tile.first:
             block.grad.mul_(fade[:, None].to(block.grad.dtype))
@@ -161,12 +163,16 @@ class TorchPasses:
         moved = old_base - finite_or_zero(base)  # -infinity before the first logit: then nothing has been accumulated
         fade = moved.exp()
         along = (moved + old_shift - shift).exp()  # of what stands relative to the shift
+        # of a side that had no logit yet nothing was accumulated, and its factor may be anything, infinity too
+        fade = fade.masked_fill(previous[2] == -torch.inf, 0.0)
+        along = along.masked_fill((previous[0] == -torch.inf) & (shift != old_shift), 0.0)
         scale = (previous[2] - old_base).exp().where(previous[2] > -torch.inf, 0.0)
         mass = previous[3] * scale
         moment = (previous[4] - old_shift * previous[3]) * scale
         new[7] = along * previous[7] + (along - fade) * mass
         of_mass = along - fade + fade * (shift - old_shift)
-        new[8] = along * previous[8] + of_mass * mass + times(along - fade, moment)
+        excess = along * previous[8] + of_mass * mass + times(along - fade, moment)
+        new[8] = excess.where(previous[8] < torch.inf, previous[8])  # infinite where q is and p is not: it stays so
         if block.grad is not None:
             block.grad.mul_(along[:, None].to(block.grad.dtype))
             if block.reference_grad is not None:

@@ -1,0 +1,120 @@
+"""NaN, infinity, autocast and overwritten logits: every backend says what plain torch says of them."""
+
+import math
+
+import pytest
+import torch
+from kernel_device import OURS, device_of
+
+import fastforget as ff
+
+EVERY = pytest.mark.parametrize("backend", ["eager", *OURS])
+SWEEPS = pytest.mark.parametrize("backend", OURS)
+
+
+def randn(backend, *shape):
+    """Seeded normal numbers on the backend's device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device_of(backend))
+
+
+@EVERY
+@pytest.mark.parametrize("broken", [[3], [9], [0], [3, 9, 30], [30]])
+def test_argmax_is_the_first_nan(backend, broken, monkeypatch):
+    """In one row of logits, and in every row of states under a bias that is NaN, a few tiles in or in the first."""
+    monkeypatch.setenv("FASTFORGET_TILE", "2x16")
+    logits, labels = randn(backend, 3, 40), torch.tensor([5, 9, 7])
+    logits[1, broken] = torch.nan
+    stats = ff.token_stats_from_logits(logits, labels, outputs=("argmax", "max_logit", "entropy"), backend=backend)
+    assert stats.argmax.tolist() == logits.argmax(dim=1).tolist()
+    torch.testing.assert_close(stats.max_logit, logits.amax(dim=1), rtol=0, atol=0, equal_nan=True)
+    for name in ("logp", "lse", "entropy"):
+        assert getattr(stats, name).isnan().tolist() == [False, True, False], name
+    bias = torch.zeros_like(logits[0])
+    bias[broken] = torch.nan
+    head = ff.LMHead(randn(backend, 40, 8), bias)
+    stats = ff.token_stats(randn(backend, 3, 8), head, labels, outputs=("argmax", "max_logit"), backend=backend)
+    assert stats.argmax.tolist() == [broken[0]] * 3 and stats.max_logit.isnan().all()
+
+
+@EVERY
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_distance_of_an_infinite_state(backend, metric):
+    hidden = randn(backend, 4, 8)
+    hidden[1, 2], hidden[2, 3] = torch.inf, torch.nan
+    anchor = torch.ones(8, device=hidden.device)
+    expected = torch.linalg.vector_norm(hidden - anchor, dim=1)
+    if metric == "cosine":
+        expected = 1 - hidden @ anchor / (torch.linalg.vector_norm(hidden, dim=1) * math.sqrt(8))
+    distance, pull = ff.hidden_stats(hidden, anchor, anchor[None], metric, backend=backend)
+    torch.testing.assert_close(distance, expected, equal_nan=True)
+    torch.testing.assert_close(pull, expected, equal_nan=True)
+
+
+def states_of(logits):
+    """(hidden states, head) of logits (n, V), minus infinity included: what is beyond float32 once it is doubled."""
+    states = (0.5 * logits).where(logits > -torch.inf, -3e38)
+    return states, ff.LMHead(torch.eye(logits.shape[1], device=logits.device), scale=2.0)
+
+
+def divergence_and_gradient(policy, reference, kind, backend):
+    """KL or JSD and its gradient over the logits, in float64."""
+    head = ff.LMHead(None)
+    if backend != "eager":
+        (policy, head), (reference, _) = states_of(policy), states_of(reference)
+    policy = policy.clone().requires_grad_()
+    value = ff.divergence(policy, reference, head, kind, backend=backend)
+    value.sum().backward()
+    return value.detach().double(), policy.grad.double() / head.scale
+
+
+@SWEEPS
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_tokens_that_neither_side_can_say_add_nothing(backend, kind, monkeypatch):
+    """Whole tiles of them first, and some later: as if those tokens were not there."""
+    monkeypatch.setenv("FASTFORGET_TILE", "2x16")
+    policy, reference = randn(backend, 2, 3, 48)
+    kept = [index for index in range(16, 48) if index not in (20, 39)]
+    policy[:, :16] = reference[:, :16] = policy[:, [20, 39]] = reference[:, [20, 39]] = -torch.inf
+    expected = divergence_and_gradient(policy[:, kept].double(), reference[:, kept].double(), kind, "eager")
+    whole = divergence_and_gradient(policy.double(), reference.double(), kind, "eager")
+    for value, grad in (whole, divergence_and_gradient(policy, reference, kind, backend)):
+        torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad[:, kept], expected[1], rtol=1e-5, atol=1e-6)
+        assert not grad[:, [0, 20, 39]].any()
+
+
+@SWEEPS
+@pytest.mark.parametrize("apart", [-300.0, 300.0])
+def test_a_policy_that_arrives_far_from_the_reference(backend, apart, monkeypatch):
+    """It cannot say the first tile's tokens, which the reference can: the KL is infinite, and its gradient p - q."""
+    monkeypatch.setenv("FASTFORGET_TILE", "2x16")
+    policy, reference = randn(backend, 2, 3, 48)
+    policy[:, :16] = -torch.inf
+    policy[:, 16:] += apart
+    value, grad = divergence_and_gradient(policy, reference, "forward_kl", backend)
+    assert value.isposinf().all()
+    torch.testing.assert_close(grad, (policy.double().softmax(1) - reference.double().softmax(1)), rtol=1e-4, atol=1e-6)
+
+
+@EVERY
+def test_autocast_rounds_nothing(backend):
+    hidden, ref_hidden = randn(backend, 2, 5, 16)
+    head, labels = ff.LMHead(randn(backend, 64, 16)), torch.arange(5)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=enabled):
+            given = hidden.clone().requires_grad_()
+            logp = ff.token_stats(given, head, labels, backend=backend).logp
+            kl = ff.divergence(given, ref_hidden, head, backend=backend)
+        (logp.sum() + kl.sum()).backward()
+        found.append((logp.detach(), kl.detach(), given.grad))
+    for plain, cast in zip(*found, strict=True):
+        torch.testing.assert_close(cast, plain)
+
+
+@SWEEPS
+def test_two_gradients_into_the_same_logits_are_refused(backend):
+    given, labels = randn(backend, 4, 30).requires_grad_() * 1.0, torch.arange(4)
+    both = [ff.token_stats_from_logits(given, labels, backend=backend, in_place=True).logp for _ in range(2)]
+    with pytest.raises(ff.FastforgetError, match="changed after their statistics"):
+        (both[0].sum() + both[1].sum()).backward()
