@@ -19,7 +19,7 @@ ROUNDING = 2**-24
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tiling, "STATE_BYTES", 600)
+    monkeypatch.setattr(tiling, "CPU_STATE_BYTES", 600)
 
 
 @st.composite

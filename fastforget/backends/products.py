@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastforget.backends.tiling import state_blocks
 from fastforget.head import LMHead
 
 
@@ -60,8 +61,9 @@ def add_head_rows(out: Tensor, index: Tensor, coefficient: Tensor, head: LMHead)
     if head.is_identity:
         out.scatter_add_(1, index[:, None], coefficient.to(out.dtype)[:, None])
         return
-    rows = head.weight.detach().index_select(0, index).to(out.dtype)
-    out.addcmul_(rows, (coefficient * head.scale).to(out.dtype)[:, None])
+    factor = (coefficient * head.scale).to(out.dtype)[:, None]
+    for rows in state_blocks(*out.shape, out.device):
+        out[rows].addcmul_(head.weight.detach().index_select(0, index[rows]).to(out.dtype), factor[rows])
 
 
 def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
@@ -69,7 +71,11 @@ def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
     dtype = compute_dtype(hidden)
     if head.is_identity:
         return hidden.gather(1, index[:, None])[:, 0].to(dtype)
-    logit = (hidden.to(dtype) * head.weight.detach().index_select(0, index).to(dtype)).sum(dim=1) * head.scale
+    logit = hidden.new_empty(len(hidden), dtype=dtype)
+    for rows in state_blocks(*hidden.shape, hidden.device):
+        part = head.weight.detach().index_select(0, index[rows]).to(dtype)
+        torch.sum(part.mul_(hidden[rows]), dim=1, out=logit[rows])
+    logit.mul_(head.scale)
     if head.bias is not None:
         logit = logit + head.bias.detach().index_select(0, index).to(dtype)
     return logit if head.softcap is None else torch.tanh(logit / head.softcap) * head.softcap

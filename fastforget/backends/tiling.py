@@ -32,7 +32,8 @@ DEVICE_BYTES = 32 * 2**20
 DEVICE_ROWS = 1024
 ROW_STEP = 128  # rows that a GPU's product works on together: a block of 131 would cost it as much as one of 256
 CAST_BYTES = 32 * 2**20
-STATE_BYTES = 32 * 2**20  # hidden states in float32 that are worked on at a time, where nothing else bounds them
+CPU_STATE_BYTES = 2 * 2**20  # hidden states in float32 that are worked on at a time, where nothing else bounds them
+DEVICE_STATE_BYTES = 32 * 2**20  # each time is a few launches
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def row_blocks(count: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, count))
 
 
-def state_blocks(count: int, width: int) -> Iterator[slice]:
-    """Slices of rows whose states, `width` wide, take at most STATE_BYTES in float32."""
-    return row_blocks(count, max(1, STATE_BYTES // (max(width, 1) * torch.float32.itemsize)))
+def state_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows whose states, `width` wide, take a few megabytes in float32."""
+    budget = CPU_STATE_BYTES if device.type == "cpu" else DEVICE_STATE_BYTES
+    return row_blocks(count, max(1, budget // (max(width, 1) * torch.float32.itemsize)))
