@@ -198,6 +198,6 @@ class StateRows:
 def measure_states(passes: TilePasses, hidden: Tensor, targets: Targets) -> StateMeasures:
     """The measures of all rows of hidden (n, D) by themselves, for states of any layer."""
     rows_of = StateRows(hidden, KeptRows.of(hidden, None), targets)
-    for rows in tiling.state_blocks(*hidden.shape, hidden.device):
+    for rows in tiling.state_blocks(len(hidden), hidden):
         passes.state_pass(rows_of.block(rows))
     return rows_of.measures

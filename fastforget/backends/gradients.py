@@ -73,7 +73,7 @@ def direct_backward(context: LabelContext, upstream: Mapping[str, Tensor], out: 
     mean_row = None
     if "logit_mean" in upstream:
         mean_row = head.scale * head.weight.detach().mean(dim=0, dtype=unit_grad.dtype)
-    for rows in tiling.state_blocks(*unit_grad.shape, unit_grad.device):
+    for rows in tiling.state_blocks(len(unit_grad), unit_grad):
         part = unit_grad[rows] * factor[rows, None]
         for index, name in ((labels, "lse"), (labels, "label_logit"), (context.argmax, "max_logit")):
             if name in upstream and index is not None:
@@ -91,7 +91,7 @@ def scatter_scaled(grad: Tensor, factor: Tensor, positions: Tensor | None, hidde
     """`grad * factor` (n, D) in the rows of (N, D), like hidden, that they are kept from; 0 elsewhere."""
     out = torch.empty_like(hidden) if positions is None else torch.zeros_like(hidden)
     kept = KeptRows.of(hidden, positions)
-    for rows in tiling.state_blocks(*grad.shape, grad.device):
+    for rows in tiling.state_blocks(len(grad), grad):
         kept.put(grad[rows] * factor[rows, None].to(grad.dtype), rows, out)
     return out
 
@@ -110,7 +110,7 @@ def states_backward(
     """
     states = hidden if targets.states is None else targets.states
     kept, ready = KeptRows.of(states, positions), prepared(targets, compute_dtype(states))
-    for rows in tiling.state_blocks(kept.count, states.shape[1], states.device):
+    for rows in tiling.state_blocks(kept.count, states):
         part = kept.take(states, rows).to(compute_dtype(states))
         if "distance" in upstream and ready.anchor is not None:
             points = ready.anchor[None] if ready.anchor.dim() == 1 else kept.take(ready.anchor, rows)

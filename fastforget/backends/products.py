@@ -62,7 +62,7 @@ def add_head_rows(out: Tensor, index: Tensor, coefficient: Tensor, head: LMHead)
         out.scatter_add_(1, index[:, None], coefficient.to(out.dtype)[:, None])
         return
     factor = (coefficient * head.scale).to(out.dtype)[:, None]
-    for rows in state_blocks(*out.shape, out.device):
+    for rows in state_blocks(len(out), out):
         out[rows].addcmul_(head.weight.detach().index_select(0, index[rows]).to(out.dtype), factor[rows])
 
 
@@ -72,7 +72,7 @@ def head_logit(head: LMHead, hidden: Tensor, index: Tensor) -> Tensor:
     if head.is_identity:
         return hidden.gather(1, index[:, None])[:, 0].to(dtype)
     logit = hidden.new_empty(len(hidden), dtype=dtype)
-    for rows in state_blocks(*hidden.shape, hidden.device):
+    for rows in state_blocks(len(hidden), hidden):
         part = head.weight.detach().index_select(0, index[rows]).to(dtype)
         torch.sum(part.mul_(hidden[rows]), dim=1, out=logit[rows])
     logit.mul_(head.scale)

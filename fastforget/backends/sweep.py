@@ -112,7 +112,7 @@ def close_label_(
     slope = label_slope(accumulators[3], head).to(dtype)
     for name in embeddings:
         fields[name] = torch.empty_like(grad)
-    for rows in tiling.state_blocks(*grad.shape, grad.device):
+    for rows in tiling.state_blocks(len(grad), grad):
         part = grad[rows].mul_(share[rows, None])
         if "others_embedding" in embeddings:
             fields["others_embedding"][rows] = part

@@ -102,7 +102,7 @@ def row_blocks(count: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, count))
 
 
-def state_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose states, `width` wide, take a few megabytes in float32."""
-    budget = CPU_STATE_BYTES if device.type == "cpu" else DEVICE_STATE_BYTES
-    return row_blocks(count, max(1, budget // (max(width, 1) * torch.float32.itemsize)))
+def state_blocks(count: int, states: torch.Tensor) -> Iterator[slice]:
+    """Slices of `count` rows as wide as the states (_, D), each a few megabytes in float32."""
+    budget = CPU_STATE_BYTES if states.device.type == "cpu" else DEVICE_STATE_BYTES
+    return row_blocks(count, max(1, budget // (max(states.shape[1], 1) * torch.float32.itemsize)))

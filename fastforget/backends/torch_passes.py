@@ -7,6 +7,7 @@ are overwritten where that saves one.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from fastforget.backends.protocol import (
     StateBlock,
     Tile,
 )
+from fastforget.backends.tiling import state_blocks
 
 NEAR = 1.0  # where differences of probabilities are taken from expm1; beyond, their own difference is as good
 
@@ -123,14 +125,15 @@ class TorchPasses:
         self.move_base(tile, previous, new, strict, block, policy.dtype)
         base, shift = (new[place][:, None].to(policy.dtype) for place in (5, 6))
         base = finite_or_zero(base)
-        policy_base = base + shift  # near the policy's own top: taken off one by one, they would cost its digits
-        gaps.sub_(shift)
-        probability = (reference - base).exp()
-        above = (policy - policy_base).exp()  # e^(z_p - shift - base) = probability * e^gap
+        # near the policy's own top: taken off one by one, base and shift would cost its digits; so would their sum rounded
+        policy_base = base + shift
+        rest = ((finite_or_zero(new[5]) + new[6])[:, None] - policy_base).to(policy.dtype)
+        above, offset = (policy - policy_base) - rest, reference - base
+        gaps = torch.where(shift.abs() <= NEAR_SHIFT, gaps - shift, above - offset)  # it rounds at the shift's size
+        probability, above = offset.exp(), above.exp()  # e^(z_p - shift - base) = probability * e^gap
         near = (gaps.abs() <= NEAR) & ~absent
         inner = gaps.where(near, 0.0)
-        near_row = near & (shift.abs() <= NEAR_SHIFT)  # with a larger one the gap rounds at its size
-        difference = torch.where(near_row, probability * torch.expm1(inner), above - probability)
+        difference = torch.where(near, probability * torch.expm1(inner), above - probability)
         excess = torch.where(near, probability * expm1_excess(inner), above - probability - times(probability, gaps))
         excess = torch.where(absent, above, excess)
         new[7] += difference.sum(dim=1, dtype=torch.float64)
@@ -155,7 +158,10 @@ class TorchPasses:
             settled = apart.isfinite() & ((apart - old_shift).abs() > RECENTRE)
             shift = torch.where(apart.isfinite(), apart, 0.0) if first else torch.where(settled, apart, old_shift)
             shift = shift.to(dtype).double()
-        base = moved_top(old_base, torch.maximum(new[2], new[0] - shift).to(dtype).double(), strict)
+        no_reference, shifted = previous[2] == -torch.inf, shift != old_shift
+        largest = torch.maximum(new[2], new[0] - shift).to(dtype).double()
+        base = moved_top(old_base, largest, strict)
+        base = torch.where(no_reference & shifted, largest, base)  # of a policy alone: the reference may lie far below
         new[5], new[6] = base, shift
         if first:
             new[7] = new[8] = 0.0
@@ -164,8 +170,8 @@ class TorchPasses:
         fade = moved.exp()
         along = (moved + old_shift - shift).exp()  # of what stands relative to the shift
         # of a side that had no logit yet nothing was accumulated, and its factor may be anything, infinity too
-        fade = fade.masked_fill(previous[2] == -torch.inf, 0.0)
-        along = along.masked_fill((previous[0] == -torch.inf) & (shift != old_shift), 0.0)
+        fade = fade.masked_fill(no_reference, 0.0)
+        along = along.masked_fill((previous[0] == -torch.inf) & shifted, 0.0)
         scale = (previous[2] - old_base).exp().where(previous[2] > -torch.inf, 0.0)
         mass = previous[3] * scale
         moment = (previous[4] - old_shift * previous[3]) * scale
@@ -244,7 +250,17 @@ class TorchPasses:
         write(rows, gradient, slope, scaled=False)
 
     def state_pass(self, block: StateBlock) -> None:
-        """As `TilePasses.state_pass`."""
+        """As `TilePasses.state_pass`, a few megabytes of states at a time."""
+        for rows in state_blocks(len(block.states), block.states):
+            anchor = block.targets.anchor
+            targets = replace(
+                block.targets, anchor=anchor[rows] if anchor is not None and anchor.dim() == 2 else anchor
+            )
+            self.measure(StateBlock(block.states[rows], targets, block.values[:, rows], block.nearest[rows]))
+
+    @staticmethod
+    def measure(block: StateBlock) -> None:
+        """Measure rows whose temporaries may be as large as they are."""
         targets = block.targets
         states = block.states.to(torch.promote_types(block.states.dtype, torch.float32))
         states = unit_vectors(states)[0] if targets.cosine else states
