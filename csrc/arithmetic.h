@@ -3,6 +3,8 @@
 
 static inline Floats zero() { return all(0.0f); }
 
+static inline bool is_nan(float x) { return x != x; }
+
 // a + x * b, for polynomials
 static inline Floats horner(Floats b, Floats x, float a) { return multiply_add(b, x, all(a)); }
 

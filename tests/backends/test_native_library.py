@@ -138,9 +138,9 @@ def test_no_bad_index_or_tile_reaches_the_others():
     gradient = GradientBlock(labels.clamp(0, 49), labels, torch.zeros(len(GRADIENT_COEFFICIENTS), 4))
     state = StateBlock(ROWS, StateTargets(None, ROWS[:, :9], False), torch.zeros(2, 4), torch.zeros(4).long())
     for message, call in {
-        "fastforget_paired_tile: a label": lambda: passes.paired_tile(tile, ROWS, ROWS, None, None, paired),
-        "fastforget_coupled_tile: a label": lambda: passes.coupled_tile(tile, ROWS, ROWS, None, None, coupled),
-        "fastforget_gradient_tile: a label or arg": lambda: passes.gradient_tile(tile, ROWS, None, ROWS, gradient),
+        "native paired pass: a label": lambda: passes.paired_tile(tile, ROWS, ROWS, None, None, paired),
+        "native jsd pass: a label": lambda: passes.coupled_tile(tile, ROWS, ROWS, None, None, coupled),
+        "native gradient pass: a label or arg": lambda: passes.gradient_tile(tile, ROWS, None, ROWS, gradient),
         "an argument is wrong": lambda: passes.gradient_tile(Tile(1, 50, 50, 50, PLAIN), ROWS, None, ROWS, gradient),
         "centres must be": lambda: passes.state_pass(state),
     }.items():
