@@ -7,17 +7,11 @@
 
 // probability = share * e^(z - top), top the row's largest logit
 struct Softmax {
-    Floats top;
-    Floats log_sum;
-    Floats share;
+    Floats top, log_sum, share;
 
     Softmax(float row_top, float log_total)
-        : top(all(row_top)),
-          log_sum(all(log_total)),
-          share(all(static_cast<float>(::exp(-static_cast<double>(log_total))))) {}
-
+        : top(all(row_top)), log_sum(all(log_total)), share(all(static_cast<float>(::exp(-double{log_total})))) {}
     Floats log_of(Floats logits) const { return (logits - top) - log_sum; }
-
     Floats of(Floats logits) const { return exp_of(logits - top) * share; }
 };
 
@@ -32,76 +26,47 @@ static inline void above_mixture(Floats gap, Floats& above_p, Floats& above_q) {
 }
 
 struct CoupledNormalisers {
-    float policy_top;
-    float policy_log_total;
-    float reference_top;
-    float reference_log_total;
-    float lse_gap;
-    float centre;
+    float policy_top, policy_log_total, reference_top, reference_log_total, lse_gap, centre;
 };
 
 struct CoupledAccumulators {
-    double ratio = 0.0;
-    double from_policy = 0.0;
-    double from_reference = 0.0;
-    double probability = 0.0;
+    double ratio = 0.0, from_policy = 0.0, from_reference = 0.0, probability = 0.0;
 };
 
 template <FastforgetPass KIND>
 static void coupled_tile(const FastforgetTile& tile, std::int64_t number) {
     Row policy(tile, 0, number, true), reference(tile, 1, number, true);
-    CoupledNormalisers given{};
-    gather(given, tile.given + number, tile.row_count);
+    const auto given = given_of<CoupledNormalisers>(tile, number);
     const Softmax softmax_p(given.policy_top, given.policy_log_total);
     const Softmax softmax_q(given.reference_top, given.reference_log_total);
     const Floats lse_gap = all(given.lse_gap), centre = all(given.centre);
-    const bool capped = policy.capped;
     const bool far = ::fabs(given.lse_gap) > NEAR_SHIFT;  // the plain difference of logits would round at that size
-    CoupledAccumulators found;
-    if (tile.first != 0) gather(found, tile.accumulators + number, tile.accumulators_stride);
+    const auto entries = [&](Floats policy_logits, Floats reference_logits, Floats& ratio, Floats& p, Floats* sums) {
+        const Floats gap = far ? softmax_p.log_of(policy_logits) - softmax_q.log_of(reference_logits)
+                               : (policy_logits - reference_logits) - lse_gap;
+        p = softmax_p.of(policy_logits);
+        const Floats q = softmax_q.of(reference_logits);
+        if (KIND == FASTFORGET_REVERSE_KL) {
+            ratio = times(p, gap - centre);
+            sums[1] = sums[1] + relative_entropy(p, q, zero() - gap);
+        } else {
+            Floats above_p, above_q;
+            above_mixture(gap, above_p, above_q);
+            const Floats mixture = (p + q) * all(0.5f);
+            ratio = times(p, (zero() - above_p) - centre);
+            sums[1] = sums[1] + relative_entropy(p, mixture, above_p);
+            sums[2] = sums[2] + relative_entropy(q, mixture, above_q);
+        }
+        sums[0] = sums[0] + ratio;
+        sums[3] = sums[3] + p;
+    };
+    auto found = accumulators_of<CoupledAccumulators>(tile, number);
+    double sums[4] = {found.ratio, found.from_policy, found.from_reference, found.probability};
     double label_logit;  // which the normalisers' sweeps have found
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
-        policy.read(start, label_logit);
-        reference.read(start, label_logit);
-        policy.hide();
-        reference.hide();
-        const float *const z_p = policy.z, *const z_q = reference.z;
-        float *const out = policy.open(), *const policy_out = reference.open();
-        Floats ratios = zero(), from_policy = zero(), from_reference = zero(), probabilities = zero();
-        const int end = policy.end;
-        for (int i = 0; i < end; i += LANES) {
-            const Floats policy_logits = load(z_p + i), reference_logits = load(z_q + i);
-            const Floats gap = far ? softmax_p.log_of(policy_logits) - softmax_q.log_of(reference_logits)
-                                   : (policy_logits - reference_logits) - lse_gap;
-            Floats p = softmax_p.of(policy_logits), ratio;
-            const Floats q = softmax_q.of(reference_logits);
-            if (KIND == FASTFORGET_REVERSE_KL) {
-                ratio = times(p, gap - centre);
-                from_policy = from_policy + relative_entropy(p, q, zero() - gap);
-            } else {
-                Floats above_p, above_q;
-                above_mixture(gap, above_p, above_q);
-                const Floats mixture = (p + q) * all(0.5f);
-                ratio = times(p, (zero() - above_p) - centre);
-                from_policy = from_policy + relative_entropy(p, mixture, above_p);
-                from_reference = from_reference + relative_entropy(q, mixture, above_q);
-            }
-            ratios = ratios + ratio;
-            probabilities = probabilities + p;
-            if (capped) {
-                const Floats slope = softcap_slope(policy_logits, tile.softcap);
-                ratio = ratio * slope;
-                p = p * slope;
-            }
-            if (out != nullptr) store(out + i, ratio);
-            if (policy_out != nullptr) store(policy_out + i, p);
-        }
-        found.ratio += sum_of(ratios);
-        found.from_policy += sum_of(from_policy);
-        found.from_reference += sum_of(from_reference);
-        found.probability += sum_of(probabilities);
-        policy.close();
-        reference.close();
+        read_pair(policy, reference, start, label_logit, label_logit);
+        write_pair(policy, reference, entries, sums);
     }
-    scatter(found, tile.accumulators + number, tile.accumulators_stride);
+    found = {sums[0], sums[1], sums[2], sums[3]};
+    keep(found, tile, number);
 }

@@ -1,14 +1,14 @@
 // The C ABI of fastforget's CPU library. Loaded by path with ctypes: see fastforget/backends/native/library.py, whose
 // structures mirror these field by field.
 //
-// The passes are those of fastforget/backends/protocol.py, which says what each means. Matrices have the elements of a row
-// side by side and any stride (in elements) between rows. Offsets are 64-bit throughout. Nothing here allocates what it
-// returns, throws, or keeps a pointer.
+// The passes are those of fastforget/backends/protocol.py, which says what each means. Matrices have the elements of a
+// row side by side and any stride (in elements) between rows. Offsets are 64-bit throughout. Nothing here allocates
+// what it returns, throws, or keeps a pointer.
 #pragma once
 
 #include <cstdint>
 
-// Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another number.
+// Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another one.
 #define FASTFORGET_ABI_VERSION 7
 
 #if defined(_WIN32)
@@ -44,13 +44,13 @@ struct FastforgetRows {
 };
 
 enum FastforgetPass : std::int32_t {
-    FASTFORGET_LABEL = 0,
-    FASTFORGET_LABEL_MOMENTS = 1,
-    FASTFORGET_PAIRED = 2,
-    FASTFORGET_REVERSE_KL = 3,  // of the coupled pass
-    FASTFORGET_JSD = 4,
-    FASTFORGET_GRADIENT = 5,
-    FASTFORGET_PASS_COUNT = 6,
+    FASTFORGET_LABEL,
+    FASTFORGET_LABEL_MOMENTS,
+    FASTFORGET_PAIRED,
+    FASTFORGET_REVERSE_KL,  // of the coupled pass
+    FASTFORGET_JSD,
+    FASTFORGET_GRADIENT,
+    FASTFORGET_PASS_COUNT,
 };
 
 // What a pass over a tile is given; what it has no use for is null or 0. Logits are z = scale * product + bias, then
@@ -73,26 +73,8 @@ struct FastforgetTile {
     const std::int64_t* argmax;  // -1: none
     double* accumulators;
     std::int64_t accumulators_stride;
-    const float* given;       // row_count of each: COUPLED_NORMALISERS, GRADIENT_COEFFICIENTS, or a paired block's shift
-    FastforgetRows grads[2];  // (row_count, width) float32: what product 2 of rows[k] has added up to; null at first = 0
+    const float* given;       // row_count of each: COUPLED_NORMALISERS, GRADIENT_COEFFICIENTS, or the shift
+    FastforgetRows grads[2];  // (row_count, width) float32, what product 2 has added up to; null where `first` is 0
     std::int64_t width;
 };
 FASTFORGET_API std::int32_t fastforget_tile(std::int32_t pass, const FastforgetTile* arguments);
-
-// Hidden states (row_count, width) against an anchor and the nearest of centres.
-struct FastforgetStates {
-    std::int64_t row_count;
-    std::int64_t width;
-    FastforgetRows states;
-    const float* anchor;  // or null
-    std::int64_t anchor_stride;
-    const float* centres;  // (centre_count, width), of length 1 or 0 where the metric is the cosine; or null
-    std::int64_t centre_count;
-    float* values;  // distance and pull, row_count of each
-    std::int64_t values_stride;
-    std::int64_t* nearest;  // (row_count)
-    std::int32_t cosine;
-    std::int32_t threads;
-    std::int32_t instruction_set;
-};
-FASTFORGET_API std::int32_t fastforget_states(const FastforgetStates* arguments);

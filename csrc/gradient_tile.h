@@ -1,18 +1,8 @@
 // The gradient pass: one row over the logits for any mix of upstream gradients; protocol.py has the formula.
 
 struct GradientCoefficients {
-    float top;
-    float share;
-    float others_probability;
-    float label_probability;
-    float lse;
-    float entropy;
-    float offset_mean;
-    float unit;
-    float label_entry;
-    float max_logit;
-    float logit_mean;
-    float projected_mean;
+    float top, share, others_probability, label_probability, lse, entropy, offset_mean, unit, label_entry, max_logit;
+    float logit_mean, projected_mean;
 };
 
 static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
@@ -20,8 +10,7 @@ static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
     const FastforgetRows& projected = tile.products[1];
     const bool along_too = projected.data != nullptr, capped = row.capped;
     const std::int64_t best = tile.argmax[number] < 0 ? -1 : tile.argmax[number] - tile.first;
-    GradientCoefficients given{};
-    gather(given, tile.given + number, tile.row_count);
+    const auto given = given_of<GradientCoefficients>(tile, number);
     const Floats top = all(given.top), share = all(given.share), others = all(given.others_probability);
     const Floats lse = all(given.lse), entropy = all(given.entropy), offset_mean = all(given.offset_mean);
     const Floats for_unit = all(given.unit), mean = all(given.logit_mean), along_mean = all(given.projected_mean);

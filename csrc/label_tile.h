@@ -1,20 +1,12 @@
 // The label pass: weights e^(z - top) of the other tokens than the label, their sum, and moments of z.
 //
 // The label is left out everywhere, so that log p_y and log(1 - p_y) both keep their digits, at p_y = 1e-12 as at
-// 1 - p_y = 1e-9. Sums are of floats inside a block and of doubles between blocks. A block is read a second time from the
-// first-level cache; the top moves between blocks, and what the tile has written so far is then brought to it.
+// 1 - p_y = 1e-9. Sums are of floats inside a block and of doubles between blocks. A block is read a second time from
+// the first-level cache; the top moves between blocks, and what the tile has written so far is then brought to it.
 
 struct LabelAccumulators {
-    double top = -INFINITY;
-    double total = 0.0;
-    double total_rest = 0.0;
-    double label_logit = -INFINITY;
-    double mean = 0.0;
-    double deviations = 0.0;
-    double sum = 0.0;
-    double sum_rest = 0.0;
-    double best = -INFINITY;
-    double best_index = 0.0;
+    double top = -INFINITY, total = 0.0, total_rest = 0.0, label_logit = -INFINITY, mean = 0.0, deviations = 0.0;
+    double sum = 0.0, sum_rest = 0.0, best = -INFINITY, best_index = 0.0;
 
     // Moves the top to `largest` where that lies more than `lazy` above it; the factor of what was summed before. Where
     // there was no top nothing was summed.
@@ -50,7 +42,7 @@ struct LabelAccumulators {
         deviations += sum_of(squares) + gap * gap * total * share;
     }
 
-    // The first NaN, or the first of the largest logits, as torch's argmax; `largest` passes over NaN, `block_total` does not
+    // The first NaN, or the first of the largest logits, as torch's argmax; `largest` passes over NaN, a total does not
     void look_for_best(const Row& row, float largest, double block_total) {
         if (best != best) return;
         const float *const end = row.z + row.count, *at = end;
@@ -67,9 +59,8 @@ struct LabelAccumulators {
 template <bool MOMENTS>
 static void label_tile(const FastforgetTile& tile, std::int64_t number) {
     Row row(tile, 0, number, true);
-    LabelAccumulators found;
-    const int kept = MOMENTS ? sizeof(found) / sizeof(double) : BASIC_ACCUMULATORS;
-    if (tile.first != 0) gather(found, tile.accumulators + number, tile.accumulators_stride, kept);
+    constexpr std::size_t kept = MOMENTS ? sizeof(LabelAccumulators) / sizeof(double) : BASIC_ACCUMULATORS;
+    auto found = accumulators_of<LabelAccumulators>(tile, number, kept);
     Block weights;
     double fade = 1.0;
     const bool capped = row.capped;
@@ -118,5 +109,5 @@ static void label_tile(const FastforgetTile& tile, std::int64_t number) {
     if (tile.grads[0].data != nullptr && fade != 1.0) {
         multiply_row(static_cast<float*>(tile.grads[0].data) + number * tile.grads[0].stride, tile.width, fade);
     }
-    scatter(found, tile.accumulators + number, tile.accumulators_stride, kept);
+    keep(found, tile, number, kept);
 }

@@ -1,20 +1,12 @@
 // The paired pass: policy p and reference q side by side, and the rows whose products are forward KL's gradient.
 //
-// Two looks at a tile, the second from a cache: the first brings the normalisers up to date, and with them base and shift;
-// the second writes. The gap z_p - z_q is the plain difference of two logits before the shift is taken out of it: where p
-// is almost q nothing cancels after it.
+// Two looks at a tile, the second from a cache: the first brings the normalisers up to date, and with them base and
+// shift; the second writes. The gap z_p - z_q is the plain difference of two logits before the shift is taken out of
+// it: where p is almost q nothing cancels after it.
 
 struct PairedAccumulators {
-    double policy_top = -INFINITY;
-    double policy_total = 0.0;
-    double reference_top = -INFINITY;
-    double reference_total = 0.0;
-    double gap_moment = 0.0;
-    double base = -INFINITY;
-    double shift = 0.0;
-    double difference = 0.0;
-    double excess = 0.0;
-    double policy_label = -INFINITY;
+    double policy_top = -INFINITY, policy_total = 0.0, reference_top = -INFINITY, reference_total = 0.0;
+    double gap_moment = 0.0, base = -INFINITY, shift = 0.0, difference = 0.0, excess = 0.0, policy_label = -INFINITY;
     double reference_label = -INFINITY;
 
     // Takes one more block into the normalisers
@@ -62,8 +54,8 @@ struct Move {
     double fade = 1.0;
 };
 
-// Sets base and shift as the normalisers want them, both as floats hold them (what is stored is what was computed with),
-// and brings the sums to them; `before`: the accumulators without this tile
+// Sets base and shift as the normalisers want them, both as floats hold them (what is stored is what was computed
+// with), and brings the sums to them; `before`: the accumulators without this tile
 static inline Move move_base(PairedAccumulators& found, const PairedAccumulators& before, const float* given_shift,
                              bool strict) {
     const bool begun = before.base != -INFINITY;
@@ -75,7 +67,8 @@ static inline Move move_base(PairedAccumulators& found, const PairedAccumulators
         const bool settled = begun && !(::fabs(apart - before.shift) > RECENTRE);
         if (::fabs(apart) < INFINITY && !settled) found.shift = static_cast<float>(apart);
     }
-    const double over = found.policy_top - found.shift, largest = over > found.reference_top ? over : found.reference_top;
+    const double over = found.policy_top - found.shift;
+    const double largest = over > found.reference_top ? over : found.reference_top;
     const bool shifted = found.shift != before.shift, no_reference = before.reference_top == -INFINITY;
     // the base of a policy alone goes with its shift: the reference may lie far below it
     const bool anew = no_reference && shifted;
@@ -91,7 +84,8 @@ static inline Move move_base(PairedAccumulators& found, const PairedAccumulators
     const double moment = times(scale, before.gap_moment - before.shift * before.reference_total);
     found.difference = move.along * found.difference + move.across * mass;
     if (found.excess == INFINITY) return move;  // and so is the moment, of the other sign
-    found.excess = move.along * found.excess + (move.across - move.fade * moved_shift) * mass + times(move.across, moment);
+    const double of_mass = move.across - move.fade * moved_shift;
+    found.excess = move.along * found.excess + of_mass * mass + times(move.across, moment);
     return move;
 }
 
@@ -109,61 +103,45 @@ static inline void move_grads(const FastforgetTile& tile, std::int64_t row, cons
 
 static void paired_tile(const FastforgetTile& tile, std::int64_t number) {
     Row policy(tile, 0, number, true), reference(tile, 1, number, true);
-    PairedAccumulators found;
-    if (tile.first != 0) gather(found, tile.accumulators + number, tile.accumulators_stride);
+    auto found = accumulators_of<PairedAccumulators>(tile, number);
     const PairedAccumulators before = found;
-    const auto look_at = [&](std::int64_t start) {
-        policy.read(start, found.policy_label);
-        reference.read(start, found.reference_label);
-        policy.hide();
-        reference.hide();
-    };
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
-        look_at(start);
+        read_pair(policy, reference, start, found.policy_label, found.reference_label);
         found.weigh(policy, reference);
     }
     const float* const given_shift = tile.given == nullptr ? nullptr : tile.given + number;
     move_grads(tile, number, move_base(found, before, given_shift, policy.float16_writes));
-    const Floats base = all(static_cast<float>(finite_or_zero(found.base))), shift = all(static_cast<float>(found.shift));
+    const Floats base = all(static_cast<float>(finite_or_zero(found.base)));
+    const Floats shift = all(static_cast<float>(found.shift));
     // Taken off one by one, base and shift would cost a far policy its digits, and their sum is no float where both are
     // large: what it rounds to first, then the rest.
     const double sum = finite_or_zero(found.base) + found.shift;
-    const Floats policy_base = all(static_cast<float>(sum)), rest = all(static_cast<float>(sum - static_cast<float>(sum)));
-    const bool capped = policy.capped;
-    // with a large shift the gap rounds at its size: rows are plain differences then
-    const Floats near = all(NEAR), near_row = all(::fabs(found.shift) <= NEAR_SHIFT ? NEAR : -1.0f);
-    for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
-        look_at(start);
-        const float *const z_p = policy.z, *const z_q = reference.z;
-        float *const out = policy.open(), *const reference_out = reference.open();
-        Floats differences = zero(), excesses = zero();
-        const int end = policy.end;
-        for (int i = 0; i < end; i += LANES) {
-            const Floats policy_logits = load(z_p + i), reference_logits = load(z_q + i);
-            const Floats gap = (policy_logits - reference_logits) - shift;
-            Floats probability = exp_of(reference_logits - base);
-            const Floats close = clamp_near(gap), over = expm1_excess(close);
-            const Mask in_row = at_most(size_of(gap), near_row);
-            Floats difference = probability * (close + over), excess = probability * over;
-            if (!everywhere(in_row)) {  // as it mostly is, with a reference that is an earlier self
-                const Floats far = exp_of((policy_logits - policy_base) - rest) - probability;
-                difference = select(in_row, difference, far);
-                excess = select(at_most(size_of(gap), near), excess, larger(zero(), far - times(probability, gap)));
-            }
-            differences = differences + difference;
-            excesses = excesses + excess;
-            if (capped) {
-                const Floats slope = softcap_slope(policy_logits, tile.softcap);
-                difference = difference * slope;
-                probability = probability * slope;
-            }
-            if (out != nullptr) store(out + i, difference);
-            if (reference_out != nullptr) store(reference_out + i, probability);
+    const float rounded_sum = static_cast<float>(sum);
+    const Floats policy_base = all(rounded_sum), rest = all(static_cast<float>(sum - rounded_sum));
+    const bool far_shift = ::fabs(found.shift) > NEAR_SHIFT;  // the plain difference of logits would round at its size
+    const auto entries = [&](Floats policy_logits, Floats reference_logits, Floats& difference, Floats& probability,
+                             Floats* sums) {
+        const Floats above = (policy_logits - policy_base) - rest, offset = reference_logits - base;
+        const Floats gap = far_shift ? above - offset : (policy_logits - reference_logits) - shift;
+        probability = exp_of(offset);
+        const Floats close = clamp_near(gap), over = expm1_excess(close);
+        const Mask is_near = at_most(size_of(gap), all(NEAR));
+        difference = probability * (close + over);
+        Floats excess = probability * over;
+        if (!everywhere(is_near)) {  // as it mostly is, with a reference that is an earlier self
+            const Floats far = exp_of(above) - probability;
+            difference = select(is_near, difference, far);
+            excess = select(is_near, excess, larger(zero(), far - times(probability, gap)));
         }
-        found.difference += sum_of(differences);
-        found.excess += sum_of(excesses);
-        policy.close();
-        reference.close();
+        sums[0] = sums[0] + difference;
+        sums[1] = sums[1] + excess;
+    };
+    double sums[2] = {found.difference, found.excess};
+    for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
+        read_pair(policy, reference, start, found.policy_label, found.reference_label);
+        write_pair(policy, reference, entries, sums);
     }
-    scatter(found, tile.accumulators + number, tile.accumulators_stride);
+    found.difference = sums[0];
+    found.excess = sums[1];
+    keep(found, tile, number);
 }

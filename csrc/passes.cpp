@@ -1,8 +1,11 @@
-// The entry points: what can be checked of their arguments, then rows over threads, on the instruction set of the machine.
+// The entry points: what can be checked of their arguments, then rows over threads.
 //
-// One build serves every x86-64 machine, and others: the passes are compiled once for each instruction set. GCC and Clang
-// compile a function for instructions that the rest of the file may not use, and ask the operating system too whether it
-// saves the wide registers. MSVC does not, so there, as on ARM, passes are scalar.
+// One build serves every x86-64 machine, and others: the passes are compiled once for each instruction set, and chosen
+// when they run. GCC and Clang compile a function for instructions that the rest of the file may not use, and ask the
+// operating system too whether it saves the wide registers. MSVC does not, so there, as on ARM, passes are scalar.
+//
+// Standard headers come before the instructions are switched on: an inline function of theirs that was compiled with
+// these could be the one that the linker keeps for everybody.
 
 #include <algorithm>
 #include <cmath>
@@ -31,11 +34,7 @@
 
 namespace fastforget {
 
-// Each does one row
-struct RowPasses {
-    void (*tile[FASTFORGET_PASS_COUNT])(const FastforgetTile&, std::int64_t row);
-    void (*state)(const FastforgetStates&, std::int64_t row);
-};
+using RowPass = void(const FastforgetTile&, std::int64_t row);
 
 constexpr int BLOCK = 2048;  // logits at a time: a block of two rows and its weights stay in the first-level cache
 
@@ -75,12 +74,12 @@ namespace {
 // From least to most
 constexpr struct {
     const char* name;
-    const RowPasses* passes;
+    RowPass* const* passes;
 } instruction_sets[] = {
-    {"scalar", &scalar::passes},
+    {"scalar", scalar::passes},
 #ifdef FASTFORGET_X86
-    {"avx2", &avx2::passes},
-    {"avx512", &avx512::passes},
+    {"avx2", avx2::passes},
+    {"avx512", avx512::passes},
 #endif
 };
 
@@ -99,32 +98,13 @@ int best_supported() {
 
 constexpr std::int64_t WORTH_A_THREAD = 16384;  // numbers: another thread is not woken for less
 
-// Each row of 0..rows-1 over threads; `columns`: how many numbers a row has
-template <class Arguments>
-std::int32_t run(void (*pass)(const Arguments&, std::int64_t), const Arguments& arguments, std::int64_t columns) {
-    const std::int64_t rows = arguments.row_count;
-    const auto threads = std::min<std::int64_t>(arguments.threads, 1 + rows * columns / WORTH_A_THREAD);
-    for_each_row(rows, threads, [&](std::int64_t row) { pass(arguments, row); });
-    return FASTFORGET_OK;
-}
-
-// Of one of these numbers, or of the best that the machine has where that is less; null for an unknown number
-const RowPasses* passes_of(std::int32_t instruction_set) {
-    if (instruction_set < 0 || instruction_set > 2) return nullptr;
-    return instruction_sets[std::min<int>(instruction_set, best_supported())].passes;
-}
-
 bool inside(const std::int64_t* index, std::int64_t count, std::int64_t least, std::int64_t end) {
     return std::all_of(index, index + count, [=](std::int64_t each) { return each >= least && each < end; });
 }
 
-bool known_dtype(const FastforgetRows& rows) {
-    return rows.dtype >= FASTFORGET_FLOAT32 && rows.dtype <= FASTFORGET_FLOAT16;
-}
-
 // Whether rows may be read (or written) as far as the tile says, without reaching into one another
 bool separate(const FastforgetTile& tile, const FastforgetRows& rows, bool written) {
-    if (!known_dtype(rows)) return false;
+    if (rows.dtype < FASTFORGET_FLOAT32 || rows.dtype > FASTFORGET_FLOAT16) return false;
     const bool may_overlap = rows.data == nullptr || tile.row_count < 2 || (!written && tile.padded == tile.columns);
     return may_overlap || rows.stride >= tile.padded;
 }
@@ -139,8 +119,8 @@ bool valid(const FastforgetTile& tile) {
         const FastforgetRows &read = tile.products[k], &written = tile.rows[k];
         if (!separate(tile, read, false) || !separate(tile, written, true) || !behind(written, read)) return false;
     }
-    return tile.row_count >= 0 && tile.columns > 0 && tile.first >= 0 && tile.first <= tile.vocabulary - tile.columns &&
-           tile.padded >= tile.columns;
+    return tile.instruction_set >= 0 && tile.row_count >= 0 && tile.columns > 0 && tile.padded >= tile.columns &&
+           tile.first >= 0 && tile.first <= tile.vocabulary - tile.columns;
 }
 
 }  // namespace
@@ -151,35 +131,26 @@ std::int32_t fastforget_abi_version() { return FASTFORGET_ABI_VERSION; }
 const char* fastforget_threading() { return fastforget::threading; }
 
 const char* fastforget_instruction_set(const char* requested) {
-    int picked = fastforget::best_supported();
-    for (int candidate = 0; candidate < picked; ++candidate) {
-        if (requested != nullptr && std::strcmp(requested, fastforget::instruction_sets[candidate].name) == 0) {
-            picked = candidate;
-        }
+    using namespace fastforget;
+    int picked = best_supported();
+    for (int each = 0; requested != nullptr && each < picked; ++each) {
+        if (std::strcmp(requested, instruction_sets[each].name) == 0) picked = each;
     }
-    return fastforget::instruction_sets[picked].name;
+    return instruction_sets[picked].name;
 }
 
 std::int32_t fastforget_tile(std::int32_t pass, const FastforgetTile* arguments) {
+    using namespace fastforget;
     const FastforgetTile& tile = *arguments;
-    const fastforget::RowPasses* const passes = fastforget::passes_of(tile.instruction_set);
-    if (passes == nullptr || pass < 0 || pass >= FASTFORGET_PASS_COUNT || !fastforget::valid(tile)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
+    if (pass < 0 || pass >= FASTFORGET_PASS_COUNT || !valid(tile)) return FASTFORGET_BAD_ARGUMENT;
     const bool labelled = pass == FASTFORGET_LABEL || pass == FASTFORGET_LABEL_MOMENTS || pass == FASTFORGET_GRADIENT;
-    if (!fastforget::inside(tile.labels, tile.row_count, labelled ? 0 : INT64_MIN, tile.vocabulary) ||
-        (tile.argmax != nullptr && !fastforget::inside(tile.argmax, tile.row_count, -1, tile.vocabulary))) {
+    if (!inside(tile.labels, tile.row_count, labelled ? 0 : INT64_MIN, tile.vocabulary) ||
+        (tile.argmax != nullptr && !inside(tile.argmax, tile.row_count, -1, tile.vocabulary))) {
         return FASTFORGET_BAD_INDEX;
     }
-    return fastforget::run(passes->tile[pass], tile, tile.columns);
-}
-
-std::int32_t fastforget_states(const FastforgetStates* arguments) {
-    const FastforgetStates& given = *arguments;
-    const fastforget::RowPasses* const passes = fastforget::passes_of(given.instruction_set);
-    if (passes == nullptr || given.row_count < 0 || given.width < 0 || !fastforget::known_dtype(given.states) ||
-        (given.centres != nullptr && given.centre_count < 1)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
-    return fastforget::run(passes->state, given, given.width * (1 + given.centre_count));
+    RowPass* const row_pass = instruction_sets[std::min<int>(tile.instruction_set, best_supported())].passes[pass];
+    const std::int64_t useful = 1 + tile.row_count * tile.columns / WORTH_A_THREAD;
+    const auto threads = std::min<std::int64_t>(tile.threads, useful);
+    for_each_row(tile.row_count, threads, [&](std::int64_t row) { row_pass(tile, row); });
+    return FASTFORGET_OK;
 }

@@ -8,11 +8,11 @@
 #include "gradient_tile.h"
 #include "label_tile.h"
 #include "paired_tile.h"
-#include "state_rows.h"
 
 // In the order of FastforgetPass
-const RowPasses passes = {
-    {label_tile<false>, label_tile<true>, paired_tile, coupled_tile<FASTFORGET_REVERSE_KL>, coupled_tile<FASTFORGET_JSD>,
-     gradient_tile},
-    state_row,
-};
+constexpr RowPass* passes[FASTFORGET_PASS_COUNT] = {label_tile<false>,
+                                                    label_tile<true>,
+                                                    paired_tile,
+                                                    coupled_tile<FASTFORGET_REVERSE_KL>,
+                                                    coupled_tile<FASTFORGET_JSD>,
+                                                    gradient_tile};

@@ -1,5 +1,5 @@
-// Eight floats at a time: AVX2, FMA and F16C. The names are those of simd_scalar.h, which says what each does; + - * / are
-// the compiler's.
+// Eight floats at a time: AVX2, FMA and F16C. The names are those of simd_scalar.h, which says what each does;
+// + - * / are the compiler's.
 
 using Floats = __m256;
 using Mask = __m256;

@@ -32,7 +32,7 @@ static inline Floats size_of(Floats a) { return _mm512_abs_ps(a); }
 static inline Mask at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 static inline bool everywhere(Mask mask) { return mask == 0xFFFF; }
 static inline Floats select(Mask mask, Floats a, Floats b) { return _mm512_mask_blend_ps(mask, b, a); }
-static inline Floats rounded(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Floats rounded(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 static inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 static inline float sum_of(Floats a) { return _mm512_reduce_add_ps(a); }
 static inline float largest_of(Floats a) { return _mm512_reduce_max_ps(a); }

@@ -1,5 +1,5 @@
-// Eight floats at a time in plain C++: for machines without AVX2, for ARM and for MSVC. The loops are of fixed length, so
-// that a compiler turns them into whatever vectors its baseline has (SSE2, NEON).
+// Eight floats at a time in plain C++: for machines without AVX2, for ARM and for MSVC. The loops are of fixed length,
+// so that a compiler turns them into whatever vectors its baseline has (SSE2, NEON).
 
 constexpr int LANES = 8;
 struct Floats {

@@ -93,8 +93,10 @@ def moment_fields(accumulators: Tensor, labels: Tensor, found: LabelResult, voca
     spread = torch.where(total == 0, 0.0, deviations / total)
     logp_mean = p_label * mean_label + p_others * mean_others
     variance = p_label * (mean_label - logp_mean).square() + p_others * (spread + (mean_others - logp_mean).square())
-    unknown = total + label_logit  # NaN where a logit is: the largest passes over it
-    label_first = (label_logit > best) | ((label_logit == best) & (labels < index))
+    unknown = total + label_logit  # NaN where a logit is: the largest may pass over it
+    # the first NaN is the largest, as to torch's argmax
+    equal = (label_logit == best) | (label_logit.isnan() & best.isnan())
+    label_first = (label_logit > best) | (label_logit.isnan() & ~best.isnan()) | (equal & (labels < index))
     return {
         "entropy": -logp_mean,
         "logp_mean": logp_mean,

@@ -1,7 +1,8 @@
 """The CPU library that `setup.py` builds from `csrc/`: loads it by path, and says why where it cannot be used.
 
-The structures mirror those of `csrc/fastforget.h`, field by field. Nothing here looks at a tensor: `passes.py` does,
-before any pointer is passed. ctypes releases the GIL around each call.
+`TileArguments` mirrors FastforgetTile of `csrc/fastforget.h`; what it holds of another structure stands flat in it: that is
+quicker to fill. Nothing here looks at a tensor: `passes.py` does, before any pointer is passed. ctypes releases the GIL
+around each call.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def fields(kind: type, *names: str) -> tuple[tuple[str, type], ...]:
     return tuple((name, kind) for name in names)
 
 
-class Rows(ctypes.Structure):
-    """FastforgetRows."""
-
-    _fields_ = (("data", c_void_p), *fields(c_int64, "stride", "dtype"))
+def rows(*names: str) -> tuple[tuple[str, type], ...]:
+    """The fields of a FastforgetRows for each name."""
+    parts = (("", c_void_p), ("_stride", c_int64), ("_dtype", c_int64))
+    return tuple((name + part, kind) for name in names for part, kind in parts)
 
 
 class TileArguments(ctypes.Structure):
@@ -48,26 +49,12 @@ class TileArguments(ctypes.Structure):
         ("bias", c_void_p),
         *fields(c_float, "scale", "softcap"),
         *fields(c_int32, "threads", "instruction_set"),
-        *fields(Rows * 2, "products", "rows"),
+        *rows("product", "second_product", "rows", "second_rows"),
         *fields(c_void_p, "labels", "argmax", "accumulators"),
         ("accumulators_stride", c_int64),
         ("given", c_void_p),
-        ("grads", Rows * 2),
+        *rows("grad", "second_grad"),
         ("width", c_int64),
-    )
-
-
-class StateArguments(ctypes.Structure):
-    """FastforgetStates."""
-
-    _fields_ = (
-        *fields(c_int64, "row_count", "width"),
-        ("states", Rows),
-        *(("anchor", c_void_p), ("anchor_stride", c_int64)),
-        *(("centres", c_void_p), ("centre_count", c_int64)),
-        *(("values", c_void_p), ("values_stride", c_int64)),
-        ("nearest", c_void_p),
-        *fields(c_int32, "cosine", "threads", "instruction_set"),
     )
 
 
@@ -75,7 +62,6 @@ SIGNATURES = {  # of each function its result, then its arguments
     "fastforget_instruction_set": (c_char_p, c_char_p),
     "fastforget_threading": (c_char_p,),
     "fastforget_tile": (c_int32, c_int32, ctypes.POINTER(TileArguments)),
-    "fastforget_states": (c_int32, ctypes.POINTER(StateArguments)),
 }
 
 

@@ -8,7 +8,6 @@ microseconds; that is why attributes are read once and pointers are passed as nu
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,10 +32,7 @@ from fastforget.errors import FastforgetError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as FastforgetDtype numbers them
 RESULTS = {1: "a label or argmax is outside the vocabulary", 2: "an argument is wrong, or rows overlap"}
-
-Named = Mapping[str, Tensor | None]  # tensors by what a message calls them
-Matrix = tuple[int | None, int, int]  # the fields of a FastforgetRows
-NO_ROWS: Matrix = (None, 0, 0)
+NO_ROWS = (None, 0, 0)
 
 
 class NativePasses:
@@ -56,16 +52,8 @@ class NativePasses:
         """As `TilePasses.label_tile`."""
         if block.states is not None and tile.first == 0:
             self.state_pass(block.states)
-        run(
-            "label_moments" if block.moments else "label",
-            tile,
-            len(product),
-            {"products": product},
-            {"written rows": rows},
-            block.labels,
-            accumulators=(block.accumulators, len(LABEL_ACCUMULATORS) if block.moments else BASIC_ACCUMULATORS),
-            grads={"the gradient": block.grad},
-        )
+        name, kept = ("label_moments", len(LABEL_ACCUMULATORS)) if block.moments else ("label", BASIC_ACCUMULATORS)
+        run(name, tile, (product, None), (rows, None), block.labels, (block.accumulators, kept), grads=(block.grad, None))
 
     def paired_tile(
         self,
@@ -80,13 +68,12 @@ class NativePasses:
         run(
             "paired",
             tile,
-            len(policy),
-            {"the policy's products": policy, "the reference's products": reference},
-            {"written rows": rows, "the reference's rows": reference_rows},
+            (policy, reference),
+            (rows, reference_rows),
             block.labels,
-            accumulators=(block.accumulators, len(PAIRED_ACCUMULATORS)),
+            (block.accumulators, len(PAIRED_ACCUMULATORS)),
             given=pointer_of("the shift", block.shift, (len(policy),))[0],
-            grads={"the gradient": block.grad, "the reference's gradient": block.reference_grad},
+            grads=(block.grad, block.reference_grad),
         )
 
     def coupled_tile(
@@ -103,11 +90,10 @@ class NativePasses:
         run(
             block.kind,
             tile,
-            len(policy),
-            {"the policy's products": policy, "the reference's products": reference},
-            {"written rows": rows, "the policy's rows": policy_rows},
+            (policy, reference),
+            (rows, policy_rows),
             block.labels,
-            accumulators=(block.accumulators, len(COUPLED_ACCUMULATORS)),
+            (block.accumulators, len(COUPLED_ACCUMULATORS)),
             given=pointer_of("normalisers", block.normalisers, shape, contiguous=True)[0],
         )
 
@@ -119,57 +105,37 @@ class NativePasses:
         run(
             "gradient",
             tile,
-            len(product),
-            {"products": product, "projected products": projected},
-            {"written rows": rows},
+            (product, projected),
+            (rows, None),
             block.labels,
+            (None, 0),
             given=pointer_of("coefficients", block.coefficients, shape, contiguous=True)[0],
-            argmax=pointer_of("argmax", block.argmax, (len(product),), torch.int64)[0],
+            argmax=pointer_of("argmax", block.argmax, shape[1:], torch.int64)[0],
         )
 
     def state_pass(self, block: StateBlock) -> None:
-        """As `TilePasses.state_pass`; states in float64 are plain torch's."""
-        states, anchor, centres = block.states, block.targets.anchor, block.targets.centres
-        if states.dtype == torch.float64:
-            return TorchPasses().state_pass(block)
-        count, width = states.shape
-        points = 0 if centres is None else len(centres)
-        arguments = library.StateArguments(
-            count,
-            width,
-            rows_of("hidden states", states, (count, width), width),
-            *pointer_of("the anchor", anchor, (count, width) if anchor is not None and anchor.dim() > 1 else (width,)),
-            pointer_of("centres", centres, (points, width), contiguous=True)[0],
-            points,
-            *pointer_of("values", block.values, (2, count)),
-            pointer_of("nearest", block.nearest, (count,), torch.int64)[0],
-            block.targets.cosine,
-            torch.get_num_threads(),
-            library.instruction_set(),
-        )
-        raise_wrong("state", library.load().fastforget_states(ctypes.byref(arguments)))
+        """As `TilePasses.state_pass`, in plain torch: beside the products its time does not show."""
+        TorchPasses().state_pass(block)
 
 
 def run(
     name: str,
     tile: Tile,
-    count: int,
-    products: Named,
-    rows: Named,
+    products: tuple[Tensor, Tensor | None],
+    rows: tuple[Tensor | None, Tensor | None],
     labels: Tensor,
+    accumulators: tuple[Tensor | None, int],
     *,
-    accumulators: tuple[Tensor | None, int] = (None, 0),
     given: int | None = None,
     argmax: int | None = None,
-    grads: Named | None = None,
+    grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """Check tensors of `count` rows, each under its name, and call the pass `name` of `library.PASSES`.
+    """Check tensors and call the pass `name` of `library.PASSES`; what comes in pairs is as FastforgetTile has it.
 
     Raises FastforgetError for what is wrong, before anything is written.
     """
-    logit_map = tile.logit_map
-    written = [grad for grad in (grads or {}).values() if grad is not None]
-    width = written[0].shape[-1] if written else 0
+    count, logit_map = len(products[0]), tile.logit_map
+    shape, width = (count, tile.columns), 0 if grads[0] is None else grads[0].shape[-1]
     arguments = library.TileArguments(
         count,
         tile.first,
@@ -181,25 +147,24 @@ def run(
         logit_map.softcap,
         torch.get_num_threads(),
         library.instruction_set(),
-        tuple(rows_of(each, tensor, (count, tile.columns), tile.padded) for each, tensor in products.items()),
-        tuple(rows_of(each, tensor, (count, tile.columns), tile.padded) for each, tensor in rows.items()),
+        *rows_of("products", products[0], shape, tile.padded),
+        *rows_of("the second products", products[1], shape, tile.padded),
+        *rows_of("written rows", rows[0], shape, tile.padded),
+        *rows_of("the second written rows", rows[1], shape, tile.padded),
         pointer_of("labels", labels, (count,), torch.int64)[0],
         argmax,
         *pointer_of("accumulators", accumulators[0], (accumulators[1], count), torch.float64),
         given,
-        tuple(grad_of(each, tensor, (count, width), tile) for each, tensor in (grads or {}).items()),
+        *grad_of("the gradient", grads[0], (count, width), tile),
+        *grad_of("the second gradient", grads[1], (count, width), tile),
         width,
     )
-    raise_wrong(name, library.load().fastforget_tile(library.PASSES.index(name), ctypes.byref(arguments)))
-
-
-def raise_wrong(name: str, result: int) -> None:
-    """Raise FastforgetError for what a pass found wrong before it wrote anything."""
+    result = library.load().fastforget_tile(library.PASSES.index(name), ctypes.byref(arguments))
     if result:
         raise FastforgetError(f"the native {name} pass: {RESULTS.get(result, f'error {result}')}")
 
 
-def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: int) -> Matrix:
+def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: int) -> tuple[int | None, int, int]:
     """The fields of a FastforgetRows: rows contiguous, each with room for `padded` elements."""
     if tensor is None:
         return NO_ROWS
@@ -215,10 +180,10 @@ def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: in
     return pointer, stride, dtype
 
 
-def grad_of(name: str, tensor: Tensor | None, shape: tuple[int, int], tile: Tile) -> Matrix:
+def grad_of(name: str, tensor: Tensor | None, shape: tuple[int, int], tile: Tile) -> tuple[int | None, int, int]:
     """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile, where it is not read."""
     pointer, stride = pointer_of(name, tensor, shape)
-    return pointer if tile.first else None, stride, DTYPES[torch.float32]
+    return pointer if tile.first else None, stride, 0
 
 
 def pointer_of(
