@@ -1,8 +1,8 @@
 """The CPU library that `setup.py` builds from `csrc/`: loads it by path, and says why where it cannot be used.
 
-`TileArguments` mirrors FastforgetTile of `csrc/fastforget.h`; what it holds of another structure stands flat in it: that is
-quicker to fill. Nothing here looks at a tensor: `passes.py` does, before any pointer is passed. ctypes releases the GIL
-around each call.
+`TileArguments` mirrors FastforgetTile of `csrc/fastforget.h`; what that holds of another structure stands flat in it,
+which is quicker to fill. Nothing here looks at a tensor: `passes.py` does, before any pointer is passed. ctypes
+releases the GIL around each call.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class NativePasses:
         if block.states is not None and tile.first == 0:
             self.state_pass(block.states)
         name, kept = ("label_moments", len(LABEL_ACCUMULATORS)) if block.moments else ("label", BASIC_ACCUMULATORS)
-        run(name, tile, (product, None), (rows, None), block.labels, (block.accumulators, kept), grads=(block.grad, None))
+        grads = block.grad, None
+        run(name, tile, (product, None), (rows, None), block.labels, (block.accumulators, kept), grads=grads)
 
     def paired_tile(
         self,
@@ -181,7 +182,7 @@ def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: in
 
 
 def grad_of(name: str, tensor: Tensor | None, shape: tuple[int, int], tile: Tile) -> tuple[int | None, int, int]:
-    """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile, where it is not read."""
+    """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile: it is not read there."""
     pointer, stride = pointer_of(name, tensor, shape)
     return pointer if tile.first else None, stride, 0
 
