@@ -182,7 +182,7 @@ def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: in
 
 
 def grad_of(name: str, tensor: Tensor | None, shape: tuple[int, int], tile: Tile) -> tuple[int | None, int, int]:
-    """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile, where nobody reads it."""
+    """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile, which reads none."""
     pointer, stride = pointer_of(name, tensor, shape)
     return pointer if tile.first else None, stride, 0
 
