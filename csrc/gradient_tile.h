@@ -8,6 +8,7 @@ struct GradientCoefficients {
 static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
     Row row(tile, 0, number, false);
     const FastforgetRows& projected = tile.products[1];
+    const float softcap = tile.softcap;
     const bool along_too = projected.data != nullptr, capped = row.capped;
     const std::int64_t best = tile.argmax[number] < 0 ? -1 : tile.argmax[number] - tile.first;
     const auto given = given_of<GradientCoefficients>(tile, number);
@@ -18,7 +19,7 @@ static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
     double label_logit = 0.0;
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
         row.read(start, label_logit);
-        const float best_slope = row.has(best) ? softcap_slope(row.z[best - start], tile.softcap) : 1.0f;
+        const float best_slope = row.has(best) ? softcap_slope(row.z[best - start], softcap) : 1.0f;
         row.hide();
         if (along_too) read_rows(projected, number * projected.stride + start, row.count, tile.scale, along.at);
         const float* const logits = row.z;
@@ -31,7 +32,7 @@ static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
             Floats factor = lse - entropy * (larger(all(-200.0f), offset) - offset_mean);
             if (along_too) factor = factor + (load(along.at + i) - along_mean);
             Floats gradient = unit * (others * factor + for_unit) + mean;
-            if (capped) gradient = gradient * softcap_slope(z, tile.softcap);
+            if (capped) gradient = gradient * softcap_slope(z, softcap);
             store(out + i, gradient);
         }
         if (row.has(row.label)) {
@@ -40,7 +41,7 @@ static void gradient_tile(const FastforgetTile& tile, std::int64_t number) {
             if (along_too) {
                 entry += static_cast<double>(given.label_probability) * (along.at[at] - given.projected_mean);
             }
-            const float label_slope = softcap_slope(static_cast<float>(label_logit), tile.softcap);
+            const float label_slope = softcap_slope(static_cast<float>(label_logit), softcap);
             out[at] = static_cast<float>((entry + given.logit_mean) * label_slope);
         }
         if (row.has(best)) out[best - start] += given.max_logit * best_slope;
