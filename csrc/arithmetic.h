@@ -3,8 +3,15 @@
 
 static inline Floats zero() { return all(0.0f); }
 
-// a + x * b, for polynomials
-static inline Floats horner(Floats b, Floats x, float a) { return multiply_add(b, x, all(a)); }
+static inline bool is_nan(float x) { return x != x; }
+
+// The polynomial of these coefficients, the highest power's first
+template <class... Coefficients>
+static inline Floats polynomial(Floats x, float highest, Coefficients... others) {
+    Floats value = all(highest);
+    ((value = multiply_add(value, x, all(others))), ...);
+    return value;
+}
 
 // e^x for x <= 88; 0 below -104. No logit lies more than LAZY above what is subtracted from it.
 static inline Floats exp_of(Floats x) {
@@ -13,11 +20,8 @@ static inline Floats exp_of(Floats x) {
     // ln 2 in two parts, the first with few bits: n times it is exact
     Floats r = multiply_add(n, all(-0.693359375f), x);
     r = multiply_add(n, all(2.12194440e-4f), r);
-    Floats p = horner(all(1.9875691500e-4f), r, 1.3981999507e-3f);  // Cephes' expf
-    p = horner(p, r, 8.3334519073e-3f);
-    p = horner(p, r, 4.1665795894e-2f);
-    p = horner(p, r, 1.6666665459e-1f);
-    p = horner(p, r, 5.0000001201e-1f);
+    Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                          5.0000001201e-1f);  // Cephes' expf
     p = multiply_add(p, r * r, r) + all(1.0f);
     return times_power_of_two(p, n);
 }
@@ -26,14 +30,8 @@ constexpr float NEAR = 0.5f;  // where expm1_excess holds
 
 // (e^x - 1) - x >= 0 for |x| <= 1/2, with full relative precision near 0: x^2/2 + x^3/6 + ...
 static inline Floats expm1_excess(Floats x) {
-    Floats p = horner(all(1.0f / 3628800.0f), x, 1.0f / 362880.0f);
-    p = horner(p, x, 1.0f / 40320.0f);
-    p = horner(p, x, 1.0f / 5040.0f);
-    p = horner(p, x, 1.0f / 720.0f);
-    p = horner(p, x, 1.0f / 120.0f);
-    p = horner(p, x, 1.0f / 24.0f);
-    p = horner(p, x, 1.0f / 6.0f);
-    p = horner(p, x, 0.5f);
+    const Floats p = polynomial(x, 1.0f / 3628800.0f, 1.0f / 362880.0f, 1.0f / 40320.0f, 1.0f / 5040.0f, 1.0f / 720.0f,
+                                1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f);
     return p * (x * x);
 }
 
@@ -49,13 +47,8 @@ static inline Floats expm1_of(Floats x) {
 static inline Floats log1p_of(Floats x) {
     const Floats s = x / (x + all(2.0f));
     const Floats square = s * s;
-    Floats p = horner(all(2.0f / 17.0f), square, 2.0f / 15.0f);
-    p = horner(p, square, 2.0f / 13.0f);
-    p = horner(p, square, 2.0f / 11.0f);
-    p = horner(p, square, 2.0f / 9.0f);
-    p = horner(p, square, 2.0f / 7.0f);
-    p = horner(p, square, 2.0f / 5.0f);
-    p = horner(p, square, 2.0f / 3.0f);
+    const Floats p = polynomial(square, 2.0f / 17.0f, 2.0f / 15.0f, 2.0f / 13.0f, 2.0f / 11.0f, 2.0f / 9.0f,
+                                2.0f / 7.0f, 2.0f / 5.0f, 2.0f / 3.0f);
     return multiply_add(p * square, s, s + s);
 }
 

@@ -1,16 +1,15 @@
-// The C ABI of fastforget's CPU library. Loaded by path with ctypes: see fastforget/backends/native/library.py, whose structures
-// mirror these field by field.
+// The C ABI of fastforget's CPU library. Loaded by path with ctypes: see fastforget/backends/native/library.py, whose
+// structures mirror these field by field.
 //
-// The passes are those of fastforget/backends/protocol.py, which says what each means. Matrices have the elements of a row
-// side by side and any stride (in elements) between rows. Offsets are 64-bit throughout. Nothing here allocates what it
-// returns, throws, or keeps a pointer.
+// The passes are those of fastforget/backends/protocol.py, which says what each means. Matrices have the elements of a
+// row side by side and any stride (in elements) between rows. Offsets are 64-bit throughout. Nothing here allocates
+// what it returns, throws, or keeps a pointer.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-// Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another number.
-#define FASTFORGET_ABI_VERSION 6
+// Raised whenever a function below changes its meaning or its arguments; library.py refuses a library of another one.
+#define FASTFORGET_ABI_VERSION 7
 
 #if defined(_WIN32)
 #define FASTFORGET_API extern "C" __declspec(dllexport)
@@ -34,20 +33,29 @@ enum FastforgetDtype : std::int32_t { FASTFORGET_FLOAT32 = 0, FASTFORGET_BFLOAT1
 enum FastforgetResult : std::int32_t {
     FASTFORGET_OK = 0,
     FASTFORGET_BAD_INDEX = 1,     // a label (or argmax) outside the vocabulary
-    FASTFORGET_BAD_ARGUMENT = 2,  // an unknown dtype, kind or instruction set, a negative size, rows that overlap
+    FASTFORGET_BAD_ARGUMENT = 2,  // an unknown dtype, pass or instruction set, a negative size, rows that overlap
 };
 
-enum FastforgetKind : std::int32_t { FASTFORGET_REVERSE_KL = 0, FASTFORGET_JSD = 1 };
-
-// A matrix of r rows, each of the columns of a tile; `data` null: none.
+// A matrix; `data` null: none
 struct FastforgetRows {
     void* data;
     std::int64_t stride;  // in elements
     std::int64_t dtype;   // FastforgetDtype
 };
 
-// What all passes over a tile share. Logits are z = scale * product + bias, then softcap * tanh(z / softcap) where
-// softcap > 0. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"), brought down to what the machine has.
+enum FastforgetPass : std::int32_t {
+    FASTFORGET_LABEL,
+    FASTFORGET_LABEL_MOMENTS,
+    FASTFORGET_PAIRED,
+    FASTFORGET_REVERSE_KL,  // of the coupled pass
+    FASTFORGET_JSD,
+    FASTFORGET_GRADIENT,
+    FASTFORGET_PASS_COUNT,
+};
+
+// What a pass over a tile is given; what it has no use for is null or 0. Logits are z = scale * product + bias, then
+// softcap * tanh(z / softcap) where softcap > 0. `instruction_set`: the name's place in ("scalar", "avx2", "avx512"),
+// brought down to what the machine has.
 struct FastforgetTile {
     std::int64_t row_count;
     std::int64_t first;  // column of the vocabulary that the tile begins at
@@ -59,79 +67,14 @@ struct FastforgetTile {
     float softcap;
     std::int32_t threads;
     std::int32_t instruction_set;
-};
-
-struct FastforgetLabelTile {
-    FastforgetTile tile;
-    FastforgetRows product;
-    FastforgetRows rows;  // or none; may be `product`, as far as its elements are no wider
-    const std::int64_t* labels;
-    double* accumulators;  // LABEL_ACCUMULATORS, or without `moments` the first four of them
-    std::int64_t accumulators_stride;
-    float* grad;  // (row_count, width), or null
-    std::int64_t grad_stride;
-    std::int64_t width;
-    std::int64_t moments;
-};
-FASTFORGET_API std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments);
-
-struct FastforgetPairedTile {
-    FastforgetTile tile;
-    FastforgetRows policy;
-    FastforgetRows reference;
-    FastforgetRows rows;            // or none; may be `policy`
-    FastforgetRows reference_rows;  // or none; may be `reference`
-    const std::int64_t* labels;     // a negative one is none
-    double* accumulators;           // PAIRED_ACCUMULATORS
-    std::int64_t accumulators_stride;
-    const float* shift;  // (row_count), or null: chosen here
-    float* reference_grad;  // (row_count, width), or null
-    std::int64_t reference_grad_stride;
-    float* grad;  // (row_count, width), or null
-    std::int64_t grad_stride;
-    std::int64_t width;
-};
-FASTFORGET_API std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments);
-
-struct FastforgetCoupledTile {
-    FastforgetTile tile;
-    FastforgetRows policy;
-    FastforgetRows reference;
-    FastforgetRows rows;         // or none; may be `policy`
-    FastforgetRows policy_rows;  // or none; may be `reference`
-    const std::int64_t* labels;  // a negative one is none
-    const float* normalisers;    // COUPLED_NORMALISERS, row_count of each
-    double* accumulators;        // COUPLED_ACCUMULATORS
-    std::int64_t accumulators_stride;
-    std::int64_t kind;
-};
-FASTFORGET_API std::int32_t fastforget_coupled_tile(const FastforgetCoupledTile* arguments);
-
-struct FastforgetGradientTile {
-    FastforgetTile tile;
-    FastforgetRows product;
-    FastforgetRows projected;  // or none
-    FastforgetRows rows;       // may be `product`, as far as its elements are no wider
-    const std::int64_t* labels;
+    FastforgetRows products[2];  // the logits', of a pair the policy's first; of the gradient pass logits and projected
+    FastforgetRows rows[2];      // what is written; each may be the product beside it, as far as elements are no wider
+    const std::int64_t* labels;  // a negative one is none (label and gradient passes: refused)
     const std::int64_t* argmax;  // -1: none
-    const float* coefficients;   // GRADIENT_COEFFICIENTS, row_count of each
-};
-FASTFORGET_API std::int32_t fastforget_gradient_tile(const FastforgetGradientTile* arguments);
-
-// Hidden states (row_count, width) against an anchor and the nearest of centres.
-struct FastforgetStateRows {
-    std::int64_t row_count;
+    double* accumulators;
+    std::int64_t accumulators_stride;
+    const float* given;       // row_count of each: COUPLED_NORMALISERS, GRADIENT_COEFFICIENTS, or the shift
+    FastforgetRows grads[2];  // (row_count, width) float32, what product 2 has added up to; null where `first` is 0
     std::int64_t width;
-    FastforgetRows states;
-    const float* anchor;  // or null
-    std::int64_t anchor_stride;
-    const float* centres;  // (centre_count, width), of length 1 or 0 where the metric is the cosine; or null
-    std::int64_t centre_count;
-    float* values;  // distance and pull, row_count of each
-    std::int64_t values_stride;
-    std::int64_t* nearest;  // (row_count)
-    std::int32_t cosine;
-    std::int32_t threads;
-    std::int32_t instruction_set;
 };
-FASTFORGET_API std::int32_t fastforget_state_rows(const FastforgetStateRows* arguments);
+FASTFORGET_API std::int32_t fastforget_tile(std::int32_t pass, const FastforgetTile* arguments);

@@ -1,4 +1,10 @@
-// bfloat16 and float16 in plain C++, rounded to nearest even. Included by each instruction set into its own namespace.
+// bfloat16 and float16 in plain C++, rounded to nearest even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastforget {
 
 struct BFloat16 {
     std::uint16_t bits;
@@ -7,24 +13,20 @@ struct Float16 {
     std::uint16_t bits;
 };
 
-static inline float float_of_bits(std::uint32_t bits) {
+inline float float_of_bits(std::uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
-static inline std::uint32_t bits_of_float(float x) {
+inline std::uint32_t bits_of_float(float x) {
     std::uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return bits;
 }
 
-[[maybe_unused]] static inline float widened(float x) { return x; }
-
-[[maybe_unused]] static inline float widened(BFloat16 x) {
-    return float_of_bits(static_cast<std::uint32_t>(x.bits) << 16);
-}
-
-[[maybe_unused]] static inline float widened(Float16 x) {
+inline float widened(float x) { return x; }
+inline float widened(BFloat16 x) { return float_of_bits(static_cast<std::uint32_t>(x.bits) << 16); }
+inline float widened(Float16 x) {
     const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
     const std::uint32_t rest = static_cast<std::uint32_t>(x.bits & 0x7FFFu) << 13;
     // as a float of the same exponent field, 112 too low: exact also for subnormals, which the factor makes normal
@@ -33,13 +35,12 @@ static inline std::uint32_t bits_of_float(float x) {
     return float_of_bits((special ? rest | 0x7F800000u : bits_of_float(size)) | sign);
 }
 
-[[maybe_unused]] static inline BFloat16 narrowed_bfloat16(float x) {
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, BFloat16& to) {
     const std::uint32_t bits = bits_of_float(x);
-    if (x != x) return {0x7FC0u};
-    return {static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+    to.bits = x != x ? 0x7FC0u : static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
-
-[[maybe_unused]] static inline Float16 narrowed_float16(float x) {
+inline void narrow(float x, Float16& to) {
     const std::uint32_t sign = (bits_of_float(x) >> 16) & 0x8000u;
     const std::uint32_t size = bits_of_float(x) & 0x7FFFFFFFu;
     std::uint32_t half;
@@ -52,5 +53,7 @@ static inline std::uint32_t bits_of_float(float x) {
     } else {
         half = (size + 0xFFFu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
     }
-    return {static_cast<std::uint16_t>(half | sign)};
+    to.bits = static_cast<std::uint16_t>(half | sign);
 }
+
+}  // namespace fastforget

@@ -1,15 +1,100 @@
 // The entry points: what can be checked of their arguments, then rows over threads.
+//
+// One build serves every x86-64 machine, and others: the passes are compiled once for each instruction set, and chosen
+// when they run. GCC and Clang compile a function for instructions that the rest of the file may not use, and ask the
+// operating system too whether it saves the wide registers. MSVC does not, so there, as on ARM, passes are scalar.
+//
+// Standard headers come before the instructions are switched on: an inline function of theirs that was compiled with
+// these could be the one that the linker keeps for everybody.
 
 #include <algorithm>
-#include <initializer_list>
+#include <cmath>
+#include <cstring>
 
+#include "fastforget.h"
+#include "half.h"
 #include "threads.h"
-#include "tile_passes.h"
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#define FASTFORGET_X86 1
+#include <immintrin.h>
+#define FASTFORGET_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FASTFORGET_BEGIN(set) \
+    FASTFORGET_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define FASTFORGET_END FASTFORGET_PRAGMA(clang attribute pop)
+#else
+#define FASTFORGET_BEGIN(set) FASTFORGET_PRAGMA(GCC push_options) FASTFORGET_PRAGMA(GCC target(set))
+#define FASTFORGET_END FASTFORGET_PRAGMA(GCC pop_options)
+// GCC 12 warns of its own intrinsics, whose undefined operands are meant (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+namespace fastforget {
+
+using RowPass = void(const FastforgetTile&, std::int64_t row);
+
+constexpr int BLOCK = 2048;  // logits at a time: a block of two rows and its weights stay in the first-level cache
+
+// As in protocol.py
+constexpr int BASIC_ACCUMULATORS = 4;
+constexpr float LAZY = 30.0f;
+constexpr float FLOAT16_SCALE = 8192.0f;
+constexpr double RECENTRE = 0.5;
+constexpr float NEAR_SHIFT = 8.0f;
+
+namespace scalar {
+#include "simd_scalar.h"
+//
+#include "passes.h"
+}  // namespace scalar
+
+#ifdef FASTFORGET_X86
+FASTFORGET_BEGIN("avx2,fma,f16c")
+namespace avx2 {
+#include "simd_avx2.h"
+//
+#include "passes.h"
+}  // namespace avx2
+FASTFORGET_END
+
+FASTFORGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 {
+#include "simd_avx512.h"
+//
+#include "passes.h"
+}  // namespace avx512
+FASTFORGET_END
+#endif
 
 namespace {
 
-using fastforget::for_each_row;
-using fastforget::TilePasses;
+// From least to most
+constexpr struct {
+    const char* name;
+    RowPass* const* passes;
+} instruction_sets[] = {
+    {"scalar", scalar::passes},
+#ifdef FASTFORGET_X86
+    {"avx2", avx2::passes},
+    {"avx512", avx512::passes},
+#endif
+};
+
+// The place in `instruction_sets` of the best that the machine has
+int best_supported() {
+#ifdef FASTFORGET_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;  // AVX2 brings F16C along
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has_avx512 ? 2 : 1;
+#else
+    return 0;
+#endif
+}
 
 constexpr std::int64_t WORTH_A_THREAD = 16384;  // numbers: another thread is not woken for less
 
@@ -17,13 +102,9 @@ bool inside(const std::int64_t* index, std::int64_t count, std::int64_t least, s
     return std::all_of(index, index + count, [=](std::int64_t each) { return each >= least && each < end; });
 }
 
-bool known_dtype(const FastforgetRows& rows) {
-    return rows.dtype >= FASTFORGET_FLOAT32 && rows.dtype <= FASTFORGET_FLOAT16;
-}
-
 // Whether rows may be read (or written) as far as the tile says, without reaching into one another
 bool separate(const FastforgetTile& tile, const FastforgetRows& rows, bool written) {
-    if (!known_dtype(rows)) return false;
+    if (rows.dtype < FASTFORGET_FLOAT32 || rows.dtype > FASTFORGET_FLOAT16) return false;
     const bool may_overlap = rows.data == nullptr || tile.row_count < 2 || (!written && tile.padded == tile.columns);
     return may_overlap || rows.stride >= tile.padded;
 }
@@ -33,88 +114,43 @@ bool behind(const FastforgetRows& written, const FastforgetRows& read) {
     return written.data != read.data || written.dtype == read.dtype || read.dtype == FASTFORGET_FLOAT32;
 }
 
-bool valid(const FastforgetTile& tile, std::initializer_list<FastforgetRows> read,
-           std::initializer_list<FastforgetRows> written) {
-    const auto may_read = [&](const FastforgetRows& rows) { return separate(tile, rows, false); };
-    const auto may_write = [&](const FastforgetRows& rows) { return separate(tile, rows, true); };
-    return tile.row_count >= 0 && tile.columns > 0 && tile.first >= 0 && tile.first <= tile.vocabulary - tile.columns &&
-           tile.padded >= tile.columns && std::all_of(read.begin(), read.end(), may_read) &&
-           std::all_of(written.begin(), written.end(), may_write);
+bool valid(const FastforgetTile& tile) {
+    for (int k = 0; k < 2; ++k) {
+        const FastforgetRows &read = tile.products[k], &written = tile.rows[k];
+        if (!separate(tile, read, false) || !separate(tile, written, true) || !behind(written, read)) return false;
+    }
+    return tile.instruction_set >= 0 && tile.row_count >= 0 && tile.columns > 0 && tile.padded >= tile.columns &&
+           tile.first >= 0 && tile.first <= tile.vocabulary - tile.columns;
 }
-
-std::int32_t useful_threads(std::int64_t rows, std::int64_t columns, std::int32_t threads) {
-    return static_cast<std::int32_t>(std::min<std::int64_t>(threads, 1 + rows * columns / WORTH_A_THREAD));
-}
-
-// Rows of a tile over threads, each by the same pass
-template <class Arguments>
-std::int32_t run(void (*TilePasses::*pass)(const Arguments&, std::int64_t), const Arguments& arguments) {
-    const FastforgetTile& tile = arguments.tile;
-    const TilePasses* const passes = fastforget::passes_of(tile.instruction_set);
-    if (passes == nullptr) return FASTFORGET_BAD_ARGUMENT;
-    const auto row_pass = passes->*pass;
-    const std::int32_t threads = useful_threads(tile.row_count, tile.columns, tile.threads);
-    for_each_row(tile.row_count, threads, [&](std::int64_t row) { row_pass(arguments, row); });
-    return FASTFORGET_OK;
-}
-
-constexpr std::int64_t ANY = INT64_MIN;
 
 }  // namespace
+}  // namespace fastforget
+
+std::int32_t fastforget_abi_version() { return FASTFORGET_ABI_VERSION; }
 
 const char* fastforget_threading() { return fastforget::threading; }
 
-std::int32_t fastforget_label_tile(const FastforgetLabelTile* arguments) {
-    const FastforgetTile& tile = arguments->tile;
-    if (!valid(tile, {arguments->product}, {arguments->rows}) || !behind(arguments->rows, arguments->product)) {
-        return FASTFORGET_BAD_ARGUMENT;
+const char* fastforget_instruction_set(const char* requested) {
+    using namespace fastforget;
+    int picked = best_supported();
+    for (int each = 0; requested != nullptr && each < picked; ++each) {
+        if (std::strcmp(requested, instruction_sets[each].name) == 0) picked = each;
     }
-    if (!inside(arguments->labels, tile.row_count, 0, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
-    return run(&TilePasses::label_tile, *arguments);
+    return instruction_sets[picked].name;
 }
 
-std::int32_t fastforget_paired_tile(const FastforgetPairedTile* arguments) {
-    const FastforgetTile& tile = arguments->tile;
-    if (!valid(tile, {arguments->policy, arguments->reference}, {arguments->rows, arguments->reference_rows}) ||
-        !behind(arguments->rows, arguments->policy) || !behind(arguments->reference_rows, arguments->reference)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
-    if (!inside(arguments->labels, tile.row_count, ANY, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
-    return run(&TilePasses::paired_tile, *arguments);
-}
-
-std::int32_t fastforget_coupled_tile(const FastforgetCoupledTile* arguments) {
-    const FastforgetTile& tile = arguments->tile;
-    if (!valid(tile, {arguments->policy, arguments->reference}, {arguments->rows, arguments->policy_rows}) ||
-        !behind(arguments->rows, arguments->policy) || !behind(arguments->policy_rows, arguments->reference) ||
-        (arguments->kind != FASTFORGET_REVERSE_KL && arguments->kind != FASTFORGET_JSD)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
-    if (!inside(arguments->labels, tile.row_count, ANY, tile.vocabulary)) return FASTFORGET_BAD_INDEX;
-    return run(&TilePasses::coupled_tile, *arguments);
-}
-
-std::int32_t fastforget_gradient_tile(const FastforgetGradientTile* arguments) {
-    const FastforgetTile& tile = arguments->tile;
-    if (!valid(tile, {arguments->product, arguments->projected}, {arguments->rows}) ||
-        !behind(arguments->rows, arguments->product)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
-    if (!inside(arguments->labels, tile.row_count, 0, tile.vocabulary) ||
-        !inside(arguments->argmax, tile.row_count, -1, tile.vocabulary)) {
+std::int32_t fastforget_tile(std::int32_t pass, const FastforgetTile* arguments) {
+    using namespace fastforget;
+    const FastforgetTile& tile = *arguments;
+    if (pass < 0 || pass >= FASTFORGET_PASS_COUNT || !valid(tile)) return FASTFORGET_BAD_ARGUMENT;
+    const bool labelled = pass == FASTFORGET_LABEL || pass == FASTFORGET_LABEL_MOMENTS || pass == FASTFORGET_GRADIENT;
+    if (!inside(tile.labels, tile.row_count, labelled ? 0 : INT64_MIN, tile.vocabulary) ||
+        (tile.argmax != nullptr && !inside(tile.argmax, tile.row_count, -1, tile.vocabulary))) {
         return FASTFORGET_BAD_INDEX;
     }
-    return run(&TilePasses::gradient_tile, *arguments);
-}
-
-std::int32_t fastforget_state_rows(const FastforgetStateRows* arguments) {
-    const FastforgetStateRows& given = *arguments;
-    const TilePasses* const passes = fastforget::passes_of(given.instruction_set);
-    if (passes == nullptr || given.row_count < 0 || given.width < 0 || !known_dtype(given.states) ||
-        (given.centres != nullptr && given.centre_count < 1)) {
-        return FASTFORGET_BAD_ARGUMENT;
-    }
-    const std::int32_t threads = useful_threads(given.row_count, given.width * (1 + given.centre_count), given.threads);
-    for_each_row(given.row_count, threads, [&](std::int64_t row) { passes->state_row(given, row); });
+    RowPass* const row_pass = instruction_sets[std::min<int>(tile.instruction_set, best_supported())].passes[pass];
+    const std::int64_t useful = 1 + tile.row_count * tile.columns / WORTH_A_THREAD;
+    const auto threads = std::min<std::int64_t>(tile.threads, useful);
+    for_each_row(tile.row_count, threads, [&](std::int64_t row) { row_pass(tile, row); });
     return FASTFORGET_OK;
 }

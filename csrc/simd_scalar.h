@@ -1,9 +1,9 @@
-// Eight floats at a time in plain C++: for machines without AVX2, for ARM and for MSVC. The loops are of fixed length, so
-// that a compiler turns them into whatever vectors its baseline has (SSE2, NEON).
+// Eight floats at a time in plain C++: for machines without AVX2, for ARM and for MSVC. The loops are of fixed length,
+// so that a compiler turns them into whatever vectors its baseline has (SSE2, NEON).
 
+constexpr int LANES = 8;
 struct Floats {
     float v[8];
-    static constexpr int lanes = 8;
 };
 struct Mask {
     bool v[8];
@@ -17,17 +17,13 @@ struct Mask {
     return r
 
 static inline Floats all(float x) { FASTFORGET_EACH(Floats, x); }
-static inline Floats load(const float* from) { FASTFORGET_EACH(Floats, from[i]); }
-static inline Floats load(const BFloat16* from) { FASTFORGET_EACH(Floats, widened(from[i])); }
-static inline Floats load(const Float16* from) { FASTFORGET_EACH(Floats, widened(from[i])); }
-static inline void store(float* to, Floats x) {
-    for (int i = 0; i < 8; ++i) to[i] = x.v[i];
+template <class In>
+static inline Floats load(const In* from) {
+    FASTFORGET_EACH(Floats, widened(from[i]));
 }
-static inline void store(BFloat16* to, Floats x) {
-    for (int i = 0; i < 8; ++i) to[i] = narrowed_bfloat16(x.v[i]);
-}
-static inline void store(Float16* to, Floats x) {
-    for (int i = 0; i < 8; ++i) to[i] = narrowed_float16(x.v[i]);
+template <class Out>
+static inline void store(Out* to, Floats x) {
+    for (int i = 0; i < 8; ++i) narrow(x.v[i], to[i]);
 }
 static inline Floats operator+(Floats a, Floats b) { FASTFORGET_EACH(Floats, a.v[i] + b.v[i]); }
 static inline Floats operator-(Floats a, Floats b) { FASTFORGET_EACH(Floats, a.v[i] - b.v[i]); }
@@ -52,16 +48,10 @@ static inline Floats rounded(Floats a) { FASTFORGET_EACH(Floats, (a.v[i] + 12582
 static inline Floats times_power_of_two(Floats x, Floats n) {
     Floats r;
     for (int i = 0; i < 8; ++i) {
-        const float shifted = n.v[i] + 12582912.0f;  // the integer stands in its last bits; no conversion, as n may be NaN
-        std::int32_t whole;
-        std::memcpy(&whole, &shifted, 4);
-        whole = static_cast<std::int32_t>(static_cast<std::uint32_t>(whole) - 0x4B400000u);
-        const std::int32_t half = whole >> 1;
-        const std::uint32_t bits[2] = {(static_cast<std::uint32_t>(half) + 127u) << 23,
-                                       (static_cast<std::uint32_t>(whole) - static_cast<std::uint32_t>(half) + 127u) << 23};
-        float powers[2];
-        std::memcpy(powers, bits, 8);
-        r.v[i] = x.v[i] * powers[0] * powers[1];
+        // the integer stands in the last bits of n + 1.5 * 2^23; no conversion, as n may be NaN
+        const std::uint32_t whole = bits_of_float(n.v[i] + 12582912.0f) - 0x4B400000u;
+        const std::uint32_t half = static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) >> 1);
+        r.v[i] = x.v[i] * float_of_bits((half + 127u) << 23) * float_of_bits((whole - half + 127u) << 23);
     }
     return r;
 }

@@ -1,5 +1,5 @@
-// Rows over threads. With OpenMP they are those of torch, where torch brought the same library (libgomp.so.1): no second
-// pool, and none that spins against torch's. Without it, threads are made for the call.
+// Rows over threads. With OpenMP they are those of torch, where torch brought the same library (libgomp.so.1): no
+// second pool, and none that spins against torch's. Without it, threads are made for the call.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr const char* threading = "threads";
 
 // body(row) for each row of 0..count-1
 template <class Body>
-void for_each_row(std::int64_t count, std::int32_t threads, const Body& body) {
+void for_each_row(std::int64_t count, std::int64_t threads, const Body& body) {
     const std::int64_t useful = threads < count ? threads : count;
     if (useful <= 1) {
         for (std::int64_t row = 0; row < count; ++row) body(row);

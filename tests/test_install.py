@@ -94,7 +94,7 @@ def test_wheel_holds_the_library_and_no_more(distributions):
     folders = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert folders == {"fastforget", "fastforget_kernels"}
     members = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    assert {"csrc/cpu.cpp", "csrc/fastforget.h", "kernels/README.md", "constraints.txt", "LICENSE"} <= members
+    assert {"csrc/passes.cpp", "csrc/fastforget.h", "kernels/README.md", "constraints.txt", "LICENSE"} <= members
     assert not [name for name in members if name.endswith((".so", ".pyc"))]
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_device import needs_native
-from test_native_passes import PLAIN, close, label_sweep, paired_sweep, placed, strided
+from test_native_passes import PLAIN, label_sweep, paired_sweep, strided
 from test_native_passes import instructions as instructions
 
 from fastforget.backends import pick
@@ -23,7 +24,6 @@ from fastforget.backends.protocol import (
     StateTargets,
     Tile,
 )
-from fastforget.backends.torch_passes import TorchPasses
 from fastforget.errors import FastforgetError
 
 pytestmark = needs_native
@@ -47,39 +47,34 @@ def test_the_exponential_is_right_to_two_units_in_the_last_place(instructions):
     assert float(((rows[:, 2] - truth).abs() / (truth * 2**-23)).max()) < 2.0
 
 
+@pytest.mark.parametrize("columns", [3, 16])
 @pytest.mark.parametrize("dtype", list(DTYPES)[1:])
-def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does(instructions, dtype):
-    """As a label's logit; and written as a gradient that is the same everywhere."""
+def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does(instructions, dtype, columns):
+    """As a label's logit; and written as a gradient that is the same everywhere; one by one and in whole vectors."""
     numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
-    logits = torch.stack([numbers, torch.zeros_like(numbers)], 1)
+    logits = torch.stack([numbers] + [torch.zeros_like(numbers)] * (columns - 1), 1)
     assert torch.equal(one_tile(logits)[3].nan_to_num(1.5), numbers.double().nan_to_num(1.5))
     wanted = torch.cat([numbers.float(), torch.randn(70000) * 10 ** torch.linspace(-40, 38, 70000)])
-    labels, rows = torch.zeros(len(wanted), dtype=torch.int64), torch.zeros(len(wanted), 3, dtype=dtype)
+    labels, rows = torch.zeros(len(wanted), dtype=torch.int64), torch.zeros(len(wanted), columns, dtype=dtype)
     coefficients = torch.zeros(len(GRADIENT_COEFFICIENTS), len(wanted))
     coefficients[10] = wanted
-    tile = Tile(0, 3, 3, 3, PLAIN)
+    tile = Tile(0, columns, columns, columns, PLAIN)
     NativePasses().gradient_tile(tile, torch.zeros(rows.shape), None, rows, GradientBlock(labels, labels, coefficients))
     assert torch.equal(rows[:, 1].nan_to_num(1.5), wanted.to(dtype).nan_to_num(1.5))
 
 
-@pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("width", [1, 16, 37, 2100])
-def test_states(instructions, cosine, dtype, width):
-    """With states of 0, NaN, and almost the anchor; the anchor one of all or one of each."""
-    generator = torch.Generator().manual_seed(width)
-    states, centres = torch.randn(6, width, generator=generator), torch.randn(3, width, generator=generator)
-    states[1], states[2, 0] = 0.0, torch.nan
-    states = placed(states, Tile(0, width, width, width, PLAIN), dtype)
-    for anchor in (states.float() + 1e-3 * torch.randn(6, width, generator=generator), centres[0]):
-        point = centres / centres.norm(dim=1, keepdim=True) if cosine else centres
-        found, truth = strided(2, 6, torch.float32), strided(2, 6)
-        nearest, expected = torch.full((6,), -1), torch.full((6,), -1)
-        NativePasses().state_pass(StateBlock(states, StateTargets(anchor, point, cosine), found, nearest))
-        targets = StateTargets(anchor.double(), point.double(), cosine)
-        TorchPasses().state_pass(StateBlock(states.double(), targets, truth, expected))
-        assert close(found, truth, 2e-6 * truth.abs() + (3e-7 * truth.sqrt() + 1e-13 if cosine else 0.0))
-        assert torch.equal(nearest[3:], expected[3:]) and nearest[1] == (0 if cosine else expected[1])
+def test_states_of_no_direction_and_infinite_ones(dtype):
+    """The cosine distance of a state of 0 is 1; of an infinite one, or from an infinite anchor, NaN."""
+    states = torch.randn(4, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
+    states[1], states[2, 5], anchor = 0.0, torch.inf, torch.ones(4, 37)
+    anchor[3, 0] = -torch.inf
+    values, nearest = torch.zeros(2, 4), torch.zeros(4, dtype=torch.int64)
+    targets = StateTargets(anchor, torch.eye(37)[:3].contiguous(), True)
+    NativePasses().state_pass(StateBlock(states, targets, values, nearest))
+    expected = 1 - F.cosine_similarity(states.float(), anchor)
+    assert values[0, 1] == 1.0 and values[:, 2].isnan().all() and values[0, 3].isnan()
+    assert values[0, 0] == pytest.approx(float(expected[0]), rel=1e-5)
 
 
 def test_threads_change_no_bit(instructions):
@@ -136,13 +131,11 @@ def test_no_bad_index_or_tile_reaches_the_others():
     paired = PairedBlock(labels, strided(len(PAIRED_ACCUMULATORS), 4), None, None, None)
     coupled = CoupledBlock("jsd", labels, torch.zeros(len(COUPLED_NORMALISERS), 4), strided(4, 4))
     gradient = GradientBlock(labels.clamp(0, 49), labels, torch.zeros(len(GRADIENT_COEFFICIENTS), 4))
-    state = StateBlock(ROWS, StateTargets(None, ROWS[:, :9], False), torch.zeros(2, 4), torch.zeros(4).long())
     for message, call in {
-        "fastforget_paired_tile: a label": lambda: passes.paired_tile(tile, ROWS, ROWS, None, None, paired),
-        "fastforget_coupled_tile: a label": lambda: passes.coupled_tile(tile, ROWS, ROWS, None, None, coupled),
-        "fastforget_gradient_tile: a label or arg": lambda: passes.gradient_tile(tile, ROWS, None, ROWS, gradient),
+        "native paired pass: a label": lambda: passes.paired_tile(tile, ROWS, ROWS, None, None, paired),
+        "native jsd pass: a label": lambda: passes.coupled_tile(tile, ROWS, ROWS, None, None, coupled),
+        "native gradient pass: a label or arg": lambda: passes.gradient_tile(tile, ROWS, None, ROWS, gradient),
         "an argument is wrong": lambda: passes.gradient_tile(Tile(1, 50, 50, 50, PLAIN), ROWS, None, ROWS, gradient),
-        "centres must be": lambda: passes.state_pass(state),
     }.items():
         with pytest.raises(FastforgetError, match=message):
             call()

@@ -355,11 +355,67 @@ def test_nan_stays_in_its_row_and_reaches_all_of_it(instructions, place):
     broken[1, place] = torch.nan
     layout = {"columns": 16, "exact": False, "in_place": True}
     found, grad = label_sweep(NativePasses(), broken, labels, PLAIN, True, torch.float32, **layout)
-    for name in (1, 4, 5, 6):
+    for name in (1, 4, 5, 6, 8):
         assert found[name].isnan().tolist() == [False, True, False]
-    assert not found[8].isnan().any(), "the largest passes over it"
     assert grad[:, place].isnan().tolist() == [False, True, False]
     for pair, names in (((broken, logits), (1, 4, 7, 8)), ((logits, broken), (3, 4, 7, 8))):
         found, *_ = paired_sweep(NativePasses(), *pair, labels, PLAIN, None, torch.float32, torch.float32, **layout)
         for name in names:
             assert found[name].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("places", [(3,), (38,), (5, 20), (20,), (20, 9, 33), (5,)])
+def test_argmax_is_the_first_nan(instructions, places):
+    """As torch's, at the label (20) and elsewhere; of the others' argmax the label is none."""
+    logits = torch.randn(2, 41, generator=torch.Generator().manual_seed(4))
+    labels = torch.tensor([20, 20])
+    logits[1, list(places)] = torch.nan
+    logits[1, 7] = torch.inf
+    for columns in (16, 48):
+        layout = {"columns": columns, "exact": False, "in_place": True}
+        found, _ = label_sweep(NativePasses(), logits, labels, PLAIN, True, torch.float32, **layout)
+        values = fields.label_fields(found, labels, fields.NAMES, 41)
+        assert torch.equal(values["argmax"], logits.argmax(1))
+        assert torch.equal(values["others_argmax"], finished(logits, PLAIN, labels)[0].argmax(1))
+        for name in ("logp", "lse", "entropy", "logp_mean", "logp_var", "logit_mean", "max_logit"):
+            assert values[name].isnan().tolist() == [False, True], name
+
+
+FAR = {
+    "policy comes far below": ((-torch.inf, -800.0, -790.0), (0.0, 1.0, 2.0)),
+    "policy comes far above": ((-torch.inf, 800.0, 790.0), (0.0, 1.0, 2.0)),
+    "reference comes far below": ((0.0, 1.0, 2.0), (-torch.inf, -800.0, -790.0)),
+    "reference comes far above": ((0.0, 1.0, 2.0), (-torch.inf, 800.0, 790.0)),
+    "one after the other": ((-torch.inf, -torch.inf, -500.0), (-torch.inf, 300.0, 302.0)),
+    "large bases": ((1e4, 1e4 + 3, 1e4 - 2), (1e4, 1e4 + 1, 1e4 + 2)),
+    "large bases far apart": ((1e4, 1e4 + 3, 1e4 - 2), (-1e4, -1e4 + 1, -1e4 + 2)),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("case", FAR)
+def test_paired_bases_that_move_far(instructions, case, given):
+    """Rows, their sum and the gradients' embedding are those of float64 at the base and shift that were chosen."""
+    generator = torch.Generator().manual_seed(3)
+    policy, reference = (
+        (torch.tensor(each).repeat_interleave(16) + torch.randn(3, 48, generator=generator)) for each in FAR[case]
+    )
+    labels = torch.tensor([-1, 5, 40])
+    (p, _), (q, _) = (finished(each, PLAIN, labels) for each in (policy, reference))
+    shift = (p.logsumexp(1) - q.logsumexp(1)).float() if given else None
+    layout = {"columns": 16, "exact": True, "in_place": True}
+    arguments = policy, reference, labels, PLAIN, shift, torch.float32, torch.float32
+    found, first, second = paired_sweep(NativePasses(), *arguments, **layout)
+    base, moved = found[5][:, None], found[6][:, None]
+    assert torch.equal(moved, moved.float().double()) and torch.equal(base, base.float().double())
+    e, above = (q - base).exp(), (p - base - moved).exp()
+    assert e.sum(1).log().abs().max() < LAZY + math.log(48), "neither side's rows vanish"
+    largest = torch.maximum(e, above)
+    assert close(first, above - e, 2e-6 * largest)
+    assert close(found[7], (above - e).sum(1), 2e-6 * largest.sum(1))
+    if not given:
+        assert close(second, e, 2e-6 * e)
+    gap = torch.where(e == 0, 0.0, p - q - moved)
+    excess = torch.where(e > 0, above - e - e * gap, above).sum(1)
+    allowed = (largest * (1 + gap.abs().nan_to_num(posinf=0.0))).sum(1)
+    assert close(found[8], excess, 2e-6 * allowed + 2e-7 * found[6].abs() * e.sum(1))  # gap_moment is of whole gaps

@@ -1,8 +1,8 @@
 """The CPU library that `setup.py` builds from `csrc/`: loads it by path, and says why where it cannot be used.
 
-The structures mirror those of `csrc/fastforget.h`, field by field; what a structure holds of another one stands flat in
-it. Nothing here looks at a tensor: `passes.py` does, before any pointer is passed. ctypes releases the GIL around each
-call.
+`TileArguments` mirrors FastforgetTile of `csrc/fastforget.h`; what that holds of another structure stands flat in it,
+which is quicker to fill. Nothing here looks at a tensor: `passes.py` does, before any pointer is passed. ctypes
+releases the GIL around each call.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch  # noqa: F401  first: the library then shares its OpenMP instead of bringing another
 
-ABI_VERSION = 6  # FASTFORGET_ABI_VERSION in csrc/fastforget.h
+ABI_VERSION = 7  # FASTFORGET_ABI_VERSION in csrc/fastforget.h
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 OVERRIDE = "FASTFORGET_CPU"  # environment variable: one of INSTRUCTION_SETS, to use less than the machine has
 
@@ -27,101 +27,41 @@ LIBRARY = Path(
     or Path(__file__).parents[2] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
 )
 
-Fields = tuple[tuple[str, type], ...]
+PASSES = ("label", "label_moments", "paired", "reverse_kl", "jsd", "gradient")  # as FastforgetPass numbers them
 
 
-def fields(kind: type, *names: str) -> Fields:
+def fields(kind: type, *names: str) -> tuple[tuple[str, type], ...]:
     """Fields of one type."""
     return tuple((name, kind) for name in names)
 
 
-def rows(*names: str) -> Fields:
+def rows(*names: str) -> tuple[tuple[str, type], ...]:
     """The fields of a FastforgetRows for each name."""
-    return tuple(
-        field for name in names for field in ((name, c_void_p), (f"{name}_stride", c_int64), (f"{name}_dtype", c_int64))
-    )
+    parts = (("", c_void_p), ("_stride", c_int64), ("_dtype", c_int64))
+    return tuple((name + part, kind) for name in names for part, kind in parts)
 
 
-TILE = (
-    *fields(c_int64, "row_count", "first", "columns", "vocabulary", "padded"),
-    ("bias", c_void_p),
-    *fields(c_float, "scale", "softcap"),
-    *fields(c_int32, "threads", "instruction_set"),
-)
-ACCUMULATORS = (("accumulators", c_void_p), ("accumulators_stride", c_int64))
-GRAD = (("grad", c_void_p), ("grad_stride", c_int64), ("width", c_int64))
-
-
-class LabelTile(ctypes.Structure):
-    """Arguments of fastforget_label_tile."""
+class TileArguments(ctypes.Structure):
+    """FastforgetTile."""
 
     _fields_ = (
-        *TILE,
-        *rows("product", "rows"),
-        ("labels", c_void_p),
-        *ACCUMULATORS,
-        *GRAD,
-        ("moments", c_int64),
+        *fields(c_int64, "row_count", "first", "columns", "vocabulary", "padded"),
+        ("bias", c_void_p),
+        *fields(c_float, "scale", "softcap"),
+        *fields(c_int32, "threads", "instruction_set"),
+        *rows("product", "second_product", "rows", "second_rows"),
+        *fields(c_void_p, "labels", "argmax", "accumulators"),
+        ("accumulators_stride", c_int64),
+        ("given", c_void_p),
+        *rows("grad", "second_grad"),
+        ("width", c_int64),
     )
 
 
-class PairedTile(ctypes.Structure):
-    """Arguments of fastforget_paired_tile."""
-
-    _fields_ = (
-        *TILE,
-        *rows("policy", "reference", "rows", "reference_rows"),
-        ("labels", c_void_p),
-        *ACCUMULATORS,
-        ("shift", c_void_p),
-        ("reference_grad", c_void_p),
-        ("reference_grad_stride", c_int64),
-        *GRAD,
-    )
-
-
-class CoupledTile(ctypes.Structure):
-    """Arguments of fastforget_coupled_tile."""
-
-    _fields_ = (
-        *TILE,
-        *rows("policy", "reference", "rows", "policy_rows"),
-        *fields(c_void_p, "labels", "normalisers"),
-        *ACCUMULATORS,
-        ("kind", c_int64),
-    )
-
-
-class GradientTile(ctypes.Structure):
-    """Arguments of fastforget_gradient_tile."""
-
-    _fields_ = (
-        *TILE,
-        *rows("product", "projected", "rows"),
-        *fields(c_void_p, "labels", "argmax", "coefficients"),
-    )
-
-
-class StateRows(ctypes.Structure):
-    """Arguments of fastforget_state_rows."""
-
-    _fields_ = (
-        *fields(c_int64, "row_count", "width"),
-        *rows("states"),
-        *(("anchor", c_void_p), ("anchor_stride", c_int64)),
-        *(("centres", c_void_p), ("centre_count", c_int64)),
-        *(("values", c_void_p), ("values_stride", c_int64)),
-        ("nearest", c_void_p),
-        *fields(c_int32, "cosine", "threads", "instruction_set"),
-    )
-
-
-PASSES = {
-    "fastforget_label_tile": LabelTile,
-    "fastforget_paired_tile": PairedTile,
-    "fastforget_coupled_tile": CoupledTile,
-    "fastforget_gradient_tile": GradientTile,
-    "fastforget_state_rows": StateRows,
+SIGNATURES = {  # of each function its result, then its arguments
+    "fastforget_instruction_set": (c_char_p, c_char_p),
+    "fastforget_threading": (c_char_p,),
+    "fastforget_tile": (c_int32, c_int32, ctypes.POINTER(TileArguments)),
 }
 
 
@@ -149,8 +89,6 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
         )
     try:
         library = ctypes.CDLL(str(path))
-        library.fastforget_abi_version.argtypes = []
-        library.fastforget_abi_version.restype = ctypes.c_int32
         found = library.fastforget_abi_version()
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"{path} could not be loaded: {error}; install fastforget again") from error
@@ -158,14 +96,9 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
         raise NativeUnavailableError(
             f"{path} has ABI version {found} and this fastforget needs {ABI_VERSION}; install fastforget again"
         )
-    library.fastforget_instruction_set.argtypes = [ctypes.c_char_p]
-    library.fastforget_instruction_set.restype = ctypes.c_char_p
-    library.fastforget_threading.argtypes = []
-    library.fastforget_threading.restype = ctypes.c_char_p
-    for name, arguments in PASSES.items():
+    for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes = [ctypes.POINTER(arguments)]
-        function.restype = ctypes.c_int32
+        function.restype, function.argtypes = result, arguments
     return library
 
 

@@ -31,7 +31,6 @@ from fastforget.backends.torch_passes import TorchPasses
 from fastforget.errors import FastforgetError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as FastforgetDtype numbers them
-KINDS = {"reverse_kl": 0, "jsd": 1}  # as FastforgetKind
 RESULTS = {1: "a label or argmax is outside the vocabulary", 2: "an argument is wrong, or rows overlap"}
 NO_ROWS = (None, 0, 0)
 
@@ -53,19 +52,9 @@ class NativePasses:
         """As `TilePasses.label_tile`."""
         if block.states is not None and tile.first == 0:
             self.state_pass(block.states)
-        count = len(product)
-        shape = (count, tile.columns)
-        names = len(LABEL_ACCUMULATORS) if block.moments else BASIC_ACCUMULATORS
-        arguments = library.LabelTile(
-            *tile_of(tile, count),
-            *rows_of("products", product, shape, tile.padded),
-            *rows_of("written rows", rows, shape, tile.padded),
-            vector_of("labels", block.labels, count),
-            *vectors_of("accumulators", block.accumulators, names, count, torch.float64),
-            *grad_of("the gradient", block.grad, count, tile),
-            block.moments,
-        )
-        run("fastforget_label_tile", arguments)
+        name, kept = ("label_moments", len(LABEL_ACCUMULATORS)) if block.moments else ("label", BASIC_ACCUMULATORS)
+        grads = block.grad, None
+        run(name, tile, (product, None), (rows, None), block.labels, (block.accumulators, kept), grads=grads)
 
     def paired_tile(
         self,
@@ -77,25 +66,16 @@ class NativePasses:
         block: PairedBlock,
     ) -> None:
         """As `TilePasses.paired_tile`."""
-        count = len(policy)
-        shape = (count, tile.columns)
-        grad = grad_of("the gradient", block.grad, count, tile)
-        embedding = grad_of("the reference's gradient", block.reference_grad, count, tile)
-        if embedding != NO_ROWS and embedding[2] != grad[2]:
-            raise FastforgetError(f"both gradients must be of one width, not {grad[2]} and {embedding[2]}")
-        arguments = library.PairedTile(
-            *tile_of(tile, count),
-            *rows_of("the policy's products", policy, shape, tile.padded),
-            *rows_of("the reference's products", reference, shape, tile.padded),
-            *rows_of("written rows", rows, shape, tile.padded),
-            *rows_of("the reference's rows", reference_rows, shape, tile.padded),
-            vector_of("labels", block.labels, count),
-            *vectors_of("accumulators", block.accumulators, len(PAIRED_ACCUMULATORS), count, torch.float64),
-            None if block.shift is None else vector_of("the shift", block.shift, count, torch.float32),
-            *embedding[:2],
-            *grad,
+        run(
+            "paired",
+            tile,
+            (policy, reference),
+            (rows, reference_rows),
+            block.labels,
+            (block.accumulators, len(PAIRED_ACCUMULATORS)),
+            given=pointer_of("the shift", block.shift, (len(policy),))[0],
+            grads=(block.grad, block.reference_grad),
         )
-        run("fastforget_paired_tile", arguments)
 
     def coupled_tile(
         self,
@@ -107,163 +87,130 @@ class NativePasses:
         block: CoupledBlock,
     ) -> None:
         """As `TilePasses.coupled_tile`."""
-        count = len(policy)
-        shape = (count, tile.columns)
-        normalisers = vectors_of(
-            "normalisers", block.normalisers, len(COUPLED_NORMALISERS), count, torch.float32, contiguous=True
+        shape = len(COUPLED_NORMALISERS), len(policy)
+        run(
+            block.kind,
+            tile,
+            (policy, reference),
+            (rows, policy_rows),
+            block.labels,
+            (block.accumulators, len(COUPLED_ACCUMULATORS)),
+            given=pointer_of("normalisers", block.normalisers, shape, contiguous=True)[0],
         )
-        arguments = library.CoupledTile(
-            *tile_of(tile, count),
-            *rows_of("the policy's products", policy, shape, tile.padded),
-            *rows_of("the reference's products", reference, shape, tile.padded),
-            *rows_of("written rows", rows, shape, tile.padded),
-            *rows_of("the policy's rows", policy_rows, shape, tile.padded),
-            vector_of("labels", block.labels, count),
-            normalisers[0],
-            *vectors_of("accumulators", block.accumulators, len(COUPLED_ACCUMULATORS), count, torch.float64),
-            KINDS[block.kind],
-        )
-        run("fastforget_coupled_tile", arguments)
 
     def gradient_tile(
         self, tile: Tile, product: Tensor, projected: Tensor | None, rows: Tensor, block: GradientBlock
     ) -> None:
         """As `TilePasses.gradient_tile`."""
-        count = len(product)
-        shape = (count, tile.columns)
-        coefficients = vectors_of(
-            "coefficients", block.coefficients, len(GRADIENT_COEFFICIENTS), count, torch.float32, contiguous=True
+        shape = len(GRADIENT_COEFFICIENTS), len(product)
+        run(
+            "gradient",
+            tile,
+            (product, projected),
+            (rows, None),
+            block.labels,
+            (None, 0),
+            given=pointer_of("coefficients", block.coefficients, shape, contiguous=True)[0],
+            argmax=pointer_of("argmax", block.argmax, shape[1:], torch.int64)[0],
         )
-        arguments = library.GradientTile(
-            *tile_of(tile, count),
-            *rows_of("products", product, shape, tile.padded),
-            *rows_of("projected products", projected, shape, tile.padded),
-            *rows_of("written rows", rows, shape, tile.padded),
-            vector_of("labels", block.labels, count),
-            vector_of("argmax", block.argmax, count),
-            coefficients[0],
-        )
-        run("fastforget_gradient_tile", arguments)
 
     def state_pass(self, block: StateBlock) -> None:
-        """As `TilePasses.state_pass`; states in float64 are plain torch's."""
-        states, anchor, centres = block.states, block.targets.anchor, block.targets.centres
-        if states.dtype == torch.float64:
-            return TorchPasses().state_pass(block)
-        count, width = states.shape
-        if anchor is None:
-            anchor_rows: tuple[int | None, int] = (None, 0)
-        elif anchor.dim() == 1:
-            anchor_rows = vector_of("the anchor", anchor, width, torch.float32), 0
-        else:
-            anchor_rows = vectors_of("the anchor", anchor, count, width, torch.float32)
-        centre_rows: tuple[int | None, int] = (None, 0)
-        if centres is not None:
-            pointer, _ = vectors_of("centres", centres, len(centres), width, torch.float32, contiguous=True)
-            centre_rows = pointer, len(centres)
-        arguments = library.StateRows(
-            count,
-            width,
-            *rows_of("hidden states", states, (count, width), width),
-            *anchor_rows,
-            *centre_rows,
-            *vectors_of("values", block.values, 2, count, torch.float32),
-            vector_of("nearest", block.nearest, count),
-            block.targets.cosine,
-            torch.get_num_threads(),
-            library.instruction_set(),
-        )
-        run("fastforget_state_rows", arguments)
+        """As `TilePasses.state_pass`, in plain torch: beside the products its time does not show."""
+        TorchPasses().state_pass(block)
 
 
-def run(name: str, arguments: ctypes.Structure) -> None:
-    """Call a pass. Raises FastforgetError for what it found wrong before it wrote anything."""
-    result = getattr(library.load(), name)(ctypes.byref(arguments))
-    if result:
-        raise FastforgetError(f"{name}: {RESULTS.get(result, f'error {result}')}")
+def run(
+    name: str,
+    tile: Tile,
+    products: tuple[Tensor, Tensor | None],
+    rows: tuple[Tensor | None, Tensor | None],
+    labels: Tensor,
+    accumulators: tuple[Tensor | None, int],
+    *,
+    given: int | None = None,
+    argmax: int | None = None,
+    grads: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Check tensors and call the pass `name` of `library.PASSES`; what comes in pairs is as FastforgetTile has it.
 
-
-def tile_of(tile: Tile, count: int) -> tuple[int | float | None, ...]:
-    """The fields of a FastforgetTile. The bias outlives the call, as the tile holds it."""
-    given, bias = tile.logit_map, None
-    if given.bias is not None:
-        bias = vector_of("the bias", given.bias, tile.vocabulary, torch.float32)
-    return (
+    Raises FastforgetError for what is wrong, before anything is written.
+    """
+    count, logit_map = len(products[0]), tile.logit_map
+    shape, width = (count, tile.columns), 0 if grads[0] is None else grads[0].shape[-1]
+    arguments = library.TileArguments(
         count,
         tile.first,
         tile.columns,
         tile.vocabulary,
         tile.padded,
-        bias,
-        given.scale,
-        given.softcap,
+        pointer_of("the bias", logit_map.bias, (tile.vocabulary,))[0],
+        logit_map.scale,
+        logit_map.softcap,
         torch.get_num_threads(),
         library.instruction_set(),
+        *rows_of("products", products[0], shape, tile.padded),
+        *rows_of("the second products", products[1], shape, tile.padded),
+        *rows_of("written rows", rows[0], shape, tile.padded),
+        *rows_of("the second written rows", rows[1], shape, tile.padded),
+        pointer_of("labels", labels, (count,), torch.int64)[0],
+        argmax,
+        *pointer_of("accumulators", accumulators[0], (accumulators[1], count), torch.float64),
+        given,
+        *grad_of("the gradient", grads[0], (count, width), tile),
+        *grad_of("the second gradient", grads[1], (count, width), tile),
+        width,
     )
+    result = library.load().fastforget_tile(library.PASSES.index(name), ctypes.byref(arguments))
+    if result:
+        raise FastforgetError(f"the native {name} pass: {RESULTS.get(result, f'error {result}')}")
 
 
 def rows_of(name: str, tensor: Tensor | None, shape: tuple[int, int], padded: int) -> tuple[int | None, int, int]:
     """The fields of a FastforgetRows: rows contiguous, each with room for `padded` elements."""
     if tensor is None:
         return NO_ROWS
-    check(name, tensor, None)
     dtype = DTYPES.get(tensor.dtype)
-    if dtype is None or tensor.shape != shape:
+    if dtype is None:
         raise wrong(name, tensor, shape, "float32, bfloat16 or float16")
-    stride, step = tensor.stride()
+    pointer, stride = pointer_of(name, tensor, shape, tensor.dtype)
     rows, columns = shape
-    if step != 1 and columns > 1:
-        raise apart(name, tensor)
     if padded > columns and rows:  # what lies past the last row's end is there too
         end = tensor.storage_offset() + (rows - 1) * stride + padded
         if end * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise FastforgetError(f"{name} have no {padded} elements in the last row's memory")
-    return tensor.data_ptr(), stride, dtype
+    return pointer, stride, dtype
 
 
-def grad_of(name: str, tensor: Tensor | None, count: int, tile: Tile) -> tuple[int | None, int, int]:
-    """Pointer, stride and width of what product 2 has added up to; null at the first tile, where it is not read."""
+def grad_of(name: str, tensor: Tensor | None, shape: tuple[int, int], tile: Tile) -> tuple[int | None, int, int]:
+    """The fields of a FastforgetRows of what product 2 has added up to; null at the first tile, which reads none."""
+    pointer, stride = pointer_of(name, tensor, shape)
+    return pointer if tile.first else None, stride, 0
+
+
+def pointer_of(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    contiguous: bool = False,
+) -> tuple[int | None, int]:
+    """Pointer of a vector or matrix whose rows have elements side by side, and the stride of its rows; null for None.
+
+    Raises FastforgetError for a tensor that no pointer may be passed of.
+    """
     if tensor is None:
-        return NO_ROWS
-    if tensor.dim() != 2:
-        raise wrong(name, tensor, (count, "D"), "float32")
-    width = tensor.shape[1]
-    pointer, stride = vectors_of(name, tensor, count, width, torch.float32)
-    return pointer if tile.first else None, stride, width
-
-
-def vectors_of(
-    name: str, tensor: Tensor, vectors: int, count: int, dtype: torch.dtype, contiguous: bool = False
-) -> tuple[int, int]:
-    """Pointer and stride of vectors of `count` numbers side by side."""
-    check(name, tensor, dtype, (vectors, count))
-    stride, step = tensor.stride()
-    if (step != 1 and count > 1) or (contiguous and stride != count and vectors > 1):
-        raise apart(name, tensor)
+        return None, 0
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        raise FastforgetError(f"{name} must be ordinary tensors on the CPU, not {tensor.layout} on {tensor.device}")
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise wrong(name, tensor, shape, str(dtype).removeprefix("torch."))
+    *strides, step = tensor.stride()
+    stride = strides[0] if strides else 0
+    if (step != 1 and shape[-1] > 1) or (contiguous and stride != shape[-1] and shape[0] > 1):
+        raise FastforgetError(f"{name} must have elements side by side, not strides {tensor.stride()}")
     return tensor.data_ptr(), stride
 
 
-def vector_of(name: str, tensor: Tensor, count: int, dtype: torch.dtype = torch.int64) -> int:
-    """Pointer of a vector of `count` numbers side by side."""
-    check(name, tensor, dtype, (count,))
-    if count > 1 and tensor.stride(0) != 1:
-        raise apart(name, tensor)
-    return tensor.data_ptr()
-
-
-def check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> None:
-    """Raise for a tensor that no pointer may be passed of; None: any dtype, any shape."""
-    if not tensor.is_cpu or tensor.layout != torch.strided:
-        raise FastforgetError(f"{name} must be ordinary tensors on the CPU, not {tensor.layout} on {tensor.device}")
-    if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tensor.shape != shape):
-        raise wrong(name, tensor, shape or "", str(dtype).removeprefix("torch."))
-
-
-def wrong(name: str, tensor: Tensor, shape: object, dtype: str) -> FastforgetError:
+def wrong(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str) -> FastforgetError:
     """The error for a shape or dtype."""
     return FastforgetError(f"{name} must be {shape} of {dtype}, not {tuple(tensor.shape)} of {tensor.dtype}")
-
-
-def apart(name: str, tensor: Tensor) -> FastforgetError:
-    """The error for elements that do not lie side by side."""
-    return FastforgetError(f"{name} must have elements side by side, not strides {tensor.stride()}")
