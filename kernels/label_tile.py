@@ -17,6 +17,7 @@ import functools
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from fastforget_kernels import state_rows
@@ -34,6 +35,12 @@ from fastforget_kernels.state_rows import measure_row
 
 ACCUMULATORS = tuple("top total total_rest label_logit mean deviations sum sum_rest best best_index".split())
 BASIC = 4
+
+
+@triton.jit
+def exceeds(value, largest):
+    """Whether a value is larger, NaN being larger than all numbers."""
+    return (largest == largest) & ((value > largest) | (value != value))
 
 
 # fmt: off
@@ -85,8 +92,8 @@ def label_tile_kernel(
         index = start + tl.arange(0, BLOCK)
         logits = load_logits(product, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         others = tl.where((index < columns) & (index != label), logits, float("-inf"))
-        if MOMENTS:
-            larger = others > largest
+        if MOMENTS:  # the first NaN, as torch has it, is the largest of all
+            larger = exceeds(others, largest)
             largest_at = tl.where(larger, index, largest_at)
             largest = tl.where(larger, others, largest)
         else:
@@ -109,9 +116,13 @@ def label_tile_kernel(
         plain_rest = tl.load(accumulators + 7 * stride, mask=known, other=0.0)
         best = tl.load(accumulators + 8 * stride, mask=known, other=float("-inf"))
         best_index = tl.load(accumulators + 9 * stride, mask=known, other=0.0)
-        tile_best = tl.min(tl.where(largest == tile_top, largest_at, 2147483647), 0)
-        best_index = tl.where(tile_top > best, (first + tile_best).to(tl.float32), best_index)
-        best = tl.where(tile_top > best, tile_top, best)
+        unknown = largest != largest
+        any_unknown = tl.max(unknown.to(tl.int32), 0) > 0
+        tile_best = tl.where(any_unknown, float("nan"), tile_top)
+        at_best = tl.where(any_unknown, unknown, largest == tile_top)
+        tile_index = first + tl.min(tl.where(at_best, largest_at, 2147483647), 0)
+        best_index = tl.where(exceeds(tile_best, best), tile_index.to(tl.float32), best_index)
+        best = tl.where(exceeds(tile_best, best), tile_best, best)
 
     totals = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
