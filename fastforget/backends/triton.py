@@ -10,22 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastforget.backends.protocol import (
-    BASIC_ACCUMULATORS,
-    COUPLED_ACCUMULATORS,
-    COUPLED_NORMALISERS,
-    GRADIENT_COEFFICIENTS,
-    LABEL_ACCUMULATORS,
-    PAIRED_ACCUMULATORS,
-    CoupledBlock,
-    GradientBlock,
-    LabelBlock,
-    PairedBlock,
-    StateBlock,
-    Tile,
-)
+from fastforget.backends import protocol
+from fastforget.backends.protocol import CoupledBlock, GradientBlock, LabelBlock, PairedBlock, StateBlock, Tile
 from fastforget.errors import FastforgetError
 from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
+
+Dtypes = tuple[torch.dtype, ...]
 
 FLOAT32 = torch.float32
 INDEX = (torch.int64,)
@@ -49,7 +39,7 @@ class TritonPasses:
 
     def label_tile(self, tile: Tile, product: Tensor, rows: Tensor | None, block: LabelBlock) -> None:
         """As `TilePasses.label_tile`."""
-        count, numbers, grad, transforms = len(product), block.accumulators, block.grad, has_transform(tile)
+        count, numbers, transforms = len(product), block.accumulators, has_transform(tile)
         check_tile("product", product, count, tile, FLOATS if rows is None else (FLOAT32,))
         if rows is not None:
             check_tile("rows", rows, count, tile, FLOATS, product)
@@ -58,9 +48,9 @@ class TritonPasses:
         out, fused = product if rows is None else rows, False
         measured: tuple[Tensor | int, ...] = (numbers, 0, numbers, 0, numbers, numbers, 0, block.labels, 0, 0, 0, 0)
         if tile.first == 0:
+            kept = len(protocol.LABEL_ACCUMULATORS) if block.moments else protocol.BASIC_ACCUMULATORS
             check("labels", block.labels, (count,), INDEX)
-            check("accumulators", numbers, (len(LABEL_ACCUMULATORS) if block.moments else BASIC_ACCUMULATORS, count))
-            check_grad(grad, count)
+            check("accumulators", numbers, (kept, count))
         if tile.first == 0 and block.states is not None:
             written = block.states.states if rows is None else rows  # where nothing is written, any dtype will do
             fused = not (transforms or block.moments) and product.dtype == FLOAT32
@@ -71,9 +61,9 @@ class TritonPasses:
                 self.state_pass(block.states)
         # fmt: off
         label_tile.label_tile_kernel[(count,)](
-            product, product.stride(0), out, out.stride(0), *place_of(tile, numbers), block.labels, numbers,
-            numbers.stride(0), int(block.moments), *movable(grad, tile, numbers), int(rows is not None), *measured,
-            **label_tile.options(transforms, block.moments, fused),
+            product, product.stride(0), out, out.stride(0), *place_of(tile, numbers), block.labels,
+            numbers, numbers.stride(0), int(block.moments), *movable(block.grad, tile, numbers),
+            int(rows is not None), *measured, **label_tile.options(transforms, block.moments, fused),
         )
         # fmt: on
 
@@ -89,15 +79,14 @@ class TritonPasses:
         """As `TilePasses.paired_tile`."""
         count, numbers, shift = len(policy), block.accumulators, block.shift
         pair = pair_of(tile, policy, reference, rows, reference_rows, FLOATS)
-        if (rows is None) != (block.grad is None) or (reference_rows is None) != (block.reference_grad is None):
-            raise FastforgetError("the paired pass writes rows for each gradient that it is given, and for no other")
+        wrong = (rows is None) != (block.grad is None) or (reference_rows is None) != (block.reference_grad is None)
+        if wrong or (rows is None and reference_rows is not None):
+            raise FastforgetError("the paired pass writes rows for each gradient that it is given: none, one or both")
         if tile.first == 0:
             check("labels", block.labels, (count,), INDEX)
-            check("accumulators", numbers, (len(PAIRED_ACCUMULATORS), count))
+            check("accumulators", numbers, (len(protocol.PAIRED_ACCUMULATORS), count))
             if shift is not None:
                 check("shift", shift, (count,))
-            check_grad(block.grad, count)
-            check_grad(block.reference_grad, count)
         # fmt: off
         paired_tile.paired_tile_kernel[(count,)](
             *pair, *place_of(tile, numbers), block.labels, numbers, numbers.stride(0),
@@ -123,8 +112,8 @@ class TritonPasses:
             raise FastforgetError("the coupled pass writes both rows or neither")
         if tile.first == 0:
             check("labels", block.labels, (count,), INDEX)
-            check("normalisers", normalisers, (len(COUPLED_NORMALISERS), count))
-            check("accumulators", numbers, (len(COUPLED_ACCUMULATORS), count))
+            check("normalisers", normalisers, (len(protocol.COUPLED_NORMALISERS), count))
+            check("accumulators", numbers, (len(protocol.COUPLED_ACCUMULATORS), count))
         # fmt: off
         coupled_tile.coupled_tile_kernel[(count,)](
             *pair, *place_of(tile, numbers), block.labels, normalisers, normalisers.stride(0), numbers,
@@ -144,7 +133,7 @@ class TritonPasses:
         if tile.first == 0:
             check("labels", block.labels, (count,), INDEX)
             check("argmax", block.argmax, (count,), INDEX)
-            check("coefficients", numbers, (len(GRADIENT_COEFFICIENTS), count))
+            check("coefficients", numbers, (len(protocol.GRADIENT_COEFFICIENTS), count))
         along = product if projected is None else projected
         # fmt: off
         gradient_tile.gradient_tile_kernel[(count,)](
@@ -160,7 +149,7 @@ class TritonPasses:
             state_rows.state_rows_kernel[(count,)](*state_arguments(block, count), **state_rows.options())
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (FLOAT32,)) -> None:
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: Dtypes = (FLOAT32,)) -> None:
     """Refuse what is not of this shape and one of these dtypes, rows contiguous."""
     if tensor.shape != shape or tensor.dtype not in dtypes or tensor.stride(-1) != 1 < shape[-1]:
         raise refusal(name, tensor, f"{shape} of {' or '.join(map(str, dtypes))}, rows contiguous")
@@ -172,17 +161,11 @@ def refusal(name: str, tensor: Tensor, wanted: str) -> FastforgetError:
     return FastforgetError(f"the Triton kernels take {name} as {wanted}, not {found}")
 
 
-def check_tile(
-    name: str,
-    tensor: Tensor,
-    count: int,
-    tile: Tile,
-    dtypes: tuple[torch.dtype, ...],
-    product: Tensor | None = None,
-) -> None:
+def check_tile(name: str, tensor: Tensor, count: int, tile: Tile, dtypes: Dtypes, over: Tensor | None = None) -> None:
     """A tile's buffer: (r, c), its rows `padded` elements long, which must all be there.
 
-    What begins where its product begins must do so in every row, or one would be written over another still unread.
+    What begins where the logits that it is `over` begin must do so in every row, or one would be written over another
+    still unread.
     """
     columns, padded, row_stride = tile.columns, tile.padded, tensor.stride(0)
     check(name, tensor, (count, columns), dtypes)
@@ -190,16 +173,9 @@ def check_tile(
     there = padded == columns or end * tensor.itemsize <= tensor.untyped_storage().nbytes()
     if padded < columns or (row_stride < padded and count > 1) or not there:
         raise refusal(name, tensor, f"rows of {padded} elements")
-    if product is not None and count > 1 and tensor.data_ptr() == product.data_ptr():
-        apart = row_stride * tensor.itemsize == product.stride(0) * product.itemsize
-        if not apart or tensor.itemsize > product.itemsize:
-            raise refusal(name, tensor, f"rows as far apart in memory as the product's {product.stride()}")
-
-
-def check_grad(grad: Tensor | None, count: int) -> None:
-    """(r, D) float32."""
-    if grad is not None:
-        check("grad", grad, (count, grad.shape[1]))
+    if over is not None and count > 1 and tensor.data_ptr() == over.data_ptr():
+        if row_stride * tensor.itemsize != over.stride(0) * over.itemsize or tensor.itemsize > over.itemsize:
+            raise refusal(name, tensor, f"rows as far apart in memory as the product's {over.stride()}")
 
 
 def pair_of(
@@ -208,8 +184,8 @@ def pair_of(
     reference: Tensor,
     rows: Tensor | None,
     other_rows: Tensor | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> tuple[Tensor | int, ...]:
+    dtypes: Dtypes,
+) -> list[Tensor | int]:
     """Two products and what is written over them, of one dtype, each with its stride.
 
     Logits of 16 bits, which only a model's own are, become float32: kernels of two rows have no more configurations.
@@ -220,19 +196,17 @@ def pair_of(
     other_out = out if other_rows is None else other_rows
     check_tile("policy", policy, count, tile, (FLOAT32,))
     check_tile("reference", reference, count, tile, (FLOAT32,))
-    if rows is not None:
-        check_tile("rows", rows, count, tile, dtypes, policy)
-    if other_rows is not None:
-        if rows is None:
-            raise FastforgetError("the second of two rows is written only with the first")
-        check_tile("the second rows", other_rows, count, tile, (rows.dtype,), reference)
-    first, second = (policy, policy.stride(0), reference, reference.stride(0)), (out, out.stride(0))
-    return (*first, *second, other_out, other_out.stride(0))
+    check_tile("rows", out, count, tile, dtypes, policy)
+    check_tile("the second rows", other_out, count, tile, (out.dtype,), reference)
+    return [argument for each in (policy, reference, out, other_out) for argument in (each, each.stride(0))]
 
 
 def movable(grad: Tensor | None, tile: Tile, other: Tensor) -> tuple[Tensor, int, int]:
-    """What is multiplied where a top moves, its stride and width; at the first tile nothing: `other`, of width 0."""
-    if grad is None or tile.first == 0:
+    """What is multiplied where a top moves, its stride and width; at first nothing: `other` (k, r), of width 0."""
+    if grad is None:
+        return other, 0, 0
+    if tile.first == 0:
+        check("grad", grad, (other.shape[1], grad.shape[1]))
         return other, 0, 0
     return grad, grad.stride(0), grad.shape[1]
 
@@ -259,20 +233,17 @@ def state_arguments(block: StateBlock, count: int) -> tuple[Tensor | int, ...]:
     check("states", states, (count, width), FLOATS)
     check("state values", values, (2, count))
     check("nearest", block.nearest, (count,), INDEX)
-    anchor_stride = anchor_width = centre_count = 0
     if anchor is not None:
-        one = anchor.dim() == 1
-        check("an anchor", anchor, (width,) if one else (count, width))
-        anchor_stride, anchor_width = 0 if one else anchor.stride(0), width
+        check("an anchor", anchor, (count, width) if anchor.dim() == 2 else (width,))
+        anchor = anchor.expand(count, width)
     if centres is not None:
-        centre_count = len(centres)
-        check("centres", centres, (centre_count, width))
+        check("centres", centres, (len(centres), width))
         if not centres.is_contiguous():
             raise refusal("centres", centres, "contiguous")
     # fmt: off
     return (
-        states, states.stride(0), values if anchor is None else anchor, anchor_stride,
-        values if centres is None else centres, values, values.stride(0), block.nearest, width, centre_count,
-        anchor_width, int(block.targets.cosine),
+        states, states.stride(0), *((values, 0) if anchor is None else (anchor, anchor.stride(0))),
+        values if centres is None else centres, values, values.stride(0), block.nearest, width,
+        0 if centres is None else len(centres), 0 if anchor is None else width, int(block.targets.cosine),
     )
     # fmt: on
