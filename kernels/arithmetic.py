@@ -1,4 +1,4 @@
-"""Arithmetic that all tile kernels share: how a product becomes a logit, sums that keep their digits, functions near 0.
+"""What all tile kernels share: products read as logits, rows written over them, sums and functions that keep digits.
 
 `libdevice` has log1p, expm1 and tanh, but not on every device and not in Triton's interpreter; these are accurate to a
 few units in the last place of float32 everywhere.
@@ -60,24 +60,15 @@ def tanh(x):
 
 
 @triton.jit
-def finish_logits(product, bias, columns, scale, softcap, bias_columns, TRANSFORM: tl.constexpr):
-    """z from h @ W.T: times scale; and where TRANSFORM, bias (of `bias_columns` entries) and softcap (if > 0)."""
-    logits = product.to(tl.float32) * scale
+def load_logits(product, index, padded, bias, scale, softcap, bias_columns, TRANSFORM: tl.constexpr):
+    """z at columns of a row of h @ W.T: times scale; where TRANSFORM, bias (of `bias_columns`) and softcap (if > 0)."""
+    logits = tl.load(product + index, mask=index < padded, other=0.0).to(tl.float32) * scale
     if TRANSFORM:
         if bias_columns > 0:
-            logits += tl.load(bias + columns, mask=columns < bias_columns, other=0.0)
+            logits += tl.load(bias + index, mask=index < bias_columns, other=0.0)
         if softcap > 0.0:
             logits = softcap * tanh(logits / softcap)
     return logits
-
-
-@triton.jit
-def times_slope(values, logits, softcap):
-    """Values times d z / d (z before the cap), 1 - (z / cap)^2, where there is a cap."""
-    if softcap > 0.0:
-        ratio = logits / softcap
-        values *= 1.0 - ratio * ratio
-    return values
 
 
 @triton.jit
@@ -91,15 +82,36 @@ def narrow(row, ELEMENT_TYPE: tl.constexpr):
 
 
 @triton.jit
+def store_row(out, index, padded, values, logits, softcap, TRANSFORM: tl.constexpr, SCALED: tl.constexpr):
+    """Write values times d z / d (z before the softcap) = 1 - (z / cap)^2; float16 times FLOAT16_SCALE where SCALED.
+
+    A narrower row begins where its logits begin. So kernels write blocks in ascending order, each after a barrier: by
+    then every thread has read its own logits of the block.
+    """
+    if TRANSFORM:
+        if softcap > 0.0:
+            ratio = logits / softcap
+            values *= 1.0 - ratio * ratio
+    if SCALED and out.dtype.element_ty == tl.float16:
+        values *= FLOAT16_SCALE
+    tl.store(out + index, narrow(values, out.dtype.element_ty), mask=index < padded)
+
+
+@triton.jit
 def finite_or_zero(top):
     """The logit to subtract: 0 where there was none (-infinity), so that -infinity stays what it is."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def moved_top(top, largest, strict):
-    """The lazy top after logits whose largest is `largest`; `strict`: the largest so far. NaN moves nothing."""
-    limit = tl.where(strict, top, top + LAZY)
+def moved_top(top, largest, write, ELEMENT_TYPE: tl.constexpr):
+    """The lazy top after logits whose largest is `largest`; the largest so far where float16 rows are written.
+
+    NaN moves nothing.
+    """
+    limit = top + LAZY
+    if ELEMENT_TYPE == tl.float16:
+        limit = tl.where(write != 0, top, limit)
     return tl.where(largest > limit, largest, top)
 
 

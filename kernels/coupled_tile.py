@@ -19,25 +19,20 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastforget_kernels.arithmetic import (
     NEAR_SHIFT,
     expm1,
     expm1_excess_near,
-    finish_logits,
     label_in_tile,
+    load_logits,
     log1p,
-    narrow,
     nonnegative,
+    store_row,
     times,
-    times_slope,
 )
-from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
+from fastforget_kernels.launching import Variant, block_size, tile_kernel
 
-BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
-WARPS = 8
-KINDS = ("reverse_kl", "jsd")
 NORMALISERS = ("policy_top", "policy_log_total", "reference_top", "reference_log_total", "lse_gap", "centre")
 ACCUMULATORS = ("ratio", "from_policy", "from_reference", "probability")  # rows of the buffer, in this order
 
@@ -60,18 +55,21 @@ def above_mixture(gap):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+@tile_kernel
 def coupled_tile_kernel(
-    policy, policy_stride, reference, reference_stride, out, out_stride, policy_out, policy_out_stride, bias,
-    labels,  # (r,) int64; a negative one is none
-    normalisers, normalisers_stride, accumulators, accumulators_stride,
+    policy, policy_stride, reference, reference_stride,  # (r, c) products with the head, float32
+    out, out_stride, policy_out, policy_out_stride,  # (r, c) of one dtype
+    bias,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
     scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
+    labels,  # (r,) int64; a negative one is none
+    normalisers, normalisers_stride,  # (NORMALISERS, r) float32
+    accumulators, accumulators_stride,  # (ACCUMULATORS, r) float32
     write,
-    KIND: tl.constexpr,  # index in KINDS
+    JSD: tl.constexpr,  # or reverse KL
     BLOCK: tl.constexpr,
 ):
 # fmt: on
@@ -106,11 +104,9 @@ def coupled_tile_kernel(
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         others = (index < columns) & (index != label)
-        loaded = tl.load(policy + index, mask=index < padded, other=0.0)
-        policy_logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, True)
+        policy_logits = load_logits(policy, index, padded, bias, scale, softcap, bias_columns, True)
         z_p = tl.where(others, policy_logits, float("-inf"))
-        loaded = tl.load(reference + index, mask=index < padded, other=0.0)
-        z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, True)
+        z_q = load_logits(reference, index, padded, bias, scale, softcap, bias_columns, True)
         z_q = tl.where(others, z_q, float("-inf"))
         # centred before the logarithm of the total, or large logits would cost it its digits
         log_p = (z_p - policy_top) - policy_log_total
@@ -119,24 +115,21 @@ def coupled_tile_kernel(
         gap = tl.where((z_p == float("-inf")) & (z_q == float("-inf")), 0.0, gap)
         p = tl.exp(log_p)
         q = tl.exp(log_q)
-        if KIND == 0:
-            ratio = times(p, gap - centre)
-            from_policy += relative_entropy(p, q, -gap)
-        else:
+        if JSD:
             above_p, above_q = above_mixture(gap)
             ratio = times(p, -above_p - centre)
             mixture = 0.5 * (p + q)  # not e^(log p + above_p), which is rounded differently from p
             from_policy += relative_entropy(p, mixture, above_p)
             from_reference += relative_entropy(q, mixture, above_q)
+        else:
+            ratio = times(p, gap - centre)
+            from_policy += relative_entropy(p, q, -gap)
         ratios += ratio
         probabilities += p
         if write != 0:
-            ratio = times_slope(ratio, policy_logits, softcap)
-            p = times_slope(p, policy_logits, softcap)
-            # narrower rows begin where these logits do: every thread has read its own before any writes
             tl.debug_barrier()
-            tl.store(out + index, narrow(ratio, out.dtype.element_ty), mask=index < padded)
-            tl.store(policy_out + index, narrow(p, policy_out.dtype.element_ty), mask=index < padded)
+            store_row(out, index, padded, ratio, policy_logits, softcap, True, False)
+            store_row(policy_out, index, padded, p, policy_logits, softcap, True, False)
 
     stride = accumulators_stride.to(tl.int64)
     tl.store(accumulators, ratio_sum + tl.sum(ratios, 0))
@@ -145,52 +138,22 @@ def coupled_tile_kernel(
     tl.store(accumulators + 3 * stride, probability_sum + tl.sum(probabilities, 0))
 
 
-def coupled_tile(
-    kind: str,
-    policy: Tensor,
-    reference: Tensor,
-    rows: Tensor | None,
-    policy_rows: Tensor | None,
-    labels: Tensor,
-    normalisers: Tensor,
-    accumulators: Tensor,
-    place: Place,
-) -> None:
-    """Run the coupled pass over a tile; see `fastforget.backends.protocol`.
-
-    Args:
-        policy, reference: (r, c) products with the head, float32, rows contiguous.
-        rows, policy_rows: (r, c) of one dtype for what is written, both or neither; they may begin where `policy` and
-            `reference` do.
-        normalisers: (NORMALISERS, r) float32.
-        accumulators: (ACCUMULATORS, r) float32, rows of any stride.
-    """
-    out = policy if rows is None else rows
-    policy_out = out if policy_rows is None else policy_rows
-    # fmt: off
-    coupled_tile_kernel[(policy.shape[0],)](
-        policy, policy.stride(0), reference, reference.stride(0), out, out.stride(0), policy_out,
-        policy_out.stride(0), place.bias_or(accumulators), labels, normalisers, normalisers.stride(0),
-        accumulators, accumulators.stride(0), *place.numbers(),
-        int(rows is not None), **options(kind),
-    )
-    # fmt: on
-
-
 @functools.cache
-def options(kind: str) -> dict[str, Any]:
-    """Constants of a launch."""
-    block = block_size(BLOCK)
-    return {"KIND": KINDS.index(kind), "BLOCK": block, "num_warps": WARPS}
+def options(jsd: bool) -> dict[str, Any]:
+    """What a launch is given."""
+    # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
+    return {"JSD": jsd, "BLOCK": block_size(1024), "num_warps": 8}
 
 
 def variants() -> list[Variant]:
-    """Every configuration that `coupled_tile` can launch."""
-    found = []
-    floats = dict.fromkeys(("policy", "reference", "bias", "normalisers", "accumulators"), torch.float32)
-    for written in (torch.float32, torch.bfloat16):
-        kinds = signature(coupled_tile_kernel, out=written, policy_out=written, labels=torch.int64, **floats)
-        for kind in range(len(KINDS)):
-            traffic = f"8 c read, 2 x {written.itemsize} c written"
-            found.append(Variant(coupled_tile_kernel, kinds, {"KIND": kind, "BLOCK": BLOCK}, WARPS, traffic))
-    return found
+    """Every configuration that can be launched."""
+    return [
+        Variant(
+            coupled_tile_kernel,
+            options(jsd),
+            {"out": written, "policy_out": written},
+            f"8 c read, 2 x {written.itemsize} c written",
+        )
+        for written in (torch.float32, torch.bfloat16)
+        for jsd in (False, True)
+    ]

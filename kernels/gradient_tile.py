@@ -18,15 +18,11 @@ import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastforget_kernels.arithmetic import finish_logits, label_in_tile, narrow, times_slope
-from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
+from fastforget_kernels.arithmetic import label_in_tile, load_logits, store_row
+from fastforget_kernels.launching import Variant, block_size, tile_kernel
 
-BLOCK = 4096
-WARPS = 16  # with few rows a program has a processor to itself
 # rows of the buffer, in this order
 COEFFICIENTS = tuple(
     (
@@ -37,15 +33,19 @@ COEFFICIENTS = tuple(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+@tile_kernel
 def gradient_tile_kernel(
-    product, product_stride, projected, projected_stride, out, out_stride, bias, labels, argmax, coefficients,
-    coefficients_stride,
+    product, product_stride,  # (r, c) h @ W.T in float32, or logits of 16 bit
+    projected, projected_stride,  # (r, c) float32, of float32 products
+    out, out_stride, bias,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
     scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
+    labels,
+    argmax,  # (r,) int64; -1 is none
+    coefficients, coefficients_stride,  # (COEFFICIENTS, r) float32
     PROJECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):
 # fmt: on
@@ -73,8 +73,7 @@ def gradient_tile_kernel(
     projected_mean = tl.load(coefficients + 11 * stride)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        loaded = tl.load(product + index, mask=index < padded, other=0.0)
-        logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, True)
+        logits = load_logits(product, index, padded, bias, scale, softcap, bias_columns, True)
         offsets = logits - top
         unit = tl.exp(offsets) * share
         # a logit may be minus infinity: not infinite times a probability of 0
@@ -87,63 +86,28 @@ def gradient_tile_kernel(
             entry += label_probability * along
         gradient = tl.where(index == label, entry, unit * (others_probability * factor + for_unit))
         gradient += for_mean + tl.where(index == best, for_max, 0.0)
-        gradient = times_slope(gradient, logits, softcap)
-        # the narrower row begins where these logits do: every thread has read its own before any writes
         tl.debug_barrier()
-        tl.store(out + index, narrow(gradient, out.dtype.element_ty), mask=index < padded)
-
-
-def gradient_tile(
-    product: Tensor,
-    projected: Tensor | None,
-    rows: Tensor,
-    labels: Tensor,
-    argmax: Tensor,
-    coefficients: Tensor,
-    place: Place,
-) -> None:
-    """Run the gradient pass over a tile; see `fastforget.backends.protocol`.
-
-    Args:
-        product: (r, c) h @ W.T in float32, or logits of 16 bit; rows contiguous.
-        projected: (r, c) float32, of float32 products.
-        rows: (r, c) for the gradient: float32 or bfloat16 for float32 products, else of the logits' dtype. Its rows may
-            begin where the product's begin.
-        argmax: (r,) int64; -1 is none.
-        coefficients: (COEFFICIENTS, r) float32.
-    """
-    # fmt: off
-    gradient_tile_kernel[(product.shape[0],)](
-        product, product.stride(0), product if projected is None else projected,
-        0 if projected is None else projected.stride(0), rows, rows.stride(0), place.bias_or(coefficients),
-        labels, argmax, coefficients, coefficients.stride(0), *place.numbers(), **options(projected is not None),
-    )
-    # fmt: on
+        store_row(out, index, padded, gradient, logits, softcap, True, False)
 
 
 @functools.cache
 def options(projected: bool) -> dict[str, Any]:
-    """Constants of a launch."""
-    return {"PROJECTED": projected, "BLOCK": block_size(BLOCK), "num_warps": WARPS}
+    """What a launch is given."""
+    # with few rows a program has a processor to itself: 16 warps
+    return {"PROJECTED": projected, "BLOCK": block_size(4096), "num_warps": 16}
 
 
 def variants() -> list[Variant]:
-    """Every configuration that `gradient_tile` can launch."""
+    """Every configuration that can be launched."""
     found = []
-    for dtype, written in (
-        (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
+    for dtype, written, projections in (
+        (torch.float32, torch.float32, (False, True)),
+        (torch.float32, torch.bfloat16, (False, True)),
+        (torch.bfloat16, torch.bfloat16, (False,)),
+        (torch.float16, torch.float16, (False,)),
     ):
-        for projected in (False, True) if dtype == torch.float32 else (False,):
-            kinds = signature(
-                gradient_tile_kernel,
-                **dict.fromkeys(("product", "projected"), dtype),
-                out=written,
-                **dict.fromkeys(("bias", "coefficients"), torch.float32),
-                **dict.fromkeys(("labels", "argmax"), torch.int64),
-            )
+        for projected in projections:
             traffic = f"{8 if projected else dtype.itemsize} c read, {written.itemsize} c written"
-            found.append(Variant(gradient_tile_kernel, kinds, {"PROJECTED": projected, "BLOCK": BLOCK}, WARPS, traffic))
+            dtypes = {"product": dtype, "projected": dtype, "out": written}
+            found.append(Variant(gradient_tile_kernel, options(projected), dtypes, traffic))
     return found

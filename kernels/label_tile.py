@@ -19,43 +19,48 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastforget_kernels import state_rows as states_of_rows
+from fastforget_kernels import state_rows
 from fastforget_kernels.arithmetic import (
-    FLOAT16_SCALE,
     add,
-    finish_logits,
     finite_or_zero,
     label_in_tile,
+    load_logits,
     merge,
     moved_top,
-    narrow,
-    times_slope,
+    store_row,
 )
-from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
-from fastforget_kernels.state_rows import States, measure_row, state_rows
+from fastforget_kernels.launching import Variant, block_size, tile_kernel
+from fastforget_kernels.state_rows import measure_row
 
-BLOCK = 4096  # columns at a time
-WARPS = 16  # with few rows a program has a processor to itself
 ACCUMULATORS = tuple("top total total_rest label_logit mean deviations sum sum_rest best best_index".split())
 BASIC = 4
 
 
+@triton.jit
+def exceeds(value, largest):
+    """Whether a value is larger, NaN being larger than all numbers."""
+    return (largest == largest) & ((value > largest) | (value != value))
+
+
 # fmt: off
-@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+@tile_kernel
 def label_tile_kernel(
-    product, product_stride, out, out_stride, bias, labels, accumulators, accumulators_stride, grad, grad_stride,
-    hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride, nearest, width, centre_count,
-    anchor_width, cosine,
+    product, product_stride,  # (r, c) h @ W.T in float32, or read-only logits of 16 bit
+    out, out_stride, bias,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
     scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
-    moment_rows,  # whether the accumulators have those of the moments
-    write,
+    labels,
+    accumulators, accumulators_stride,  # (ACCUMULATORS or the first BASIC of them, r) float32
+    moment_rows,  # whether they are all there
+    grad, grad_stride,  # (r, D) float32
     grad_width,  # D, or 0 where nothing is to be faded
+    write,
+    hidden, hidden_stride, anchor, anchor_stride, centres, values, values_stride, nearest, width, centre_count,
+    anchor_width, cosine,
     TRANSFORM: tl.constexpr,  # there is a bias or a softcap
     MOMENTS: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
@@ -85,23 +90,19 @@ def label_tile_kernel(
     largest_at = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        loaded = tl.load(product + index, mask=index < padded, other=0.0)
-        logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        logits = load_logits(product, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         others = tl.where((index < columns) & (index != label), logits, float("-inf"))
-        if MOMENTS:
-            larger = others > largest
+        if MOMENTS:  # the first NaN, as torch has it, is the largest of all
+            larger = exceeds(others, largest)
             largest_at = tl.where(larger, index, largest_at)
             largest = tl.where(larger, others, largest)
         else:
             largest = tl.maximum(largest, others)
     tile_top = tl.max(largest, 0)
-    at_label = tl.load(product + tl.maximum(label, 0))  # by every thread, before any of them writes
-    at_label = finish_logits(at_label, bias, tl.maximum(label, 0), scale, softcap, bias_columns, TRANSFORM)
+    at_label = tl.maximum(label, 0)  # read by every thread, before any of them writes
+    at_label = load_logits(product, at_label, padded, bias, scale, softcap, bias_columns, TRANSFORM)
     label_logit = tl.where(label >= 0, at_label, label_logit)
-    strict = write != 0
-    if out.dtype.element_ty != tl.float16:
-        strict = write < 0  # never
-    new_top = moved_top(top, tile_top, strict)
+    new_top = moved_top(top, tile_top, write, out.dtype.element_ty)
     base = finite_or_zero(new_top)
     fade = tl.exp(top - base)  # 0 before the first logit
     total *= fade
@@ -115,16 +116,19 @@ def label_tile_kernel(
         plain_rest = tl.load(accumulators + 7 * stride, mask=known, other=0.0)
         best = tl.load(accumulators + 8 * stride, mask=known, other=float("-inf"))
         best_index = tl.load(accumulators + 9 * stride, mask=known, other=0.0)
-        tile_best = tl.min(tl.where(largest == tile_top, largest_at, 2147483647), 0)
-        best_index = tl.where(tile_top > best, (first + tile_best).to(tl.float32), best_index)
-        best = tl.where(tile_top > best, tile_top, best)
+        unknown = largest != largest
+        any_unknown = tl.max(unknown.to(tl.int32), 0) > 0
+        tile_best = tl.where(any_unknown, float("nan"), tile_top)
+        at_best = tl.where(any_unknown, unknown, largest == tile_top)
+        tile_index = first + tl.min(tl.where(at_best, largest_at, 2147483647), 0)
+        best_index = tl.where(exceeds(tile_best, best), tile_index.to(tl.float32), best_index)
+        best = tl.where(exceeds(tile_best, best), tile_best, best)
 
     totals = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         mask = index < columns
-        loaded = tl.load(product + index, mask=index < padded, other=0.0)
-        logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        logits = load_logits(product, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         offsets = tl.where(mask & (index != label), logits, float("-inf")) - base
         weights = tl.exp(offsets)
         if MOMENTS:
@@ -141,13 +145,8 @@ def label_tile_kernel(
             totals += weights
         if product.dtype.element_ty == tl.float32:  # a model's own logits, of 16 bits, are only read
             if write != 0:
-                if TRANSFORM:
-                    weights = times_slope(weights, logits, softcap)
-                if out.dtype.element_ty == tl.float16:
-                    weights *= FLOAT16_SCALE
-                # the narrower row begins where these logits do: every thread has read its own before any writes
                 tl.debug_barrier()
-                tl.store(out + index, narrow(weights, out.dtype.element_ty), mask=index < padded)
+                store_row(out, index, padded, weights, logits, softcap, TRANSFORM, True)
     if not MOMENTS:
         total, total_rest = add(total, total_rest, tl.sum(totals, 0))
 
@@ -171,85 +170,32 @@ def label_tile_kernel(
             tl.store(grad + index, held * fade, mask=index < grad_width)
 
 
-def label_tile(
-    product: Tensor,
-    rows: Tensor | None,
-    labels: Tensor,
-    accumulators: Tensor,
-    grad: Tensor | None,
-    states: States | None,
-    place: Place,
-) -> None:
-    """Run the label pass over a tile; see `fastforget.backends.protocol`.
-
-    Args:
-        product: (r, c) h @ W.T in float32, or read-only logits of 16 bit; rows contiguous.
-        rows: (r, c) for the weights, float32, bfloat16 or float16; its rows may begin where the product's begin.
-        accumulators: (BASIC or all of ACCUMULATORS, r) float32, rows of any stride.
-        grad: (r, D) float32, multiplied where the top moves; not read at the first tile.
-        states: measured too, whatever the tile: give them with one.
-    """
-    transform = place.transforms
-    moment_rows = accumulators.shape[0] > BASIC
-    fused = False
-    out = product if rows is None else rows
-    state_arguments = (accumulators, 0, accumulators, 0, accumulators, accumulators, 0, labels, 0, 0, 0, 0)
-    if states is not None:
-        written = states.hidden if rows is None else rows  # where nothing is written, any dtype will do
-        fused = not transform and not moment_rows and product.dtype == torch.float32
-        fused = fused and written.dtype == states.hidden.dtype
-        if fused:
-            out, state_arguments = written, states.arguments()
-        else:  # rarely: in a launch of its own, for fewer configurations
-            state_rows(states)
-    # fmt: off
-    label_tile_kernel[(product.shape[0],)](
-        product, product.stride(0), out, out.stride(0), place.bias_or(accumulators), labels, accumulators,
-        accumulators.stride(0), accumulators if grad is None else grad, 0 if grad is None else grad.stride(0),
-        *state_arguments, *place.numbers(), int(moment_rows),
-        int(rows is not None), 0 if grad is None or place.first == 0 else grad.shape[1],
-        **options(transform, moment_rows, fused),
-    )
-    # fmt: on
-
-
 @functools.cache
 def options(transform: bool, moments: bool, states: bool) -> dict[str, Any]:
-    """Constants of a launch."""
-    return {
-        "TRANSFORM": transform,
-        "MOMENTS": moments or transform,  # fewer configurations
-        "STATES": states,
-        "BLOCK": block_size(BLOCK),
-        **{f"STATE_{name}" if name == "BLOCK" else name: size for name, size in states_of_rows.sizes().items()},
-        "num_warps": WARPS,
-    }
+    """What a launch is given."""
+    moments = moments or transform  # fewer configurations
+    flags = {"TRANSFORM": transform, "MOMENTS": moments, "STATES": states}
+    # with few rows a program has a processor to itself: 16 warps
+    return {**flags, "BLOCK": block_size(4096), **state_rows.options(), "num_warps": 16}
 
 
 def variants() -> list[Variant]:
-    """Every configuration that `label_tile` can launch."""
+    """Every configuration that can be launched."""
     found = []
-    modes = [(False, False, False), (False, False, True), (False, True, False), (True, True, False)]
-    for dtype, written in (
-        (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),  # a model's own logits, finished and only read
-        (torch.float16, torch.float16),
+    plain, with_moments = (False, False, False), (False, True, False)
+    all_modes = (plain, (False, False, True), with_moments, (True, True, False))
+    for dtype, written, modes in (
+        (torch.float32, torch.float32, all_modes),
+        (torch.float32, torch.bfloat16, all_modes),
+        (torch.float32, torch.float16, all_modes),
+        (torch.bfloat16, torch.bfloat16, (plain, with_moments)),  # a model's own logits, finished and only read
+        (torch.float16, torch.float16, (plain, with_moments)),
     ):
-        for transform, moments, states in modes if dtype == torch.float32 else (modes[0], modes[2]):
-            pointers = {
-                "product": dtype,
-                "out": written,
-                **dict.fromkeys(("bias", "accumulators", "grad", "anchor", "centres", "values"), torch.float32),
-                "hidden": written if states else torch.float32,
-                **dict.fromkeys(("labels", "nearest"), torch.int64),
-            }
-            constants = {"TRANSFORM": transform, "MOMENTS": moments, "STATES": states, "BLOCK": BLOCK}
-            constants |= {"STATE_BLOCK": states_of_rows.BLOCK, "GROUP": states_of_rows.GROUP}
+        for mode in modes:
+            states = mode[2]
+            dtypes = {"product": dtype, "out": written, "hidden": written if states else torch.float32}
             traffic = f"2 x {dtype.itemsize} c read"
             traffic += f", {written.itemsize} c written" if dtype == torch.float32 else ""
             traffic += f", {written.itemsize} D + 4 D read" if states else ""
-            kinds = signature(label_tile_kernel, **pointers)
-            found.append(Variant(label_tile_kernel, kinds, constants, WARPS, traffic))
+            found.append(Variant(label_tile_kernel, options(*mode), dtypes, traffic))
     return found

@@ -21,27 +21,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastforget_kernels.arithmetic import (
-    FLOAT16_SCALE,
     NEAR_SHIFT,
     RECENTRE,
     expm1_excess_near,
-    finish_logits,
     finite_or_zero,
     label_in_tile,
+    load_logits,
     moved_top,
-    narrow,
     nonnegative,
+    store_row,
     times,
-    times_slope,
 )
-from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Place, Variant, block_size, signature
+from fastforget_kernels.launching import Variant, block_size, tile_kernel
 
-BLOCK = 1024  # columns of two rows at a time: with 64 registers a thread, four programs fit a processor
-WARPS = 8
-TRANSFORM_WARPS = 16  # the two tanh of a softcap would spill
 LOWEST = tl.constexpr(-3.0e38)  # below any logit but -infinity
 # rows of the buffer, in this order
 ACCUMULATORS = tuple(
@@ -75,21 +69,23 @@ def gathered(top, total, tops, totals):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=UNALIGNED)
+@tile_kernel
 def paired_tile_kernel(
-    policy, policy_stride, reference, reference_stride, out, out_stride, reference_out, reference_out_stride, bias,
-    labels,  # (r,) int64; a negative one is none
-    accumulators, accumulators_stride,
-    shift,  # (r,) float32, read where `shift_given`
-    grad, grad_stride, reference_grad, reference_grad_stride,
+    policy, policy_stride, reference, reference_stride,  # (r, c) products with the head, float32
+    out, out_stride, reference_out, reference_out_stride,  # (r, c) of one dtype
+    bias,
     first,  # column of the vocabulary that the tile begins at
     columns,
     padded,  # elements of a row that may be read and written
     scale, softcap,
     bias_columns,  # columns, or 0 where there is no bias
-    shift_given, write, reference_write,
+    labels,  # (r,) int64; a negative one is none
+    accumulators, accumulators_stride,  # (ACCUMULATORS, r) float32
+    shift,  # (r,) float32, read where `shift_given`
+    shift_given,
+    grad, grad_stride,  # (r, D) float32
     grad_width,  # D, or 0 where there is nothing to move
-    reference_grad_width,
+    reference_grad, reference_grad_stride, reference_grad_width, write, reference_write,
     TRANSFORM: tl.constexpr,  # there is a bias or a softcap
     BLOCK: tl.constexpr,
 ):
@@ -125,11 +121,9 @@ def paired_tile_kernel(
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         others = (index < columns) & (index != label)
-        loaded = tl.load(policy + index, mask=index < padded, other=0.0)
-        z_p = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_p = load_logits(policy, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         z_p = tl.where(others, z_p, float("-inf"))
-        loaded = tl.load(reference + index, mask=index < padded, other=0.0)
-        z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_q = load_logits(reference, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         z_q = tl.where(others, z_q, float("-inf"))
         policy_tops, policy_totals, _, _ = online(policy_tops, policy_totals, z_p)
         tops, totals, fades, weights = online(tops, totals, z_q)
@@ -139,9 +133,9 @@ def paired_tile_kernel(
     top, total, fade, fades = gathered(old_top, old_total, tops, totals)
     moment = tl.where(fade > 0.0, old_moment * fade, 0.0) + tl.sum(tl.where(fades > 0.0, moments * fades, 0.0), 0)
     at_label = tl.maximum(label, 0)  # read by every thread, before any of them writes
-    logit = finish_logits(tl.load(policy + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    logit = load_logits(policy, at_label, padded, bias, scale, softcap, bias_columns, TRANSFORM)
     policy_label = tl.where(label >= 0, logit, policy_label)
-    logit = finish_logits(tl.load(reference + at_label), bias, at_label, scale, softcap, bias_columns, TRANSFORM)
+    logit = load_logits(reference, at_label, padded, bias, scale, softcap, bias_columns, TRANSFORM)
     reference_label = tl.where(label >= 0, logit, reference_label)
 
     apart = (finite_or_zero(policy_top) - finite_or_zero(top)) + (tl.log(policy_total) - tl.log(total))
@@ -149,10 +143,7 @@ def paired_tile_kernel(
     far = (tl.abs(apart - old_shift) > RECENTRE) | (first == 0)
     new_shift = tl.where(is_finite & far, apart, old_shift)
     new_shift = tl.where(shift_given != 0, tl.load(shift + row, mask=shift_given != 0, other=0.0), new_shift)
-    strict = write != 0
-    if out.dtype.element_ty != tl.float16:
-        strict = write < 0  # never
-    base = moved_top(old_base, tl.maximum(top, policy_top - new_shift), strict)
+    base = moved_top(old_base, tl.maximum(top, policy_top - new_shift), write, out.dtype.element_ty)
     grad += row * grad_stride
     reference_grad += row * reference_grad_stride
     if begun & ((base != old_base) | (new_shift != old_shift)):
@@ -193,11 +184,9 @@ def paired_tile_kernel(
     for start in range(0, columns, BLOCK):
         index = start + tl.arange(0, BLOCK)
         others = (index < columns) & (index != label)
-        loaded = tl.load(policy + index, mask=index < padded, other=0.0)
-        policy_logits = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        policy_logits = load_logits(policy, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         z_p = tl.where(others, policy_logits, float("-inf"))
-        loaded = tl.load(reference + index, mask=index < padded, other=0.0)
-        z_q = finish_logits(loaded, bias, index, scale, softcap, bias_columns, TRANSFORM)
+        z_q = load_logits(reference, index, padded, bias, scale, softcap, bias_columns, TRANSFORM)
         z_q = tl.where(others, z_q, float("-inf"))
         gap = tl.where(z_q == float("-inf"), float("inf"), (z_p - z_q) - new_shift)
         probability = tl.exp(z_q - finite_base)
@@ -210,18 +199,10 @@ def paired_tile_kernel(
         differences += row_here
         excesses += tl.where(near, probability * curve, far_excess)
         if write != 0:
-            if TRANSFORM:
-                row_here = times_slope(row_here, policy_logits, softcap)
-                probability = times_slope(probability, policy_logits, softcap)
-            if out.dtype.element_ty == tl.float16:
-                row_here *= FLOAT16_SCALE
-                probability *= FLOAT16_SCALE
-            # narrower rows begin where these logits do: every thread has read its own before any writes
             tl.debug_barrier()
-            tl.store(out + index, narrow(row_here, out.dtype.element_ty), mask=index < padded)
+            store_row(out, index, padded, row_here, policy_logits, softcap, TRANSFORM, True)
             if reference_write != 0:
-                element_type = reference_out.dtype.element_ty
-                tl.store(reference_out + index, narrow(probability, element_type), mask=index < padded)
+                store_row(reference_out, index, padded, probability, policy_logits, softcap, TRANSFORM, True)
 
     tl.store(accumulators, policy_top)
     tl.store(accumulators + stride, policy_total)
@@ -236,64 +217,23 @@ def paired_tile_kernel(
     tl.store(accumulators + 10 * stride, reference_label)
 
 
-def paired_tile(
-    policy: Tensor,
-    reference: Tensor,
-    rows: Tensor | None,
-    reference_rows: Tensor | None,
-    labels: Tensor,
-    accumulators: Tensor,
-    shift: Tensor | None,
-    grad: Tensor | None,
-    reference_grad: Tensor | None,
-    place: Place,
-) -> None:
-    """Run the paired pass over a tile; see `fastforget.backends.protocol`.
-
-    Args:
-        policy, reference: (r, c) products with the head, float32, rows contiguous.
-        rows, reference_rows: (r, c) of one dtype for what is written; they may begin where `policy` and `reference` do.
-        accumulators: (ACCUMULATORS, r) float32, rows of any stride.
-        shift: (r,) float32, contiguous, or None where the pass chooses it.
-        grad, reference_grad: (r, D) float32, moved with base and shift; not read at the first tile.
-    """
-    out = policy if rows is None else rows
-    reference_out = out if reference_rows is None else reference_rows
-    # fmt: off
-    paired_tile_kernel[(policy.shape[0],)](
-        policy, policy.stride(0), reference, reference.stride(0), out, out.stride(0), reference_out,
-        reference_out.stride(0), place.bias_or(accumulators), labels, accumulators, accumulators.stride(0),
-        accumulators if shift is None else shift, accumulators if grad is None else grad,
-        0 if grad is None else grad.stride(0), accumulators if reference_grad is None else reference_grad,
-        0 if reference_grad is None else reference_grad.stride(0), *place.numbers(), int(shift is not None),
-        int(rows is not None), int(reference_rows is not None),
-        0 if grad is None or place.first == 0 else grad.shape[1],
-        0 if reference_grad is None or place.first == 0 else reference_grad.shape[1],
-        **options(place.transforms),
-    )
-    # fmt: on
-
-
 @functools.cache
 def options(transform: bool) -> dict[str, Any]:
-    """Constants of a launch."""
-    return {"TRANSFORM": transform, "BLOCK": block_size(BLOCK), "num_warps": TRANSFORM_WARPS if transform else WARPS}
+    """What a launch is given."""
+    # columns of two rows at a time: with 64 registers a thread, four programs fit a processor; the two tanh of a
+    # softcap would spill there
+    return {"TRANSFORM": transform, "BLOCK": block_size(1024), "num_warps": 16 if transform else 8}
 
 
 def variants() -> list[Variant]:
-    """Every configuration that `paired_tile` can launch."""
-    found = []
-    floats = ("policy", "reference", "bias", "accumulators", "shift", "grad", "reference_grad")
-    for written in (torch.float32, torch.bfloat16, torch.float16):
-        kinds = signature(
+    """Every configuration that can be launched."""
+    return [
+        Variant(
             paired_tile_kernel,
-            out=written,
-            reference_out=written,
-            labels=torch.int64,
-            **dict.fromkeys(floats, torch.float32),
+            options(transform),
+            {"out": written, "reference_out": written},
+            f"2 x 8 c read, 2 x {written.itemsize} c written",
         )
-        for transform in (False, True):
-            traffic = f"2 x 8 c read, 2 x {written.itemsize} c written"
-            constants, warps = {"TRANSFORM": transform, "BLOCK": BLOCK}, TRANSFORM_WARPS if transform else WARPS
-            found.append(Variant(paired_tile_kernel, kinds, constants, warps, traffic))
-    return found
+        for transform in (False, True)
+        for written in (torch.float32, torch.bfloat16, torch.float16)
+    ]
