@@ -125,7 +125,7 @@ class TorchPasses:
         self.move_base(tile, previous, new, strict, block, policy.dtype)
         base, shift = (new[place][:, None].to(policy.dtype) for place in (5, 6))
         base = finite_or_zero(base)
-        # near the policy's own top: taken off one by one, base and shift would cost its digits; so would their sum rounded
+        # near the policy's own top: taken off one by one, they would cost its digits, and so would their rounded sum
         policy_base = base + shift
         rest = ((finite_or_zero(new[5]) + new[6])[:, None] - policy_base).to(policy.dtype)
         above, offset = (policy - policy_base) - rest, reference - base
@@ -252,10 +252,9 @@ class TorchPasses:
     def state_pass(self, block: StateBlock) -> None:
         """As `TilePasses.state_pass`, a few megabytes of states at a time."""
         for rows in state_blocks(len(block.states), block.states):
-            anchor = block.targets.anchor
-            targets = replace(
-                block.targets, anchor=anchor[rows] if anchor is not None and anchor.dim() == 2 else anchor
-            )
+            targets = block.targets
+            if targets.anchor is not None and targets.anchor.dim() == 2:
+                targets = replace(targets, anchor=targets.anchor[rows])
             self.measure(StateBlock(block.states[rows], targets, block.values[:, rows], block.nearest[rows]))
 
     @staticmethod
