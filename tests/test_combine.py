@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_step import gradients, load_perturbed
+from helpers import gradients, load_perturbed
 
 import fastforget as ff
 from fastforget.combine import combined

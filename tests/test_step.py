@@ -7,31 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, load_perturbed, token_log_probs
 
 import fastforget as ff
-
-
-def load_perturbed(folder, bits=32, seed=1, **lora):
-    """A model whose adapter is not at its initial zero, in training mode."""
-    torch.manual_seed(seed)  # PEFT draws lora_A
-    model = ff.load(folder, bits=bits, lora={"r": 4, "target_modules": "all-linear", **lora}).train()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_B" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-
-
-def token_log_probs(model, batch):
-    """(B, T-1) log-probs of the next tokens and the mask of those that are labelled, from the model's own logits."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-    labels = batch["labels"][:, 1:]
-    log_probs = logits.log_softmax(-1)
-    return log_probs, log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0], labels != -100
 
 
 def loss_by_hand(name, model, reference, forget, retain):
