@@ -43,8 +43,9 @@ class TokenStats:
     `distance` and `pull` where an anchor and centres were given, the others where they were named in `outputs`. Which
     of them are differentiable is said in `fastforget.backends.protocol.FIELDS`.
 
-    NaN among a token's logits makes every statistic of it NaN, but for `label_logit`, which is z_y as it is, and two
-    that pass over NaN: `argmax` and `others_argmax` are then of the logits that are numbers, 0 where there are none.
+    NaN among a token's logits makes each of its statistics NaN; but `label_logit` where z_y is a number, and what
+    begins with `others_` where z_y alone is NaN, are as ever. `argmax` and `others_argmax`, which cannot be NaN, are
+    then the index of any token, where torch's own argmax gives that of the NaN: `max_logit` tells.
     """
 
     logp: Tensor  # log p_y, nats

@@ -1,12 +1,13 @@
 """token_stats against float64 on full logits, by the rule of `oracle.py`."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from kernel_device import OURS, device_of, needs_native
-from oracle import DRAWS, check, evaluate, problems, realistic
+from oracle import DRAWS, LOGITS, check, evaluate, problems, realistic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
@@ -192,6 +193,29 @@ def test_nan_is_not_hidden(backend):
             assert value.isnan().tolist() == [False, True, False], kind
 
 
+def nan_at(token, rows=3):
+    """Logits (rows, 30) whose row 1 has NaN at one token, or at all (None), with labels 4."""
+    logits = torch.randn(rows, 30, generator=torch.Generator().manual_seed(0))
+    logits[1, slice(None) if token is None else token] = torch.nan
+    return logits, torch.full((rows,), 4)
+
+
+@pytest.mark.parametrize("backend", ["eager", *OURS])
+@pytest.mark.parametrize("token", [None, 4, 9])
+def test_one_nan_among_the_logits_is_not_hidden(backend, token):
+    logits, labels = (each.to(device_of(backend)) for each in nan_at(token))
+    stats = ff.token_stats_from_logits(logits, labels, outputs=LOGITS, backend=backend)
+    as_ever = {9: {"label_logit"}, 4: {"others_entropy"}, None: set()}[token]
+    for name in LOGITS:
+        value = getattr(stats, name)
+        if name.endswith("argmax"):  # `max_logit` tells of a NaN; the other rows are untouched
+            among = logits if name == "argmax" else logits.index_fill(1, labels[0], -torch.inf)
+            assert torch.equal(value[[0, 2]], among[[0, 2]].argmax(1)) and 0 <= int(value[1]) < 30
+            continue
+        expected = [False, name not in as_ever, False]
+        assert value.isnan().tolist() == expected, name
+
+
 def test_mixed_upstream_gradients_in_one_loss():
     hidden, weight, labels = realistic(rows=12, vocabulary=101)
 
@@ -239,9 +263,26 @@ def test_evaluation_pays_no_second_product(monkeypatch):
 
 def test_errors_say_what_is_wrong():
     hidden, weight, labels = realistic(rows=4)
-    head = ff.LMHead(weight)
+    head, far = ff.LMHead(weight), hidden[0] + 1
     cases = [
         ("labels must be", lambda: ff.token_stats(hidden, head, labels[:2])),
+        ("labels must be .* not a list", lambda: ff.token_stats(hidden, head, labels.tolist())),
+        (r"labels must be .* not int64 \(\)", lambda: ff.token_stats(hidden, head, labels[0])),
+        (r"hidden must be .* not float32 \(\)", lambda: ff.token_stats(hidden[0, 0], head, labels)),
+        ("hidden must be .* not a list", lambda: ff.token_stats(hidden.tolist(), head, labels)),
+        ("hidden must be .* not float8", lambda: ff.token_stats(hidden.to(torch.float8_e4m3fn), head, labels)),
+        (r"the logits must be .* not float32 \(\)", lambda: ff.token_stats_from_logits(hidden[0, 0], labels[:0])),
+        (
+            "hidden must be .* not int64",
+            lambda: ff.token_stats_from_logits(hidden, labels, hidden.long(), anchor=far),
+        ),
+        ("anchor must be .* not a list", lambda: ff.token_stats(hidden, head, labels, anchor=[0.0] * 96)),
+        ("anchor must be .* not float32", lambda: ff.token_stats(hidden, head, labels, anchor=far[0])),
+        ("centres must be .* not a list", lambda: ff.hidden_stats(hidden, centres=[[0.0] * 96])),
+        ("ref_hidden must be .* not a list", lambda: ff.divergence(hidden, hidden.tolist(), head)),
+        ("outside the vocabulary", lambda: ff.token_stats(hidden, head, labels + 10**6, anchor="label")),
+        ("the head's weight must be a tensor", lambda: ff.LMHead(weight.tolist())),
+        ("a quantised head", lambda: ff.LMHead(weight.to(torch.float8_e4m3fn))),
         ("outside the vocabulary", lambda: ff.token_stats(hidden, head, labels + 10**6)),
         ("unknown output 'nll'", lambda: ff.token_stats(hidden, head, labels, outputs=("nll",))),
         ("unknown backend 'cuda'", lambda: ff.token_stats(hidden, head, labels, backend="cuda")),
@@ -287,3 +328,38 @@ def test_positions_are_distinct_rows():
         ):
             with pytest.raises(ff.FastforgetError, match="position"):
                 call(positions)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_compile_traces_statistics_of_logits(backend, with_positions):
+    torch._dynamo.reset()
+    hidden, weight, labels = (each.to(device_of(backend)) for each in realistic(rows=5, width=8, vocabulary=40))
+    labels[1] = -100
+    positions = torch.tensor([0, 2, 3, 4], device=hidden.device) if with_positions else None
+
+    def loss_of(logits, states):
+        stats = ff.token_stats_from_logits(
+            logits,
+            labels,
+            states,
+            positions=positions,
+            outputs=("entropy",),
+            anchor=weight[0],
+            centres=weight[:3],
+            margin=20.0,
+            backend=backend,
+        )
+        return stats.logp.sum() + stats.entropy.square().sum() + stats.distance.sum() + stats.pull.sum()
+
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        logits, states = (hidden @ weight.T).requires_grad_(), hidden.clone().requires_grad_()
+        loss = function(logits, states)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (logits, states))))
+    for expected, compiled in zip(*results, strict=True):
+        assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_token_stats_has_a_field_for_each_statistic():
+    assert {field.name for field in dataclasses.fields(ff.TokenStats)} == {*OUTPUTS, "distance", "pull"}
