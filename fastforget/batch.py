@@ -56,7 +56,7 @@ def count_name(side: str, stream: str) -> str:
     return side if stream == "answer" else f"{side}_{stream}"
 
 
-def described(side: str, stream: str = "answer") -> str:
+def stream_name(side: str, stream: str = "answer") -> str:
     """What messages call a side's stream."""
     return f"the {side} batch" if stream == "answer" else f"{side}[{stream!r}]"
 
@@ -116,7 +116,7 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
     A batch that arrives on a GPU is copied to the CPU, which synchronises once.
 
     Args:
-        name: what messages call it (`described`).
+        name: what messages call it (`stream_name`).
         vocabulary: the number of logits, below which labels must lie.
 
     Raises:
@@ -297,7 +297,7 @@ def count_labels(micro_batches: Iterable[Batch | tuple[Batch | None, Batch | Non
         for side, stream in ROLES:
             batch = None if given[side] is None else stream_of(given[side], stream)
             if batch is not None:
-                checked[side, stream] = check_batch(batch, described(side, stream))
+                checked[side, stream] = check_batch(batch, stream_name(side, stream))
         totals.update(vars(total_counts(checked)))
     return LabelCounts(**totals)
 

@@ -22,8 +22,8 @@ from fastforget.batch import (
     LabelCounts,
     PreparedSide,
     check_batch,
-    described,
     positions_without_padding,
+    stream_name,
     stream_of,
 )
 from fastforget.errors import FastforgetError
@@ -101,7 +101,7 @@ def check_forward(
             f"these terms need {side}[{missing[0]!r}], and the {side} batch has none: {forward.names}. It is a dict of "
             f"input_ids, attention_mask and labels that holds {CONTENTS[missing[0]]}"
         )
-    parts = {stream: check_batch(part, described(side, stream), vocabulary) for stream, part in given.items()}
+    parts = {stream: check_batch(part, stream_name(side, stream), vocabulary) for stream, part in given.items()}
     if len(parts) > 1:
         check_rows(parts["answer"], parts["refusal"], forward)
     if not forward.learns:
@@ -136,7 +136,7 @@ def check_labelled(plan: LossPlan, side: str, counts: LabelCounts) -> None:
     for stream in (stream for forward in plan.on(side) for stream in forward.streams):
         if counts.totals(side, stream)[0] == 0:
             raise FastforgetError(
-                f"{described(side, stream)} has no label: every token is -100 (or stands first in its sequence, where "
+                f"{stream_name(side, stream)} has no label: every token is -100 (or stands first in its sequence, where "
                 "it is never predicted), so there is nothing to compute a loss on"
             )
 

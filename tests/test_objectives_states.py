@@ -96,7 +96,7 @@ def test_every_lora_gradient_equals_a_loop_with_all_states(tiny, batch, kind, bi
                 assert error < 2e-5, (anchor, options, key, error)
 
 
-def test_at_the_start_the_distance_is_zero_with_a_finite_gradient_and_the_pull_moves_it(tiny, batch):
+def test_the_pull_moves_states_off_a_distance_of_zero(tiny, batch):
     model = ff.load(tiny["llama"], bits=8, lora={"r": 4, "target_modules": "all-linear"}).train()
     forget = batch(4, 1)
     for metric in ("l2", "cosine"):

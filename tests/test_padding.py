@@ -145,7 +145,7 @@ def test_padding_is_in_the_key_where_the_result_depends_on_it(folders, monkeypat
         assert "position_ids" not in prepared_for(padded, model).inputs
 
 
-def test_a_mask_with_holes_is_counted_by_the_model_and_keyed_by_all_of_it(folders):
+def test_a_mask_with_holes_is_keyed_by_all_of_it(folders):
     gpt2 = ff.load(folders["gpt2"], bits=32)
     plain, padded = (collate([example(1)], (left,)) for left in (0, 5))
     for batch, hole in ((plain, 4), (padded, 9)):
@@ -164,7 +164,7 @@ def test_given_positions_stay(folders):
     assert side.keys != keys_of(padded, gpt2)
 
 
-def test_equal_inputs_that_stand_elsewhere_have_keys_of_their_own(folders):
+def test_equal_inputs_that_stand_elsewhere_have_other_keys(folders):
     gpt2 = ff.load(folders["gpt2"], bits=32)
     left, right = collate([example(1)], (1,)), collate([example(1), example(2, 15)], (0, 0))
     right = {key: value[:1] for key, value in right.items()}
@@ -176,7 +176,7 @@ def test_equal_inputs_that_stand_elsewhere_have_keys_of_their_own(folders):
     assert own[0] == own[1], "the same tokens at the same positions"
 
 
-def test_rounding_is_far_below_what_counts_as_moved_and_one_position_is_above(folders):
+def test_one_position_counts_as_moved_and_rounding_does_not(folders):
     for kind, bits in (("opt", 32), ("llama", 32), ("gpt2", 32), ("opt", 8), ("llama", 16)):
         backbone = Backbone(ff.load(folders[kind], bits=bits, device="cpu"))
         assert backbone.moved_by_padding() < MOVED_BY_PADDING / 2, (kind, bits)

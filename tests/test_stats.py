@@ -126,7 +126,7 @@ def test_log_not_label_of_a_memorised_token_has_its_gradient(outputs, train):
         assert torch.allclose(weight.grad, expected[:, None] * hidden.detach(), rtol=1e-5, atol=0)
 
 
-def test_entropy_gradient_near_uniform_is_not_drowned_by_log_vocabulary():
+def test_entropy_gradient_of_equal_logits_is_zero():
     """With equal logits it is exactly 0; log p + entropy would leave the rounding of log V."""
     logits = torch.zeros(1, 7).requires_grad_()
     ff.token_stats_from_logits(logits, torch.tensor([0]), outputs=("entropy",)).entropy.sum().backward()

@@ -84,7 +84,7 @@ def test_kl_is_zero_at_lora_init(tiny, batch, kind, bits):
     assert float(out.terms["npo"]) == pytest.approx(2 * 0.6931472, rel=1e-6)
 
 
-def test_micro_batches_and_accumulation_give_the_gradients_of_the_whole(tiny, batch):
+def test_micro_batches_give_the_gradients_of_the_whole(tiny, batch):
     model = load_perturbed(tiny["llama"])
     forget, retain = batch(5, 1), batch(4, 2)
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo_mean", lr=0.1)
@@ -191,7 +191,7 @@ def test_copies_have_no_model_until_attached(tiny, batch):
         assert all(parameter.grad is None for parameter in after), "and clears its gradients"
 
 
-def test_a_copy_made_together_with_its_model_goes_on_as_the_original(tiny, batch):
+def test_a_copy_made_with_its_model_goes_on_as_the_original(tiny, batch):
     model = load_perturbed(tiny["llama"])
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
     step(batch(2, 1), batch(2, 2))

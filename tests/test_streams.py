@@ -237,7 +237,7 @@ def unlabelled(batch, row):
         ("grad_diff", lambda f, r: (f, unlabelled(r, slice(None))), "the retain batch has no label"),
     ],
 )
-def test_batches_that_lack_something_are_refused_before_a_forward(tiny, sides, preset, change, message, forwards):
+def test_incomplete_batches_are_refused_before_a_forward(tiny, sides, preset, change, message, forwards):
     loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), preset)
     with pytest.raises(ff.FastforgetError, match=message):
         loss(*change(*sides))
