@@ -136,8 +136,8 @@ def check_labelled(plan: LossPlan, side: str, counts: LabelCounts) -> None:
     for stream in (stream for forward in plan.on(side) for stream in forward.streams):
         if counts.totals(side, stream)[0] == 0:
             raise FastforgetError(
-                f"{stream_name(side, stream)} has no label: every token is -100 (or stands first in its sequence, where "
-                "it is never predicted), so there is nothing to compute a loss on"
+                f"{stream_name(side, stream)} has no label: every token is -100 (or stands first in its sequence, "
+                "where it is never predicted), so there is nothing to compute a loss on"
             )
 
 

@@ -128,8 +128,9 @@ class Term:
     def requests(self) -> tuple[Request, ...]:
         """What must be computed of the streams that the term looks at: the keys to `SideStats`.
 
-        Read once, when the loss is built. `stats.logp` is there by default; a term that defines `requests` names `LOGP` too where it reads it. Where no
-        request of a side's terms needs the head, its forward ends at the deepest layer that they name.
+        Read once, when the loss is built. `stats.logp` is there by default; a term that defines `requests` names `LOGP`
+        too where it reads it. Where no request of a side's terms needs the head, its forward ends at the deepest layer
+        that they name.
         """
         return (LOGP,)
 
