@@ -113,7 +113,7 @@ class CheckedBatch:
 def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> CheckedBatch:
     """Check one stream of a side's batch.
 
-    A batch that arrives on a GPU is copied to the CPU, which synchronises once.
+    Labels and masks are read on the CPU; of a batch that arrives on a GPU they are copied back, which synchronises.
 
     Args:
         name: what messages call it (`stream_name`).
@@ -127,13 +127,15 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
     if not isinstance(batch, Mapping):
         raise FastforgetError(f"{what}: it is a {type(batch).__name__}")
     inputs = {key: value for key, value in batch.items() if key not in ("labels", *FLAT_KEYS, *COMPANIONS)}
-    for key in ("input_ids", "labels"):
-        if key not in batch:
+    for key in ("input_ids", "labels", "attention_mask"):
+        value = batch.get(key)
+        if value is None and key == "attention_mask":
+            inputs[key] = torch.ones_like(inputs["input_ids"])
+        elif value is None:
             raise FastforgetError(f"{what}: it has no {key!r}")
-        if not isinstance(batch[key], Tensor) or batch[key].dim() != 2:
-            given = tuple(batch[key].shape) if isinstance(batch[key], Tensor) else f"a {type(batch[key]).__name__}"
+        elif not isinstance(value, Tensor) or value.dim() != 2:
+            given = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FastforgetError(f"{what}: its {key!r} is {given}")
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     labels, mask = batch["labels"].cpu(), inputs["attention_mask"].cpu()
     for key, value in (("labels", labels), ("attention_mask", mask)):
         if value.shape != inputs["input_ids"].shape:

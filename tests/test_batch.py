@@ -83,7 +83,7 @@ def test_no_keys_where_an_input_belongs_to_the_whole_batch(batch):
         ),
         (lambda one: one.update(labels=one["labels"][0]), r"its 'labels' is \(20,\)"),
         (lambda one: one.update(labels=one["labels"].tolist()), "its 'labels' is a list"),
-        (lambda one: one.update(attention_mask=torch.ones(20)), r"attention_mask are \(20,\)"),
+        (lambda one: one.update(attention_mask=torch.ones(20)), r"its 'attention_mask' is \(20,\)"),
         (lambda one: one.update(labels=one["labels"][:, 1:]), r"labels are \(2, 19\), its input_ids \(2, 20\)"),
         (lambda one: one.update(attention_mask=torch.ones(2, 3)), r"attention_mask are \(2, 3\)"),
         (lambda one: one["labels"].fill_(320), "label 320, outside the vocabulary of 320"),

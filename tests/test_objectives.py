@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import fastforget as ff
-from fastforget.objectives import LOGP as LOGP_REQUEST
-from fastforget.objectives import PRESETS, REFERENCE_LOGP, Divergence, SideStats
+from fastforget.objectives import LOGP, PRESETS, REFERENCE_LOGP, Divergence, SideStats
 
-LOGP = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
+ANSWERS = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
 REF = [[-0.2, -0.1, -0.4], [-1.0]]
-FLAT = [value for row in LOGP for value in row]
+FLAT = [value for row in ANSWERS for value in row]
 REF_FLAT = [value for row in REF for value in row]
 
 
@@ -23,7 +22,7 @@ def side(extra=MappingProxyType({})):
         token_total=4,
         sequence_total=2,
         tensors={
-            LOGP_REQUEST: torch.tensor(FLAT, dtype=torch.float64),
+            LOGP: torch.tensor(FLAT, dtype=torch.float64),
             REFERENCE_LOGP: torch.tensor(REF_FLAT, dtype=torch.float64),
             **extra,
         },
@@ -51,10 +50,10 @@ def test_values_follow_the_formulas():
 
 @pytest.mark.parametrize(("beta", "delta"), [(4.5, 0.0), (0.7, 0.3)])
 def test_simnpo_follows_its_formula(beta, delta):
-    nll = [-sum(row) / len(row) for row in LOGP]
+    nll = [-sum(row) / len(row) for row in ANSWERS]
     expected = -(2 / beta) * sum(log_sigmoid(beta * (value - delta)) for value in nll) / 2
     assert float(ff.SimNPO(beta=beta, delta=delta).value(side())) == pytest.approx(expected)
-    assert ff.SimNPO().requests == (LOGP_REQUEST,), "no reference"
+    assert ff.SimNPO().requests == (LOGP,), "no reference"
 
 
 def test_presets():
