@@ -3,8 +3,6 @@
 import copy
 import pickle
 import warnings
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch.nn.functional as F
 from helpers import gradients, load_perturbed, token_log_probs
 
 import fastforget as ff
-from fastforget.objectives import LOGP, Divergence, Field
 
 
 def loss_by_hand(name, model, reference, forget, retain):
@@ -344,14 +341,6 @@ def test_a_side_pays_for_the_gradients_that_it_learns_from(tiny, monkeypatch, ba
     assert len(calls) == 1 + products and out.stats["retain_nll"] > 0  # one for the forget side
 
 
-def test_constants_are_kept_by_tensor_not_by_address(tiny, monkeypatch):
-    """The tensor is held, so that no other one can come to lie where it lay."""
-    loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), "grad_ascent")
-    monkeypatch.setattr(ff.loss.Backbone, "device", torch.device("meta"))  # so that it is copied
-    for size in range(1, 50):
-        assert loss.constant(torch.zeros(size)).shape == (size,)
-
-
 def test_a_step_s_loss_is_copied_and_pickled(tiny, batch):
     model = load_perturbed(tiny["llama"])
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="pdu", lr=0.01)
@@ -359,50 +348,3 @@ def test_a_step_s_loss_is_copied_and_pickled(tiny, batch):
     expected = step.loss(batch(2, 1), batch(2, 2)).loss
     for other in (copy.deepcopy(step.loss), pickle.loads(pickle.dumps(step.loss))):
         assert torch.equal(other(batch(2, 1), batch(2, 2)).loss, expected)
-
-
-@dataclass(kw_only=True)
-class AboveReference(ff.TokenTerm):
-    """A term whose only request beside logp is of the reference."""
-
-    name: ClassVar[str] = "above_reference"
-    field: Field
-    reads_logp: bool = True
-
-    @property
-    def requests(self):
-        return (LOGP, self.field) if self.reads_logp else (self.field,)
-
-    def per_token(self, stats):
-        return stats[self.field] - stats.logp if self.reads_logp else stats[self.field]
-
-
-@pytest.mark.parametrize("reads_logp", [True, False])
-def test_one_statistic_of_the_reference_alone(tiny, batch, reads_logp):
-    model, forget = load_perturbed(tiny["llama"]), batch(2, 1)
-    reference = copy.deepcopy(model)
-    reference.base_model.disable_adapter_layers()
-    with torch.no_grad():
-        _, logp, kept = token_log_probs(model, forget)
-        log_probs, _, _ = token_log_probs(reference, forget)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)[kept]
-    expected = (entropy - reads_logp * logp[kept]).mean()
-    loss = ff.UnlearnLoss(model, [AboveReference(field=Field("entropy", of="reference"), reads_logp=reads_logp)])
-    for _ in range(2):  # computed, and cached
-        assert float(loss(forget).loss.detach()) == pytest.approx(float(expected), rel=1e-5)
-    assert loss.reference.forwards == 1
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Field("nll"), "no statistic 'nll': choose from logp, lse"),
-        (lambda: Field("ref_entropy"), "no statistic 'ref_entropy'"),
-        (lambda: Field("entropy", of="ref"), "of 'model' or 'reference', not of 'ref'"),
-        (lambda: Divergence("kl"), "unknown divergence 'kl': choose one of forward_kl, reverse_kl, jsd"),
-        (lambda: Divergence("jsd", label_shift=1.0), "label_shift must be finite and at most 0"),
-    ],
-)
-def test_requests_of_nothing_are_refused(make, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        make()
