@@ -8,7 +8,6 @@ from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
-from fastforget.divergences import divergence
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
 from fastforget.jobs.unlearn import unlearn
@@ -46,7 +45,7 @@ from fastforget.objectives import (
     Unlikelihood,
     preset,
 )
-from fastforget.stats import TokenStats, hidden_stats, token_stats, token_stats_from_logits
+from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
 from fastforget.task_vectors import task_vector
 

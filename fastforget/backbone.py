@@ -12,13 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastforget.batch import positions_without_padding
+from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead, base_causal_lm
 
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
 MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), one position further is more
+
+
+@contextlib.contextmanager
+def training_flags_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's `training` flag back at the end, also after an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @contextlib.contextmanager
@@ -29,15 +40,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     them: both go to evaluation mode. Other modules without children keep the mode they are in: they hold the weights,
     and bitsandbytes' 8-bit layers compute something else in evaluation mode (they quantise the activations too).
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
+    with training_flags_restored(model):
+        for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) or any(True for _ in module.children()):
                 module.training = False
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 class _LayerReachedError(Exception):
@@ -87,10 +94,9 @@ class Backbone:
         """The number of logits."""
         return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
 
-    @property
-    def batch_arguments(self) -> tuple[torch.device, int, Callable[[], bool]]:
-        """What `prepare` wants to know of the model, in its order."""
-        return self.device, self.vocabulary, self.takes_positions
+    def prepare(self, batch: CheckedBatch) -> PreparedSide | None:
+        """A checked batch, made ready for this model; None where it has no label."""
+        return prepare(batch, self.device, self.takes_positions)
 
     def takes_positions(self) -> bool:
         """Whether left padding changes nothing once `position_ids` count without it.
@@ -109,20 +115,20 @@ class Backbone:
         causal_lm = base_causal_lm(self.model)
         rows = causal_lm.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(1, CHECK_TOKENS + 1, device=self.device) % rows)[None]
-        found = []
+        finals = []
         with torch.no_grad(), without_dropout(self.model):
             for padding in (0, CHECK_PADDING):
                 mask = F.pad(torch.ones_like(ids), (padding, 0))
                 padded = {"input_ids": F.pad(ids, (padding, 0)), "attention_mask": mask}
                 padded["position_ids"] = positions_without_padding(mask)
                 final = causal_lm.base_model(**padded, use_cache=False)[0]
-                found.append(final[:, padding:].float())
-        return float((found[0] - found[1]).norm() / found[0].norm())
+                finals.append(final[:, padding:].float())
+        return float((finals[0] - finals[1]).norm() / finals[0].norm())
 
     def states(
-        self, inputs: dict[str, Tensor], positions: Tensor, layers: Collection[int | None] = (None,)
+        self, inputs: dict[str, Any], positions: tuple[Tensor, Tensor], layers: Collection[int | None] = (None,)
     ) -> dict[int | None, Tensor]:
-        """Hidden states (n, D) at positions of the flattened batch, by layer.
+        """Hidden states (n, D) by layer, at positions of the batch: the row and the column (n,) of each.
 
         Without None among the layers the forward ends at the deepest of them: neither later layers nor the final norm
         run, and the head is not checked.
@@ -159,7 +165,7 @@ class Backbone:
                 pass
         for number in wanted - captured.keys():
             raise FastforgetError(f"layer {number} did not run in this forward: switch layer drop off")
-        return {layer: state.flatten(0, 1)[positions] for layer, state in captured.items()}
+        return {layer: state[positions] for layer, state in captured.items()}
 
     def layer(self, number: int) -> nn.Module:
         """One decoder layer, by its number in the model's own list of layers."""

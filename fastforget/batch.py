@@ -1,4 +1,7 @@
-"""One side of a training batch, made ready: which tokens are kept, of which sequence, and what identifies each."""
+"""A training batch, checked and made ready: which tokens are kept, of which sequence, and what identifies each.
+
+Everything that is demanded of a batch is checked here, once, in `check_batch`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.checks import IGNORE_INDEX
 from fastforget.errors import FastforgetError
 
+IGNORE_INDEX = -100  # a label that does not count
 Batch = Mapping[str, Any]  # tensors by name; a companion batch under its stream's name; anything else for the model
 FLAT_KEYS = ("role", "example_id")  # of a flat batch; never passed to the model
 COMPANIONS = ("refusal", "mismatch")  # keys of a side's batch that hold batches of their own
@@ -42,7 +45,7 @@ class LabelCounts:
     forget_mismatch_tokens: int = 0
     forget_mismatch_sequences: int = 0
 
-    def of(self, side: str, stream: str = "answer") -> tuple[int, int]:
+    def totals(self, side: str, stream: str = "answer") -> tuple[int, int]:
         """(tokens, sequences) of one side's stream."""
         name = count_name(side, stream)
         return getattr(self, f"{name}_tokens"), getattr(self, f"{name}_sequences")
@@ -53,12 +56,107 @@ def count_name(side: str, stream: str) -> str:
     return side if stream == "answer" else f"{side}_{stream}"
 
 
+def stream_name(side: str, stream: str = "answer") -> str:
+    """What messages call a side's stream."""
+    return f"the {side} batch" if stream == "answer" else f"{side}[{stream!r}]"
+
+
+def stream_of(batch: Any, stream: str) -> Any:
+    """One stream of a side's batch, as the user gave it; None where it is not there."""
+    if not isinstance(batch, Mapping):  # which `check_batch` refuses
+        return batch
+    if stream == "answer":
+        return {key: value for key, value in batch.items() if key not in COMPANIONS}
+    return batch.get(stream)
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """One stream of a side, known to be right: B rows of T tokens.
+
+    A token is kept where it is no padding itself and its *next* token is labelled. What stands on padding predicts
+    nothing: the first token of a sequence has no prediction under left padding either, whether it is labelled or not,
+    and a label after padding counts nowhere.
+    """
+
+    name: str  # what messages call it
+    inputs: dict[str, Any]  # what the model is given; input_ids and attention_mask always
+    labels: Tensor  # (B, T) int64, on the CPU
+    kept: Tensor  # (B, T - 1) bool, on the CPU
+
+    @property
+    def row_count(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labelled_rows(self) -> Tensor:
+        """(B,) bool: the rows of which a token is kept."""
+        return self.kept.any(dim=1)
+
+    def counts(self) -> tuple[int, int]:
+        """Kept tokens, and rows that have any."""
+        return int(self.kept.sum()), int(self.labelled_rows.sum())
+
+    def split(self, rows: int) -> list[CheckedBatch]:
+        """Parts of at most `rows` rows; what belongs to no row goes to each."""
+        return [self.part(slice(start, start + rows)) for start in range(0, self.row_count, rows)]
+
+    def part(self, rows: slice) -> CheckedBatch:
+        """Some rows, as a batch."""
+        inputs = {
+            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (self.row_count,) else value
+            for key, value in self.inputs.items()
+        }
+        return CheckedBatch(self.name, inputs, self.labels[rows], self.kept[rows])
+
+
+def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> CheckedBatch:
+    """Check one stream of a side's batch.
+
+    Labels and masks are read on the CPU; of a batch that arrives on a GPU they are copied back, which synchronises.
+
+    Args:
+        name: what messages call it (`stream_name`).
+        vocabulary: the number of logits, below which labels must lie.
+
+    Raises:
+        FastforgetError: no mapping, a key that is missing or no tensor (B, T), shapes that differ, or a kept label
+            outside the vocabulary.
+    """
+    what = f"{name} needs input_ids, attention_mask and labels, tensors (B, T)"
+    if not isinstance(batch, Mapping):
+        raise FastforgetError(f"{what}: it is a {type(batch).__name__}")
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", *FLAT_KEYS, *COMPANIONS)}
+    for key in ("input_ids", "labels", "attention_mask"):
+        value = batch.get(key)
+        if value is None and key == "attention_mask":
+            inputs[key] = torch.ones_like(inputs["input_ids"])
+        elif value is None:
+            raise FastforgetError(f"{what}: it has no {key!r}")
+        elif not isinstance(value, Tensor) or value.dim() != 2:
+            given = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise FastforgetError(f"{what}: its {key!r} is {given}")
+    labels, mask = batch["labels"].cpu(), inputs["attention_mask"].cpu()
+    for key, value in (("labels", labels), ("attention_mask", mask)):
+        if value.shape != inputs["input_ids"].shape:
+            raise FastforgetError(
+                f"{name}: its {key} are {tuple(value.shape)}, its input_ids {tuple(inputs['input_ids'].shape)}: they "
+                "must agree (labels are unshifted, -100 outside the answer)"
+            )
+    kept = (labels[:, 1:] != IGNORE_INDEX) & (mask[:, :-1] != 0)
+    if vocabulary is not None:
+        wrong = labels[:, 1:][kept & ((labels[:, 1:] < 0) | (labels[:, 1:] >= vocabulary))]
+        if len(wrong):
+            raise FastforgetError(f"{name} has label {int(wrong[0])}, outside the vocabulary of {vocabulary}")
+    return CheckedBatch(name, inputs, labels, kept)
+
+
 @dataclass(frozen=True)
 class PreparedSide:
-    """One side of a batch: inputs for the model, and its n kept tokens (`kept_tokens`)."""
+    """One stream of a side: inputs for the model, and its n kept tokens."""
 
-    inputs: dict[str, Tensor]  # input_ids, attention_mask, ... (B, T), on the model's device
-    positions: Tensor  # (n,) int64, rows of the flattened (B * T) states
+    inputs: dict[str, Any]  # input_ids, attention_mask, ... (B, T), on the model's device
+    positions: tuple[Tensor, Tensor]  # the row and the column (n,) int64 of each kept token
     labels: Tensor  # (n,) int64, shifted
     sequence: Tensor  # (n,) int64 in 0..b-1
     rows: list[int]  # the b labelled rows of the batch
@@ -70,85 +168,45 @@ class PreparedSide:
         return len(self.rows)
 
 
-def kept_tokens(batch: Batch, name: str) -> Tensor:
-    """(B, T - 1) bool: the tokens that are no padding themselves and whose *next* token is labelled.
-
-    What stands on padding predicts nothing: the first token of a sequence has no prediction under left padding either,
-    whether it is labelled or not, and a label after padding counts nowhere.
-
-    Args:
-        name: of the batch, for messages.
-
-    Raises:
-        FastforgetError: shapes that differ.
-    """
-    for key in ("labels", "attention_mask"):
-        if key in batch and batch[key].shape != batch["input_ids"].shape:
-            raise FastforgetError(
-                f"the {name} batch's {key} are {tuple(batch[key].shape)}, its input_ids "
-                f"{tuple(batch['input_ids'].shape)}: they must agree (labels are unshifted, -100 outside the answer)"
-            )
-    kept = batch["labels"][:, 1:] != IGNORE_INDEX
-    return kept & (batch["attention_mask"][:, :-1] != 0) if "attention_mask" in batch else kept
-
-
 def yes() -> bool:
     """Say that the model takes `position_ids`, as most do."""
     return True
 
 
 def prepare(
-    batch: Batch,
-    side: str,
-    device: torch.device,
-    vocabulary: int | None = None,
-    takes_positions: Callable[[], bool] = yes,
+    batch: CheckedBatch, device: torch.device, takes_positions: Callable[[], bool] = yes
 ) -> PreparedSide | None:
-    """Check one side of a batch, find its kept tokens, and move it to the device.
+    """List a batch's kept tokens, identify its sequences, and move it to the device; None where no token is kept.
 
-    All of it is read on the CPU; a batch that arrives on a GPU is copied back first, which synchronises once.
     Where a row is padded on the left and the user gave no `position_ids`, the inputs get some that count from each
     row's first token, so that padding changes nothing. Where that cannot be (the model does not take them, or a mask
     has holes, for which models count in different ways) the padding is part of a row's key.
 
     Args:
         takes_positions: tells, once there is left padding, whether with `position_ids` it changes nothing.
-
-    Returns:
-        None where no token is labelled.
-
-    Raises:
-        FastforgetError: a missing key, shapes that differ, or a label outside the vocabulary.
     """
-    batch = {key: value for key, value in batch.items() if key not in (*FLAT_KEYS, *COMPANIONS)}
-    for key in ("input_ids", "labels"):
-        if key not in batch:
-            raise FastforgetError(f"the {side} batch has no {key!r}: it needs input_ids, attention_mask and labels")
-    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    on_cpu = {key: value.cpu() for key, value in batch.items() if isinstance(value, Tensor)}
-    row, column = kept_tokens(on_cpu, side).nonzero(as_tuple=True)
+    row, column = batch.kept.nonzero(as_tuple=True)
     if len(row) == 0:
         return None
-    labels = on_cpu["labels"][row, column + 1]
-    if vocabulary is not None and not (0 <= int(labels.min()) and int(labels.max()) < vocabulary):
-        wrong = labels[(labels < 0) | (labels >= vocabulary)][0]
-        raise FastforgetError(f"the {side} batch has label {int(wrong)}, outside the vocabulary of {vocabulary}")
     rows, sequence, lengths = row.unique_consecutive(return_inverse=True, return_counts=True)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    trimmed = not bool((on_cpu["attention_mask"][:, 0] == 0).any())
-    if not trimmed and ("position_ids" in inputs or unbroken(on_cpu["attention_mask"])) and takes_positions():
-        inputs.setdefault("position_ids", positions_without_padding(on_cpu["attention_mask"]))
+    inputs = dict(batch.inputs)
+    mask = inputs["attention_mask"].cpu()
+    keys = None
+    trimmed = not bool((mask[:, 0] == 0).any())
+    if not trimmed and ("position_ids" in inputs or unbroken(mask)) and takes_positions():
+        inputs.setdefault("position_ids", positions_without_padding(mask))
         trimmed = True
+    if identifiable(batch):
+        on_cpu = {"labels": batch.labels, **{key: value.cpu() for key, value in batch.inputs.items()}}
+        keys = content_keys(on_cpu, rows.tolist(), column.split(lengths.tolist()), trimmed)
     return PreparedSide(
         inputs={key: move(value, device) for key, value in inputs.items()},
-        positions=move(row * on_cpu["labels"].shape[1] + column, device),
-        labels=move(labels, device),
+        positions=(move(row, device), move(column, device)),
+        labels=move(batch.labels[row, column + 1], device),
         sequence=move(sequence, device),
         rows=rows.tolist(),
         lengths=lengths.tolist(),
-        keys=content_keys(on_cpu, rows.tolist(), column.split(lengths.tolist()), trimmed)
-        if identifiable(batch)
-        else None,
+        keys=keys,
     )
 
 
@@ -157,10 +215,9 @@ def move(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def identifiable(batch: Batch) -> bool:
+def identifiable(batch: CheckedBatch) -> bool:
     """Whether every input belongs to one row, so that a row's content determines the model's states."""
-    size = batch["input_ids"].shape[0]
-    return all(isinstance(value, Tensor) and value.shape[:1] == (size,) for value in batch.values())
+    return all(isinstance(value, Tensor) and value.shape[:1] == (batch.row_count,) for value in batch.inputs.values())
 
 
 def unbroken(mask: Tensor) -> bool:
@@ -226,34 +283,31 @@ def split_roles(batch: Batch) -> tuple[Batch, Batch | None]:
     return sides["forget"], retain if has_retain else None
 
 
-def split_rows(batch: Batch, rows: int) -> list[Batch]:
-    """Micro-batches of at most `rows` sequences."""
-    size = len(batch["input_ids"])
-    return [
-        {
-            key: value[start : start + rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-            for key, value in batch.items()
-        }
-        for start in range(0, size, rows)
-    ]
-
-
 def count_labels(micro_batches: Iterable[Batch | tuple[Batch | None, Batch | None]]) -> LabelCounts:
     """Denominators of a batch that is accumulated over several calls; pass them to each as `counts=`.
 
     Args:
         micro_batches: (forget, retain) pairs, as they go to `UnlearnStep.backward`, or flat batches with `role`.
+
+    Raises:
+        FastforgetError: a batch that `check_batch` refuses.
     """
     totals: Counter[str] = Counter()
     for item in micro_batches:
         forget, retain = item if isinstance(item, tuple | list) else split_roles(item)
+        given, checked = {"forget": forget, "retain": retain}, {}
         for side, stream in ROLES:
-            whole = forget if side == "forget" else retain
-            batch = whole if whole is None or stream == "answer" else whole.get(stream)
-            if batch is None:
-                continue
-            name = count_name(side, stream)
-            labelled = kept_tokens(batch, name.replace("_", " ")).sum(dim=1)
-            totals[f"{name}_tokens"] += int(labelled.sum())
-            totals[f"{name}_sequences"] += int((labelled > 0).sum())
+            batch = None if given[side] is None else stream_of(given[side], stream)
+            if batch is not None:
+                checked[side, stream] = check_batch(batch, stream_name(side, stream))
+        totals.update(vars(total_counts(checked)))
+    return LabelCounts(**totals)
+
+
+def total_counts(batches: Mapping[tuple[str, str], CheckedBatch]) -> LabelCounts:
+    """The counts of checked batches by side and stream."""
+    totals = {}
+    for (side, stream), batch in batches.items():
+        name = count_name(side, stream)
+        totals[f"{name}_tokens"], totals[f"{name}_sequences"] = batch.counts()
     return LabelCounts(**totals)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastforget.backends.fields import BY_NAME
 from fastforget.backends.gradients import NEEDS_SWEEP
 from fastforget.config import plain
-from fastforget.loss import SIDES, reference_needs, reference_wants
-from fastforget.objectives import PRESETS, ClusterPull, Term, layers_of, preset, reaches_head
-from fastforget.objectives.needs import divergences
-from fastforget.reference import EMBEDDING, STATES
-from fastforget.streams import stream_groups, used_streams
+from fastforget.loss import named_terms
+from fastforget.loss_plan import StreamPlan, plan_loss
+from fastforget.objectives import PRESETS, Field, Term, preset
+from fastforget.reference import EMBEDDING
+from fastforget.streams import used_streams
 
 ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?!\d)")  # its numbers since 2015
 STREAM_NEEDS = {"refusal": "refusals", "mismatch": "mismatch"}
@@ -76,55 +75,50 @@ def card(name: str) -> Card:
 def papers(name: str, terms: Sequence[Term]) -> tuple[str, ...]:
     """The arXiv numbers in the preset's docstring, or else in those of its terms on the forget set."""
     texts = [PRESETS[name].__doc__, *(type(term).__doc__ for term in terms if term.on == "forget")]
-    return next((tuple(dict.fromkeys(found)) for text in texts if (found := ARXIV.findall(text or ""))), ())
+    return next((tuple(dict.fromkeys(numbers)) for text in texts if (numbers := ARXIV.findall(text or ""))), ())
 
 
 def needs(terms: Sequence[Term]) -> tuple[str, ...]:
     """What must be there beside the forget set and a model."""
     streams = {stream for term in terms for stream in used_streams(term)}
-    found = {
-        "reference": any(reference_needs(term) for term in terms),
+    wanted = {
+        "reference": plan_loss(named_terms(terms)).asks_reference,
         "retain data": any(term.on == "retain" for term in terms),
         **{need: stream in streams for stream, need in STREAM_NEEDS.items()},
-        "centres": any(isinstance(term, ClusterPull) and term.centres is None for term in terms),
+        "centres": any(term.centre_request is not None for term in terms),
     }
-    return tuple(need for need, there in found.items() if there)
+    return tuple(need for need, there in wanted.items() if there)
 
 
 def cost(terms: Sequence[Term]) -> Cost:
-    """What one step with these terms computes, as `UnlearnLoss` goes about it."""
-    forwards = reference_forwards = gemms = reference_gemms = 0
-    deepest: list[int | None] = []
-    for side in SIDES:
-        for group in stream_groups([(term.name, term) for term in terms if term.on == side]):
-            own = [term for _, term in group.terms]
-            whole = reaches_head(own)
-            deepest += [None] if whole else list(layers_of(own))
-            looking = [([term for term in own if stream in used_streams(term)], True) for stream in group.streams]
-            looking += [([term], False) for term in own if term.baseline_stream is not None]  # without a gradient
-            for seen_by, learning in looking:
-                wanted = reference_wants(seen_by, known=True)
-                forwards += 1
-                reference_forwards += bool(wanted)
-                gemms += head_products(seen_by, learning) if whole else 0
-                reference_gemms += any(not name.startswith(STATES) for name in wanted)
-                reference_gemms += EMBEDDING in wanted
-    layers = [layer for layer in deepest if layer is not None]
-    to_layer = max(layers, key=lambda layer: (layer < 0, layer)) if layers and len(layers) == len(deepest) else None
-    return Cost(forwards, reference_forwards, gemms, reference_gemms, to_layer)
-
-
-def head_products(terms: Sequence[Term], learning: bool = True) -> int:
-    """Products with the head that one stream's terms cost together, with their gradients where `learning`."""
-    wanted = frozenset().union(*(term.needs for term in terms))
-    learned = learning and any(term.learns_from_logp for term in terms)
-    again = 2 if learned and NEEDS_SWEEP & wanted else 0
-    kinds = divergences(wanted)
-    compared = sum(
-        (2 if kind == "forward_kl" else 4) + learning * (1 if kind == "forward_kl" else 2) for kind, _ in kinds.values()
+    """What one step with these terms computes, read off the plan that `UnlearnLoss` executes."""
+    plan = plan_loss(named_terms(terms))
+    forwards = [*plan.baselines, *plan.forwards]
+    streams = [stream for forward in forwards for stream in forward.streams.values()]
+    asked = [stream.reference_requests(known=True) for stream in streams]
+    ends = [None if None in forward.layers else layer for forward in forwards for layer in forward.layers]
+    layers = [layer for layer in ends if layer is not None]
+    return Cost(
+        forwards=len(streams),
+        reference_forwards=sum(map(bool, asked)),
+        gemms=sum(head_products(stream, forward.learns) for forward in forwards for stream in forward.streams.values()),
+        reference_gemms=sum(
+            any(isinstance(request, Field) for request in requests) + (EMBEDDING in requests) for requests in asked
+        ),
+        to_layer=max(layers, key=lambda layer: (layer < 0, layer)) if layers and len(layers) == len(ends) else None,
     )
-    told = not learned and compared and not BY_NAME.keys() & wanted  # log p_y comes with the divergence
-    return (0 if told else 1) + learned + again + compared
+
+
+def head_products(stream: StreamPlan, learns: bool) -> int:
+    """Products with the head that one stream costs, with their gradients where `learns`.
+
+    A label sweep is one, its gradient another, and two more where the gradient sweep runs; a forward KL from a known
+    reference is two and one for the gradient, another divergence four and two.
+    """
+    sweep = 0
+    if stream.fields:
+        sweep = 1 + stream.learns * (3 if NEEDS_SWEEP & set(stream.fields) else 1)
+    return sweep + sum(2 + learns if each.kind == "forward_kl" else 4 + 2 * learns for each in stream.divergences)
 
 
 def row(each: Card) -> tuple[str, str, str, str, str]:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastforget.arguments import check_metric
 from fastforget.backbone import Backbone, without_dropout
 from fastforget.backends.torch_passes import unit_vectors
-from fastforget.batch import Batch, prepare
-from fastforget.checks import check_metric
+from fastforget.batch import Batch, check_batch
 from fastforget.errors import FastforgetError
-from fastforget.objectives import ClusterPull, Term
+from fastforget.objectives import StateRequest, Term
 from fastforget.reference import reference_mode
 
 CENTRES_FILE = "centres.safetensors"
@@ -85,7 +85,7 @@ def collect_states(model: Any, batches: Iterable[Batch], layer: int | None, leve
     frozen = hasattr(model, "peft_config")
     with reference_mode(model) if frozen else contextlib.nullcontext(), torch.no_grad(), without_dropout(model):
         for batch in batches:
-            side = prepare(batch, "expected", *backbone.batch_arguments)
+            side = backbone.prepare(check_batch(batch, "the batch of expected outputs", backbone.vocabulary))
             if side is None:
                 continue
             states = backbone.states(side.inputs, side.positions, (layer,))[layer].float()
@@ -127,34 +127,35 @@ def silhouette(states: Tensor, clusters: Tensor, seed: int) -> float:
 
 
 def fit_centres(terms: Sequence[Term], model: Any, batches: Iterable[Batch] | None, seed: int = 0) -> None:
-    """Give each `ClusterPull` that has no centres its own, in place; batches of expected outputs are read for each.
+    """Give each term that asks for centres its own, in place; batches of expected outputs are read for each.
 
     Raises:
         FastforgetError: a term needs centres and there are no batches.
     """
     for term in terms:
-        if not isinstance(term, ClusterPull) or term.centres is not None:
+        wanted = term.centre_request
+        if wanted is None:
             continue
         if batches is None:
             raise FastforgetError(
                 "the cluster pull needs expected outputs to find its centres in: give a retain set, or the centres"
             )
-        k = None if term.k is None else int(term.k)
-        term.fit(cluster_centres(model, batches, k, layer=term.layer, metric=term.metric, level=term.level, seed=seed))
+        where: dict[str, Any] = {"layer": wanted.layer, "metric": wanted.metric, "level": wanted.level}
+        term.fit(cluster_centres(model, batches, wanted.k, seed=seed, **where))
 
 
 def save_centres(terms: Sequence[Term], folder: str | os.PathLike[str]) -> None:
-    """Write the centres of every cluster pull beside the adapter, as `centres.safetensors`.
+    """Write the centres that terms pull to beside the adapter, as `centres.safetensors`.
 
-    Where there is no pull, no file is left either: an earlier run's centres would be taken for this one's.
+    Where there are none, no file is left either: an earlier run's centres would be taken for this one's.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for term in terms:
-        if isinstance(term, ClusterPull) and term.centres is not None:
+    for request in (request for term in terms for request in term.requests):
+        if isinstance(request, StateRequest) and request.centres is not None:
             name = f"cluster_pull_{len(tensors) + 1}"
-            tensors[name] = term.centres.contiguous().cpu()
-            metadata[name] = f"layer={term.layer} metric={term.metric} level={term.level}"
+            tensors[name] = request.centres.contiguous().cpu()
+            metadata[name] = f"layer={request.layer} metric={request.metric} level={request.level}"
     path = Path(folder) / CENTRES_FILE
     if not tensors:
         path.unlink(missing_ok=True)

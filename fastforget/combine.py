@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
-from fastforget.objectives import KL, HiddenMSE, Term
+from fastforget.objectives import Term
 from fastforget.rollback import Saved, put_back, saved
 
 Gradients = list[Tensor | None]  # of each parameter; None where there is none, which counts as 0
@@ -74,7 +74,7 @@ def dot(forget: Gradients, retain: Gradients, part: Callable[[Tensor, Tensor], T
 def combined(how: str, forget: Gradients, retain: Gradients) -> Gradients:
     """a f + b r for each parameter, in tensors of its own."""
     a, b = COMBINATIONS[how](forget, retain)
-    found: Gradients = []
+    result: Gradients = []
     for f, r in zip(forget, retain, strict=True):
         parts = [
             each.to(factor.dtype) * factor.to(each.device, non_blocking=True)
@@ -82,10 +82,10 @@ def combined(how: str, forget: Gradients, retain: Gradients) -> Gradients:
             if each is not None
         ]
         like = f if f is not None else r
-        found.append(
+        result.append(
             None if like is None else (parts[0].add_(parts[1]) if len(parts) == 2 else parts[0]).to(like.dtype)
         )
-    return found
+    return result
 
 
 def check_sides(how: str, terms: Sequence[Term]) -> None:
@@ -107,7 +107,7 @@ def warn_of_standstill(how: str, terms: Sequence[Term]) -> None:
     """Warn where "mgda" takes no first step: a side has nothing but distances from the reference, which start at 0."""
     for side in ("forget", "retain"):
         own = [term for term in terms if term.on == side]
-        if how == "mgda" and all(isinstance(term, KL | HiddenMSE) for term in own):
+        if how == "mgda" and all(term.starts_at_zero for term in own):
             names = ", ".join(term.name for term in own)
             warnings.warn(
                 f"combine='mgda': a fresh adapter gives {names} no gradient, and beside a gradient of 0 MGDA takes no "
@@ -162,7 +162,7 @@ class SideGradients:
         self._before = {}
 
     @contextlib.contextmanager
-    def of(self, side: str, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def side_pass(self, side: str, parameters: Sequence[Tensor]) -> Iterator[None]:
         """While one pass runs, `.grad` is the sum of its side."""
         for parameter, kept in zip(parameters, self._sums[side], strict=True):
             parameter.grad = kept
@@ -174,10 +174,12 @@ class SideGradients:
         """After the passes: the combination goes into `.grad`."""
         seen = [part for part in self._sums.values() if any(gradient is not None for gradient in part)]
         if len(seen) == 2:
-            found = combined(self.how, *seen)
+            combination = combined(self.how, *seen)
         else:  # a copy: clipping must not reach the sum
-            found = [None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(parameters))]
-        for parameter, gradient in zip(parameters, found, strict=True):
+            combination = [
+                None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(parameters))
+            ]
+        for parameter, gradient in zip(parameters, combination, strict=True):
             parameter.grad = gradient
         self._left, self._before = versions(parameters), {}
 

@@ -28,9 +28,10 @@ class LMHead:
         self, weight: Tensor | None, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
     ) -> None:
         if weight is not None:
-            if weight.dim() != 2:
-                raise FastforgetError(f"the head's weight must be (V, D), not {tuple(weight.shape)}")
-            if not weight.is_floating_point():
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                given = tuple(weight.shape) if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+                raise FastforgetError(f"the head's weight must be a tensor (V, D), not {given}")
+            if not weight.is_floating_point() or weight.element_size() < 2:
                 raise FastforgetError(
                     f"the head's weight is {weight.dtype}: a quantised head cannot be read; leave it out of the "
                     "quantisation (llm_int8_skip_modules=['lm_head']; fastforget.load does)"
@@ -119,8 +120,8 @@ def read_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def value(*names: str) -> float | None:
-        found = (getattr(config, name, None) for name in names)
-        return next((float(number) for number in found if isinstance(number, int | float) and number), None)
+        values = (getattr(config, name, None) for name in names)
+        return next((float(number) for number in values if isinstance(number, int | float) and number), None)
 
     softcap = value("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     multiplier = value("logit_scale", "lm_head_multiplier")  # Cohere, MPT; Falcon-H1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +19,22 @@ from fastforget.backbone import Backbone, without_dropout
 from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
 from fastforget.errors import FastforgetError
+from fastforget.objectives import Field
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
-STATES = "states:"
-EMBEDDING = "others_embedding"
 
 
-def states_of(layer: int | None) -> str:
-    """The name under which the reference gives and caches a layer's states; None: those that enter the head."""
-    return f"{STATES}{'head' if layer is None else layer}"
+@dataclass(frozen=True)
+class LayerStates:
+    """The states (n, D) that a layer puts out; None: those that enter the head."""
+
+    layer: int | None
 
 
-def state_layer(name: str) -> int | None:
-    """The layer that `states_of` was told."""
-    layer = name.removeprefix(STATES)
-    return None if layer == "head" else int(layer)
+ReferenceRequest = Field | LayerStates  # what can be asked of the reference, and is cached under this key
+EMBEDDING = Field("others_embedding", of="reference")
+ARGMAX = Field("others_argmax", of="reference")
+Entry = dict[ReferenceRequest, Tensor]
 
 
 def check_reference(model: Any) -> None:
@@ -110,61 +112,56 @@ class Reference:
         # fit beside the states, nobody asks for it
         self.keeps_embeddings = cache_bytes > 0
         self.forwards = 0  # reference forwards so far
-        self._cache: OrderedDict[bytes, dict[str, Tensor]] = OrderedDict()
+        self._cache: OrderedDict[bytes, Entry] = OrderedDict()
 
-    def of(self, side: PreparedSide, wanted: frozenset[str], backend: str = "auto") -> dict[str, Tensor]:
-        """The reference's statistics of a side's kept tokens, on the model's device.
-
-        Args:
-            wanted: fields of `TokenStats` (n,), e.g. "logp", or its embeddings (n, D); `states_of(None)`, (n, D) what
-                enters the head, and `states_of(layer)`, what a layer puts out. What is (n, D) is in the model's dtype.
-        """
+    def answers(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str = "auto") -> Entry:
+        """What the reference says of a side's kept tokens, on the model's device; (n, D) in the model's dtype."""
         keyed = zip(side.keys or [], side.lengths, strict=bool(side.keys))
-        cached = [self._get(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
+        cached = [self._cached(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
         entries = {index: entry for index, entry in enumerate(cached) if entry is not None}
         if missing:
             for index, entry in zip(missing, self._compute(side, missing, wanted, backend), strict=True):
                 entries[index] = entry
                 if side.keys:
-                    self._put(side.keys[index], entry)
+                    self._keep(side.keys[index], entry)
         device, order = side.labels.device, range(side.sequence_count)
-        return {name: torch.cat([entries[i][name].to(device, non_blocking=True) for i in order]) for name in wanted}
+        return {each: torch.cat([entries[i][each].to(device, non_blocking=True) for i in order]) for each in wanted}
 
     def _compute(
-        self, side: PreparedSide, missing: list[int], wanted: frozenset[str], backend: str
-    ) -> list[dict[str, Tensor]]:
+        self, side: PreparedSide, missing: list[int], wanted: frozenset[ReferenceRequest], backend: str
+    ) -> list[Entry]:
         """One reference forward over the sequences that are not cached."""
         inputs, positions, labels = side.inputs, side.positions, side.labels
-        size, width = inputs["input_ids"].shape
-        if len(missing) < size and side.keys:
-            inputs, positions, labels = subset(side, missing, size, width)
-        layers = {state_layer(name) for name in wanted if name.startswith(STATES)}
-        fields = sorted(name for name in wanted if not name.startswith(STATES))
-        if fields:
-            layers.add(None)
+        if len(missing) < len(inputs["input_ids"]) and side.keys:
+            inputs, positions, labels = subset(side, missing)
+        fields = [request for request in wanted if isinstance(request, Field)]
+        layers = {request.layer for request in wanted if isinstance(request, LayerStates)}
+        layers |= {None} if fields else set()
         with reference_mode(self.backbone.model):
             states = self.backbone.states(inputs, positions, layers)
-            values = {states_of(layer): state for layer, state in states.items()}
+            values: Entry = {LayerStates(layer): state for layer, state in states.items()}
             if fields:
-                found = backend_of(backend, labels.device)
-                values |= found.token_stats(states[None], labels, self.backbone.head, fields)
+                names = sorted(field.name for field in fields)
+                stats = backend_of(backend, labels.device).token_stats(states[None], labels, self.backbone.head, names)
+                values |= {field: stats[field.name] for field in fields}
                 if EMBEDDING in values:  # as it is cached, from the first epoch on
                     values[EMBEDDING] = values[EMBEDDING].to(states[None].dtype)
         self.forwards += 1
         lengths = [side.lengths[index] for index in missing]
-        parts = {name: values[name].detach().split(lengths) for name in wanted}
-        return [{name: parts[name][index] for name in wanted} for index in range(len(missing))]
+        parts = {request: values[request].detach().split(lengths) for request in wanted}
+        return [{request: parts[request][index] for request in wanted} for index in range(len(missing))]
 
-    def _get(self, key: bytes, wanted: frozenset[str], length: int) -> dict[str, Tensor] | None:
+    def _cached(self, key: bytes, wanted: frozenset[ReferenceRequest], length: int) -> Entry | None:
         """The entry, unless it lacks something or is not of so many tokens."""
         entry = self._cache.get(key)
-        if entry is None or not wanted <= entry.keys() or any(len(entry[name]) != length for name in wanted):
+        if entry is None or not wanted <= entry.keys() or any(len(entry[request]) != length for request in wanted):
             return None
         self._cache.move_to_end(key)
         return entry
 
-    def _put(self, key: bytes, entry: dict[str, Tensor]) -> None:
+    def _keep(self, key: bytes, entry: Entry) -> None:
+        """Cache an entry, within the limit."""
         size = entry_bytes(entry)
         if size > self.cache_bytes:
             return
@@ -174,7 +171,7 @@ class Reference:
             entry = replaced | entry
             size = entry_bytes(entry)
         # clone: a slice would keep the whole batch alive
-        self._cache[key] = {name: value.cpu().clone() for name, value in entry.items()}
+        self._cache[key] = {request: value.cpu().clone() for request, value in entry.items()}
         self.bytes_used += size
         if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
             self.keeps_embeddings = False
@@ -191,25 +188,20 @@ class Reference:
         self.bytes_used = 0
 
 
-def entry_bytes(entry: dict[str, Tensor]) -> int:
+def entry_bytes(entry: Entry) -> int:
     """Bytes of one cached example."""
     return sum(value.numel() * value.element_size() for value in entry.values())
 
 
-def subset(side: PreparedSide, chosen: list[int], size: int, width: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def subset(side: PreparedSide, chosen: list[int]) -> tuple[dict[str, Any], tuple[Tensor, Tensor], Tensor]:
     """Inputs, positions and labels of some labelled sequences only, built from counts that the CPU knows."""
     device = side.labels.device
     starts = [0]
     for length in side.lengths:
         starts.append(starts[-1] + length)
-    picked = [token for index in chosen for token in range(starts[index], starts[index + 1])]
+    tokens = torch.tensor([token for index in chosen for token in range(starts[index], starts[index + 1])])
+    row = torch.tensor([place for place, index in enumerate(chosen) for _ in range(side.lengths[index])])
     rows = torch.tensor([side.rows[index] for index in chosen])
-    offsets = [(place - side.rows[index]) * width for place, index in enumerate(chosen)]
-    shift = torch.tensor(
-        [offset for offset, index in zip(offsets, chosen, strict=True) for _ in range(side.lengths[index])]
-    )
-    picked_tensor = torch.tensor(picked).to(device, non_blocking=True)
-    rows = rows.to(device, non_blocking=True)
+    tokens, row, rows = (each.to(device, non_blocking=True) for each in (tokens, row, rows))
     inputs = {key: value[rows] for key, value in side.inputs.items()}
-    positions = side.positions[picked_tensor] + shift.to(device, non_blocking=True)
-    return inputs, positions, side.labels[picked_tensor]
+    return inputs, (row, side.positions[1][tokens]), side.labels[tokens]

@@ -5,30 +5,34 @@ Losses are a few lines of PyTorch over what these functions return (`fastforget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from fastforget import backends
+from fastforget.arguments import (
+    KeptRows,
+    check_hidden,
+    check_labels,
+    check_outputs,
+    check_positions,
+    check_states,
+    checked_targets,
+    kept_rows,
+    masked_rows,
+)
 from fastforget.backends import in_place as in_place_stats
-from fastforget.backends.fields import EMPTY
 from fastforget.backends.protocol import Targets
 from fastforget.backends.state_ops import checked_labels
-from fastforget.checks import (
-    IGNORE_INDEX,
-    check_anchor,
-    check_labels,
-    check_metric,
-    check_positions,
-    check_token_arguments,
-    masked_rows,
-    spread,
-)
+from fastforget.batch import IGNORE_INDEX
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
+
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,12 @@ class TokenStats:
     """Statistics (N,) per token, 0 where the label is ignored; float32 (float64 for float64 states).
 
     Notation: z the logits of a token, p = softmax(z), y its label, V the vocabulary. `logp` and `lse` are always there,
-    `distance` and `pull` where an anchor and centres were given, the others where they were named in `outputs`. All but
-    `logp_mean`, `logp_var`, `logp_top2_margin`, `argmax` and what begins with `others_` are differentiable.
+    `distance` and `pull` where an anchor and centres were given, the others where they were named in `outputs`. Which
+    of them are differentiable is said in `fastforget.backends.protocol.FIELDS`.
+
+    NaN among a token's logits makes each of its statistics NaN; but `label_logit` where z_y is a number, and what
+    begins with `others_` where z_y alone is NaN, are as ever. `argmax` and `others_argmax`, which cannot be NaN, are
+    then the index of any token, where torch's own argmax gives that of the NaN: `max_logit` tells.
     """
 
     logp: Tensor  # log p_y, nats
@@ -95,69 +103,19 @@ def token_stats(
             the CPU: a device-side assertion that says so), an unknown output or backend, or an embedding of a head with
             a softcap.
     """
-    check_token_arguments(hidden, head, labels, outputs)
     if tail_mass:
         raise FastforgetError(
             "tail_mass is retired: leaving out the tail was slower than the exact product on every GPU row measured; "
             "leave the argument out"
         )
+    check_hidden(hidden, head)
+    check_labels(labels, len(hidden))
+    check_outputs(outputs, head)
+    rows = kept_rows(labels, positions, vocabulary_of(hidden, head), hidden.device)
     if isinstance(anchor, str):
         anchor = label_anchor(anchor, head, labels.to(hidden.device))
     targets = checked_targets(hidden, anchor, centres, metric, margin)
-    return stats_of(hidden, head, labels, positions, outputs, targets, margin, backend)
-
-
-def stats_of(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    positions: Tensor | None,
-    outputs: Collection[str],
-    targets: Targets,
-    margin: float | None,
-    backend: str,
-) -> TokenStats:
-    """`token_stats` of arguments that have been checked."""
-    vocabulary = hidden.shape[1] if head.is_identity else head.weight.shape[0]
-    if positions is not None:
-        check_positions(positions, len(hidden))
-    masked = positions is None and torch.compiler.is_compiling()
-    if masked:  # how many rows are kept is not known when the graph is built: all are computed, and masked afterwards
-        labels = labels.to(hidden.device, non_blocking=True)
-        kept_labels = checked_labels(labels, vocabulary, IGNORE_INDEX)
-    else:
-        positions, kept_labels = kept_rows(hidden, labels, positions, vocabulary)
-    names = tuple(dict.fromkeys(("logp", "lse", *outputs)))
-    found = backends.backend_of(backend, hidden.device)
-    fields = found.token_stats(hidden, kept_labels, head, names, positions=positions, targets=targets)
-    if "distance" in fields and margin is not None:
-        fields["distance"] = fields["distance"].clamp(max=margin)
-    if masked:
-        return TokenStats(**{name: masked_rows(value, labels, EMPTY.get(name, 0)) for name, value in fields.items()})
-    if positions is None:
-        return TokenStats(**fields)
-    return TokenStats(
-        **{name: spread(value, positions, len(hidden), EMPTY.get(name, 0)) for name, value in fields.items()}
-    )
-
-
-def kept_rows(
-    hidden: Tensor, labels: Tensor, positions: Tensor | None, vocabulary: int
-) -> tuple[Tensor | None, Tensor]:
-    """(the kept rows or None for all, their labels), on the device of the states, once all labels are known right."""
-    if torch.compiler.is_compiling() or not labels.is_cpu:
-        labels = labels.to(hidden.device, non_blocking=True)
-        found = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
-        found = found.to(hidden.device, non_blocking=True)
-        return found, checked_labels(labels[found], vocabulary, vocabulary)  # none of the kept may be ignored
-    if positions is None:
-        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        if len(positions) == len(labels):  # all of them: nothing to gather, nothing to spread
-            positions = None
-    kept = labels if positions is None else labels[positions.cpu()]
-    check_labels(kept, vocabulary)
-    kept = kept.to(hidden.device, non_blocking=True)
-    return None if positions is None else positions.to(hidden.device, non_blocking=True), kept
+    return computed_stats(hidden, head, rows, outputs, targets, margin, backend)
 
 
 def token_stats_from_logits(
@@ -167,7 +125,7 @@ def token_stats_from_logits(
     *,
     positions: Tensor | None = None,
     outputs: Collection[str] = ("logp",),
-    anchor: Tensor | None = None,
+    anchor: Tensor | Literal["label"] | None = None,
     centres: Tensor | None = None,
     metric: str = "l2",
     margin: float | None = None,
@@ -186,70 +144,79 @@ def token_stats_from_logits(
         FastforgetError: as in `token_stats`, an anchor or centres without `hidden`, an embedding, or with `in_place`
             the backend "eager" or rows that are not contiguous.
     """
-    if hidden is None and (anchor is not None or centres is not None):
-        raise FastforgetError("an anchor or centres need the hidden states: give hidden (N, D) beside the logits")
-    if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
-        raise FastforgetError(f"hidden must be ({len(logits)}, D) to go with the logits, not {tuple(hidden.shape)}")
     head = LMHead(None)
-    check_token_arguments(logits, head, labels, outputs)
-    targets = Targets() if hidden is None else checked_targets(hidden, anchor, centres, metric, margin)
-    targets = replace(targets, states=hidden)
-    if in_place:
-        return stats_in_place(logits, labels, positions, outputs, targets, margin, backend)
-    return stats_of(logits, head, labels, positions, outputs, targets, margin, backend)
+    check_hidden(logits, head)
+    check_labels(labels, len(logits))
+    check_outputs(outputs, head)
+    if isinstance(anchor, str):
+        anchor = label_anchor(anchor, head, labels)
+    if hidden is not None:
+        check_states(hidden)
+        if len(hidden) != len(logits):
+            raise FastforgetError(f"hidden must be ({len(logits)}, D) to go with the logits, not {tuple(hidden.shape)}")
+        targets = replace(checked_targets(hidden, anchor, centres, metric, margin), states=hidden)
+    elif anchor is not None or centres is not None:
+        raise FastforgetError("an anchor or centres need the hidden states: give hidden (N, D) beside the logits")
+    else:
+        targets = Targets()
+    if not in_place:
+        rows = kept_rows(labels, positions, logits.shape[1], logits.device)
+        return computed_stats(logits, head, rows, outputs, targets, margin, backend)
+    name = backends.pick(backend, logits.device)
+    if name == "eager":
+        raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
+    if logits.stride(0) == 0 and len(logits) > 1:
+        raise FastforgetError("in_place=True needs logits of their own: these are one row, expanded")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise FastforgetError("in_place=True needs logits whose rows are contiguous")
+    rows = masked_rows(labels, positions, logits.shape[1], logits.device)
+    assert rows.mask is not None
+    fields = in_place_stats.label_stats(logits, rows.labels, rows.mask, with_defaults(outputs), backend=name)
+    if hidden is not None and targets:
+        fields |= backends.backend_of(name, hidden.device).state_stats(hidden, targets)
+    return spread_stats(fields, rows, margin)
 
 
-def stats_in_place(
-    logits: Tensor,
-    labels: Tensor,
-    positions: Tensor | None,
+def computed_stats(
+    hidden: Tensor,
+    head: LMHead,
+    rows: KeptRows,
     outputs: Collection[str],
     targets: Targets,
     margin: float | None,
     backend: str,
 ) -> TokenStats:
-    """`token_stats_from_logits(in_place=True)` of arguments that have been checked."""
-    name = backends.pick(backend, logits.device)
-    if name == "eager":
-        raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
-    if positions is not None:
-        check_positions(positions, len(logits))
-    if logits.stride(0) == 0 and len(logits) > 1:
-        raise FastforgetError("in_place=True needs logits of their own: these are one row, expanded")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise FastforgetError("in_place=True needs logits whose rows are contiguous")
-    if labels.is_cpu and not torch.compiler.is_compiling():
-        kept_labels = labels[labels != IGNORE_INDEX] if positions is None else labels[positions.cpu()]
-        check_labels(kept_labels, logits.shape[1])
-    labels = labels.to(logits.device, non_blocking=True)
-    kept = labels != IGNORE_INDEX
-    if positions is not None:
-        kept = kept & torch.zeros_like(kept).index_fill(0, positions.to(logits.device, non_blocking=True), True)
-    labels = torch.where(kept, labels, 0)
-    names = tuple(dict.fromkeys(("logp", "lse", *outputs)))
-    fields = in_place_stats.label_stats(logits, labels, kept, names, backend=name)
-    if targets and targets.states is not None:
-        distance, pull = hidden_stats(
-            targets.states, targets.anchor, targets.centres, targets.metric, margin, backend=backend
-        )
-        measured = {"distance": distance, "pull": pull}
-        fields |= {field: value for field, value in measured.items() if value is not None}
-    return TokenStats(**{field: torch.where(kept, value, EMPTY.get(field, 0)) for field, value in fields.items()})
+    """The statistics of some rows, by a backend, among all rows."""
+    fields = backends.backend_of(backend, hidden.device).token_stats(
+        hidden, rows.labels, head, with_defaults(outputs), positions=rows.positions, targets=targets
+    )
+    return spread_stats(fields, rows, margin)
 
 
-def checked_targets(
-    hidden: Tensor, anchor: Tensor | None, centres: Tensor | None, metric: str, margin: float | None
-) -> Targets:
-    """Anchor and centres, checked, as constants on the device of the states."""
-    check_metric(metric, margin)
-    if anchor is not None:
-        check_anchor(anchor, hidden)
-        anchor = anchor.detach().to(hidden.device)
-    if centres is not None:
-        if centres.dim() != 2 or len(centres) == 0 or centres.shape[1] != hidden.shape[1]:
-            raise FastforgetError(f"centres must be (K, {hidden.shape[1]}) with K >= 1, not {tuple(centres.shape)}")
-        centres = centres.detach().to(hidden.device)
-    return Targets(anchor, centres, metric)
+def with_defaults(outputs: Collection[str]) -> tuple[str, ...]:
+    """The outputs named, after those that are always there."""
+    return tuple(dict.fromkeys(("logp", "lse", *outputs)))
+
+
+def spread_stats(fields: dict[str, Tensor], rows: KeptRows, margin: float | None) -> TokenStats:
+    """Fields of the rows computed as statistics of all rows, the distance at most the margin."""
+    if margin is not None and "distance" in fields:
+        fields["distance"] = fields["distance"].clamp(max=margin)
+    return TokenStats(**{name: rows.spread(name, value) for name, value in fields.items()})
+
+
+def vocabulary_of(hidden: Tensor, head: LMHead) -> int:
+    """The number of logits."""
+    return hidden.shape[1] if head.is_identity else head.weight.shape[0]
+
+
+def label_anchor(anchor: str, head: LMHead, labels: Tensor) -> Tensor:
+    """(n, D): the head's row of each label, the anchor named "label"; any row for a label that is ignored."""
+    if anchor != "label":
+        raise FastforgetError(f"anchor must be 'label' or a tensor, not {anchor!r}")
+    if head.is_identity:
+        raise FastforgetError("anchor='label' needs the head's rows, and here there are only logits")
+    return head.weight.detach()[labels.clamp(0, len(head.weight) - 1)]
 
 
 def hidden_stats(
@@ -282,22 +249,73 @@ def hidden_stats(
         FastforgetError: neither an anchor nor centres, shapes that do not fit, an unknown metric, a margin that is not
             positive.
     """
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise FastforgetError(f"hidden must be a floating-point (N, D), not {hidden.dtype} {tuple(hidden.shape)}")
+    check_states(hidden)
     if anchor is None and centres is None:
         raise FastforgetError("hidden_stats needs an anchor, centres, or both")
     targets = checked_targets(hidden, anchor, centres, metric, margin)
-    found = backends.backend_of(backend, hidden.device).state_stats(hidden, targets)
-    distance, pull = found.get("distance"), found.get("pull")
+    measured = backends.backend_of(backend, hidden.device).state_stats(hidden, targets)
+    distance, pull = measured.get("distance"), measured.get("pull")
     if distance is not None and margin is not None:
         distance = distance.clamp(max=margin)
     return distance, pull
 
 
-def label_anchor(anchor: str, head: LMHead, labels: Tensor) -> Tensor:
-    """(n, D): the head's row of each label, the anchor named "label"; row 0 for an ignored one."""
-    if anchor != "label":
-        raise FastforgetError(f"anchor must be 'label' or a tensor, not {anchor!r}")
-    if head.weight is None:
-        raise FastforgetError("anchor='label' needs the head's rows, and here there are only logits")
-    return head.weight.detach()[labels.clamp(min=0)]
+def divergence(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head: LMHead,
+    kind: str = "forward_kl",
+    *,
+    positions: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_shift: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence (N,), in nats, of the model's distribution p from the reference's q, through the same frozen head.
+
+    Args:
+        hidden: (N, D) the model's states; gradients flow into them.
+        ref_hidden: (N, D) the frozen reference's states; none do.
+        head: frozen: a head that trains is not the reference's.
+        kind: "forward_kl" KL(q||p), "reverse_kl" KL(p||q) or "jsd".
+        positions: int64, the rows wanted; the others are 0. Without it, all.
+        labels: (N,) int64, for `label_shift`; at -100 there is no shift.
+        label_shift: nats, at most 0: what is added to the reference's logit (after a softcap) of each row's label, so
+            that q is softmax(z_ref + label_shift onehot(label)): the target of UNDIAL.
+        backend: "auto", "triton", "native", "torch" or "eager".
+
+    Raises:
+        FastforgetError: shapes that do not fit, an unknown kind or backend, a head that trains, a shift that is
+            positive or without labels, or a label outside the vocabulary (seen where labels are on the CPU).
+    """
+    check_hidden(hidden, head)
+    check_states(ref_hidden, "ref_hidden")
+    if ref_hidden.shape != hidden.shape:
+        raise FastforgetError(f"ref_hidden is {tuple(ref_hidden.shape)}, hidden {tuple(hidden.shape)}: they must agree")
+    if kind not in DIVERGENCES:
+        raise FastforgetError(f"unknown divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+    if head.trainable:
+        raise FastforgetError(
+            "a divergence from the reference needs a frozen head: here the head trains, so the reference's own is "
+            "gone; freeze it (model.get_output_embeddings().requires_grad_(False))"
+        )
+    if not (math.isfinite(label_shift) and label_shift <= 0):
+        raise FastforgetError(f"label_shift must be finite and at most 0, not {label_shift}")
+    if positions is not None:
+        check_positions(positions, len(hidden))
+    shifted = None  # labels (n,) of the rows wanted, where their logits are shifted
+    if label_shift:
+        if labels is None:
+            raise FastforgetError("label_shift shifts the logits of labels: give labels (N,) too")
+        check_labels(labels, len(hidden))
+        shifted = labels if positions is None else labels[positions.to(labels.device)]
+        checked_labels(shifted, vocabulary_of(hidden, head), IGNORE_INDEX)
+        shifted = shifted.to(hidden.device, non_blocking=True)
+    if positions is not None:
+        positions = positions.to(hidden.device, non_blocking=True)
+    value, _ = backends.backend_of(backend, hidden.device).divergence(
+        hidden, ref_hidden, head, kind, positions=positions, labels=shifted, label_shift=label_shift
+    )
+    if positions is None:
+        return value
+    return value.new_zeros(len(hidden)).index_copy(0, positions, value)

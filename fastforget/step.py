@@ -84,8 +84,7 @@ class UnlearnStep(torch.optim.Optimizer):
         torch.optim.Optimizer.__setstate__(self, {})  # hooks, and the wrapper that runs them around step()
         self.base.defaults = defaults
         self.param_groups[0].setdefault("unlearn_steps", 0)
-        self._states = TermStates(named_terms(self._terms))
-        self._states.begin(self.param_groups[0])
+        self._states = TermStates(named_terms(self._terms), self.base)
         self._backward_pending = False
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
         self._loss: UnlearnLoss | None = None
@@ -104,7 +103,7 @@ class UnlearnStep(torch.optim.Optimizer):
         refuse_several_processes()
         self._adopt(model)
         self._loss = UnlearnLoss(model, self._terms, **self._options)
-        self._loss.term_states = lambda: self._states.of(self.param_groups[0])
+        self._loss.term_states = self._states
         self._parameters = list(model.parameters())
 
     def _held(self) -> list[Tensor]:
@@ -196,7 +195,7 @@ class UnlearnStep(torch.optim.Optimizer):
             return
         gradients.begin(held)
         try:
-            yield lambda side: gradients.of(side, held)
+            yield lambda side: gradients.side_pass(side, held)
             gradients.finish(held)
         except BaseException:
             gradients.undo()
@@ -207,15 +206,16 @@ class UnlearnStep(torch.optim.Optimizer):
         result = self.base.step() if closure is None else self.base.step(closure)
         if self._backward_pending:
             self.param_groups[0]["unlearn_steps"] += 1
-            self._states.update(self.param_groups[0])
+            self._states.update()
             self._backward_pending = False
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's."""
+        """The base optimizer's; a `step` after it has no `backward` before it."""
         self.base.zero_grad(set_to_none=set_to_none)
         if self._gradients is not None:
             self._gradients.cleared(self._held())
+        self._backward_pending = False  # a scaler may have skipped the step
         self._states.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class UnlearnStep(torch.optim.Optimizer):
         """Load what `state_dict` returned; one saved by the bare optimizer counts from 0, and terms begin anew."""
         self.base.load_state_dict(state_dict)
         self.param_groups[0].setdefault("unlearn_steps", 0)
-        self._states.begin(self.param_groups[0])
+        self._states.begin()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "_terms": self._terms, "_options": self._options, "_combine": self._combine}

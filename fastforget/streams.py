@@ -1,16 +1,14 @@
-"""Streams: the answers that a side of the batch holds beside its own, and which of them share a forward.
+"""Streams: the answers that a side of the batch holds beside its own, checked, and those that share a forward joined.
 
 A side's batch is its "answer" stream, and may carry companions: `batch["refusal"]`, row i the prompt of row i with a
 refusal or an alternative answer, and `batch["mismatch"]`, prompts with other prompts' answers, any number of rows. A
-term says which streams it looks at (`Term.streams`). A stream that no term looks at costs nothing; streams that one
-term compares share one graph, so their rows go through the model together, in parts; others go one after the other,
-which needs less memory.
+term says which streams it looks at (`Term.streams`); `loss_plan.py` tells which of them go through the model together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,36 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.batch import (
-    COMPANIONS,
-    FLAT_KEYS,
     ROLES,
     Batch,
+    CheckedBatch,
     LabelCounts,
     PreparedSide,
-    kept_tokens,
+    check_batch,
     positions_without_padding,
-    prepare,
-    split_rows,
-    yes,
+    stream_name,
+    stream_of,
 )
 from fastforget.errors import FastforgetError
+from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan
 from fastforget.objectives import SideStats, Term
 
-STREAMS = ("answer", *COMPANIONS)
-NOT_OF_THE_MODEL = ("labels", "attention_mask", *FLAT_KEYS)  # or made where it is missing
 BY_ROW = ("answer", "refusal")  # row i of one belongs to row i of the other
-WHAT_IT_HOLDS = {
+CONTENTS = {
     "refusal": "the same prompts, row by row, with a refusal or an alternative answer (fastforget.with_refusals)",
     "mismatch": "prompts with other prompts' answers (fastforget.mismatched)",
 }
-
-
-@dataclass(frozen=True)
-class StreamGroup:
-    """Streams that go through the model together, and the terms that look at them."""
-
-    streams: tuple[str, ...]
-    terms: list[tuple[str, Term]]
 
 
 def check_streams(term: Term) -> None:
@@ -70,152 +57,133 @@ def used_streams(term: Term) -> tuple[str, ...]:
     return term.streams if term.baseline_stream is None else (*term.streams, term.baseline_stream)
 
 
-def stream_groups(terms: list[tuple[str, Term]]) -> list[StreamGroup]:
-    """The streams that these terms look at, in groups that terms couple, and each group's terms."""
-    groups: list[set[str]] = []
-    for _, term in terms:
-        touched = [group for group in groups if group & set(term.streams)]
-        groups = [group for group in groups if group not in touched] + [set(term.streams).union(*touched)]
-    groups.sort(key=lambda group: min(map(STREAMS.index, group)))
-    return [
-        StreamGroup(
-            tuple(stream for stream in STREAMS if stream in group),
-            [(name, term) for name, term in terms if group & set(term.streams)],
-        )
-        for group in groups
-    ]
-
-
-def stream_of(batch: Batch, stream: str) -> Batch | None:
-    """One stream of a side's batch; None where it is not there."""
-    if stream == "answer":
-        return {key: value for key, value in batch.items() if key not in COMPANIONS}
-    return batch.get(stream)
-
-
-def stream_work(
-    side: str, batch: Batch, terms: list[tuple[str, Term]], counts: LabelCounts | None
-) -> list[StreamGroup]:
-    """The groups of streams that a side's batch holds, once it is known to hold what the terms on it need.
+def check_sides(
+    plan: LossPlan, sides: Mapping[str, Batch | None], counts: LabelCounts | None, vocabulary: int
+) -> dict[tuple[str, str], CheckedBatch]:
+    """The streams that a plan's forwards need, by side and stream, checked.
 
     Args:
         counts: of the larger batch that this one is a part of, or None. Of a larger batch's streams a part may hold
             none; not so where a term takes a constant from one.
 
     Raises:
-        FastforgetError: a stream is missing, or lacks a key; streams that are compared row by row differ in their
-            rows, or a row of them has no label.
+        FastforgetError: a side or a stream is missing, or not what `check_batch` demands; streams that are compared row
+            by row differ in their rows, or a row of them has no label.
     """
-    for name, term in terms:
-        if term.baseline_stream is not None:
-            check_group(side, batch, StreamGroup((term.baseline_stream,), [(name, term)]), None)
-            if not bool(kept_tokens(batch[term.baseline_stream], f"{side} {term.baseline_stream}").any()):
-                raise FastforgetError(
-                    f"{where(side, term.baseline_stream)} has no label, and {name} takes a mean over it in each call"
-                )
-    return [group for group in stream_groups(terms) if check_group(side, batch, group, counts)]
+    checked: dict[tuple[str, str], CheckedBatch] = {}
+    for side in SIDES:
+        forwards, batch = plan.on(side), sides[side]
+        if not forwards:
+            continue
+        if batch is None:
+            streams = [stream for forward in forwards for stream in forward.streams]
+            if counts is not None and all(counts.totals(side, stream)[0] for stream in streams):
+                continue  # this part of a larger batch has none of that side
+            names = ", ".join(dict.fromkeys(name for forward in forwards for name in forward.terms))
+            raise FastforgetError(f"these terms need a {side} batch, and there is none: {names}")
+        for forward in forwards:
+            streams_of = check_forward(forward, batch, counts if forward.learns else None, vocabulary)
+            checked |= {(side, stream): part for stream, part in streams_of.items()}
+    return checked
 
 
-def check_group(side: str, batch: Batch, group: StreamGroup, counts: LabelCounts | None) -> bool:
-    """Whether a side's batch holds a group's streams: False where this part of a larger batch has none of them."""
-    found = {stream: stream_of(batch, stream) for stream in group.streams}
-    missing = [stream for stream, part in found.items() if part is None]
-    names = ", ".join(name for name, _ in group.terms)
-    if len(missing) == len(found) and counts is not None and all(counts.of(side, stream)[0] for stream in found):
-        return False
+def check_forward(
+    forward: ForwardPlan, batch: Batch, counts: LabelCounts | None, vocabulary: int
+) -> dict[str, CheckedBatch]:
+    """The streams of one forward, checked; none where this part of a larger batch has none of them."""
+    side = forward.side
+    given = {stream: stream_of(batch, stream) for stream in forward.streams}
+    missing = [stream for stream, part in given.items() if part is None]
+    if len(missing) == len(given) and counts is not None and all(counts.totals(side, each)[0] for each in given):
+        return {}
     if missing:
         raise FastforgetError(
-            f"these terms need {side}[{missing[0]!r}], and the {side} batch has none: {names}. It is a dict of "
-            f"input_ids, attention_mask and labels that holds {WHAT_IT_HOLDS[missing[0]]}"
+            f"these terms need {side}[{missing[0]!r}], and the {side} batch has none: {forward.names}. It is a dict of "
+            f"input_ids, attention_mask and labels that holds {CONTENTS[missing[0]]}"
         )
-    parts = {stream: part for stream, part in found.items() if part is not None}
-    for stream, part in parts.items():
-        if not isinstance(part, Mapping) or "labels" not in part or "input_ids" not in part:
-            raise FastforgetError(f"{where(side, stream)} needs input_ids, attention_mask and labels")
+    parts = {stream: check_batch(part, stream_name(side, stream), vocabulary) for stream, part in given.items()}
     if len(parts) > 1:
-        check_rows(side, parts, names)
-    return True
+        check_rows(parts["answer"], parts["refusal"], forward)
+    if not forward.learns:
+        for part in parts.values():
+            if not bool(part.labelled_rows.any()):
+                raise FastforgetError(
+                    f"{part.name} has no label, and {forward.names} takes a mean over it in each call"
+                )
+    return parts
 
 
-def check_rows(side: str, parts: Mapping[str, Batch], names: str) -> None:
-    """Raise where streams that terms (`names`) compare row by row do not fit."""
-    rows = {stream: len(part["labels"]) for stream, part in parts.items()}
-    if len(set(rows.values())) > 1:
+def check_rows(answer: CheckedBatch, refusal: CheckedBatch, forward: ForwardPlan) -> None:
+    """Raise where streams that terms compare row by row do not fit."""
+    if answer.row_count != refusal.row_count:
         raise FastforgetError(
-            f"{side}['refusal'] has {rows['refusal']} rows, the {side} batch {rows['answer']}, and row i of one "
-            f"belongs to row i of the other ({names})"
+            f"{refusal.name} has {refusal.row_count} rows, {answer.name} {answer.row_count}, and row i of one belongs "
+            f"to row i of the other ({forward.names})"
         )
-    inputs = [{name for name in part if name not in (*NOT_OF_THE_MODEL, *COMPANIONS)} for part in parts.values()]
-    if inputs[0] != inputs[1]:
-        raise unjoinable(min(inputs[0] ^ inputs[1]))
-    for stream, part in parts.items():
-        unlabelled = ~kept_tokens(part, side if stream == "answer" else f"{side} {stream}").any(dim=1)
+    if answer.inputs.keys() != refusal.inputs.keys():
+        raise unjoinable(min(answer.inputs.keys() ^ refusal.inputs.keys()))
+    for part in (answer, refusal):
+        unlabelled = ~part.labelled_rows
         if bool(unlabelled.any()):
             raise FastforgetError(
-                f"row {int(unlabelled.nonzero()[0])} of {where(side, stream)} has no label, and {names} compares it "
-                "with the same row of the other stream"
+                f"row {int(unlabelled.nonzero()[0])} of {part.name} has no label, and {forward.names} compares it with "
+                "the same row of the other stream"
             )
 
 
-def check_labelled(side: str, terms: list[tuple[str, Term]], counts: LabelCounts) -> None:
-    """Raise where a stream that a term looks at has no label in the whole batch."""
-    for stream in {stream: None for _, term in terms for stream in used_streams(term)}:
-        if counts.of(side, stream)[0] == 0:
+def check_labelled(plan: LossPlan, side: str, counts: LabelCounts) -> None:
+    """Raise where a stream that a side's terms look at has no label in the whole batch."""
+    for stream in (stream for forward in plan.on(side) for stream in forward.streams):
+        if counts.totals(side, stream)[0] == 0:
             raise FastforgetError(
-                f"{where(side, stream)} has no label: every token is -100 (or stands first in its sequence, where it "
-                "is never predicted), so there is nothing to compute a loss on"
+                f"{stream_name(side, stream)} has no label: every token is -100 (or stands first in its sequence, "
+                "where it is never predicted), so there is nothing to compute a loss on"
             )
-
-
-def where(side: str, stream: str) -> str:
-    """How messages call a stream."""
-    return f"the {side} batch" if stream == "answer" else f"{side}[{stream!r}]"
 
 
 def prepared_parts(
-    side: str,
-    batch: Batch,
-    streams: tuple[str, ...],
+    batches: Mapping[str, CheckedBatch],
     micro_batch: int | None,
-    device: torch.device,
-    vocabulary: int | None = None,
-    takes_positions: Callable[[], bool] = yes,
+    prepare: Callable[[CheckedBatch], PreparedSide | None],
 ) -> Iterator[dict[str, PreparedSide]]:
-    """A group's streams, made ready, in parts of at most `micro_batch` sequences; rows that belong together stay so.
+    """A forward's streams, made ready, in parts of at most `micro_batch` rows; rows that belong together stay so.
 
     Without `micro_batch` streams that share a forward come in about as many parts as they are, so that none of these
     forwards needs the memory of more sequences than one stream has (one more, where their number is odd).
     Nothing comes of a part without a label: there is none in this part of a larger batch.
     """
-    chosen = [stream_of(batch, stream) or {} for stream in streams]
     rows = None
     if micro_batch:
-        rows = max(1, micro_batch // len(streams))
-    elif len(streams) > 1:
-        rows = -(-len(chosen[0]["labels"]) // len(streams))
-    for parts in zip(*(split_rows(part, rows) if rows else [part] for part in chosen), strict=True):
-        prepared = {
-            stream: prepare(
-                part, side if stream == "answer" else f"{side} {stream}", device, vocabulary, takes_positions
-            )
-            for stream, part in zip(streams, parts, strict=True)
-        }
+        rows = max(1, micro_batch // len(batches))
+    elif len(batches) > 1:
+        rows = -(-max(batch.row_count for batch in batches.values()) // len(batches)) or None
+    for parts in zip(*(batch.split(rows) if rows else [batch] for batch in batches.values()), strict=True):
+        prepared = {stream: prepare(part) for stream, part in zip(batches, parts, strict=True)}
         ready = {stream: part for stream, part in prepared.items() if part is not None}
         if ready:
             yield ready
 
 
-def seen_by(term: Term, parts: Mapping[str, SideStats], baseline: Tensor | None) -> SideStats:
-    """What a term gets: the statistics of its first stream, the others inside."""
+def seen_by(term: Term, streams: Mapping[str, SideStats], baseline: Tensor | None = None) -> SideStats:
+    """What a term gets: the answers to its own requests, of its first stream, with the others inside."""
+    own = {
+        stream: replace(
+            streams[stream],
+            tensors={
+                request: tensor for request, tensor in streams[stream].tensors.items() if request in term.requests
+            },
+        )
+        for stream in term.streams
+    }
     first, *others = term.streams
-    return replace(parts[first], others={stream: parts[stream] for stream in others}, baseline=baseline)
+    return replace(own[first], others={stream: own[stream] for stream in others}, baseline=baseline)
 
 
-def join(parts: list[PreparedSide]) -> tuple[dict[str, Any], Tensor]:
-    """Inputs and kept positions of several streams as one batch, rows one after the other.
+def join(parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """Inputs and kept positions (row, column) of several streams as one batch, rows one after the other.
 
     Narrower ones get more padding on the right, whichever side theirs is on: what stands on the right of a token
-    changes nothing for it, and so no token moves to another position.
+    changes nothing for it, and so no token moves to another column.
 
     Raises:
         FastforgetError: streams that give the model different inputs.
@@ -227,21 +195,19 @@ def join(parts: list[PreparedSide]) -> tuple[dict[str, Any], Tensor]:
     if "position_ids" in names:  # of those without left padding there are none yet
         parts = [replace(part, inputs=with_positions(part.inputs)) for part in parts]
     inputs = {name: join_input(name, parts, width) for name in sorted(names)}
-    positions, first = [], 0
+    rows, first = [], 0
     for part in parts:
-        rows, own = part.inputs["input_ids"].shape
-        row = torch.div(part.positions, own, rounding_mode="floor")
-        positions.append((row + first) * width + part.positions % own)
-        first += rows
-    return inputs, torch.cat(positions)
+        rows.append(part.positions[0] + first)
+        first += part.inputs["input_ids"].shape[0]
+    return inputs, (torch.cat(rows), torch.cat([part.positions[1] for part in parts]))
 
 
-def with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs with `position_ids`: the given ones, or those that count from each row's first token."""
     return {"position_ids": positions_without_padding(inputs["attention_mask"])} | inputs
 
 
-def join_input(name: str, parts: list[PreparedSide], width: int) -> Any:
+def join_input(name: str, parts: Sequence[PreparedSide], width: int) -> Any:
     """One input of the model for all streams; FastforgetError where it cannot be one."""
     values = [part.inputs.get(name) for part in parts]
     shapes = [part.inputs["input_ids"].shape for part in parts]

@@ -18,32 +18,38 @@ from fastforget.objectives import Term
 States = dict[str, dict[str, Tensor]]  # term -> scalar -> ()
 
 
-def initial_states(terms: Mapping[str, Term]) -> States:
-    """The scalars of the terms that have any, before the first step."""
-    found = {name: term.initial_state for name, term in terms.items()}
-    return {
-        name: {scalar: torch.tensor(value, dtype=torch.float32) for scalar, value in state.items()}
-        for name, state in found.items()
-        if state
-    }
-
-
 class TermStates:
-    """Reads and updates terms' scalars for `UnlearnStep`, by the values of each step's whole batch."""
+    """Reads terms' scalars, and updates them by the values of each step's whole batch.
 
-    def __init__(self, terms: Mapping[str, Term]) -> None:
+    optimizer: in whose first group they lie; None: they are held here, and stay as they are.
+    """
+
+    def __init__(self, terms: Mapping[str, Term], optimizer: torch.optim.Optimizer | None = None) -> None:
         self.terms = terms
-        self.initial = initial_states(terms)
+        self.optimizer = optimizer
+        self.initial: States = {
+            name: {scalar: torch.tensor(value, dtype=torch.float32) for scalar, value in term.initial_state.items()}
+            for name, term in terms.items()
+            if term.initial_state
+        }
+        self._own: dict[str, Any] = {}
+        self.begin()
         self.forget()
 
-    def begin(self, group: dict[str, Any]) -> None:
-        """Give a group the scalars that it lacks."""
+    @property
+    def group(self) -> dict[str, Any]:
+        """Where the scalars lie; loading a state replaces an optimizer's groups."""
+        return self._own if self.optimizer is None else self.optimizer.param_groups[0]
+
+    def begin(self) -> None:
+        """Give the group the scalars that it lacks, as they are before the first step."""
         for name, state in self.initial.items():
             for scalar, value in state.items():
-                group.setdefault(key_of(name, scalar), value)
+                self.group.setdefault(key_of(name, scalar), value)
 
-    def of(self, group: Mapping[str, Any]) -> States:
-        """The scalars as they are now."""
+    def current(self) -> States:
+        """The scalars of the terms that have any, as they are now."""
+        group = self.group
         return {name: {scalar: group[key_of(name, scalar)] for scalar in state} for name, state in self.initial.items()}
 
     def forget(self) -> None:
@@ -58,9 +64,9 @@ class TermStates:
             value = values[name].detach()
             self._values[name] = self._values[name] + value if name in self._values else value
 
-    def update(self, group: dict[str, Any]) -> None:
+    def update(self) -> None:
         """After an optimizer step: the scalars of each term that this step's batch had a value for."""
-        states = self.of(group)
+        states, group = self.current(), self.group
         for name, value in self._values.items():
             changed = self.terms[name].next_state(states[name], value / max(self._means, 1))
             for scalar, new in changed.items():

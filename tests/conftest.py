@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from fastforget.backends import tiling
 from fastforget.data.topics import python_topics, train_tokenizer
 
 VOCABULARY = 320
@@ -72,6 +73,12 @@ def make_batch(rows, seed, width=20, prompt=5):
     attention_mask[0, width - 6 :] = 0
     labels[0, width - 6 :] = -100
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Blocks and tiles so small that a test's rows and vocabulary are many of each."""
+    monkeypatch.setenv(tiling.OVERRIDE, "4x16")
 
 
 @pytest.fixture

@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from test_step import gradients, load_perturbed
-from torch import nn
+from helpers import gradients, load_perturbed, prepared, stack_of
 
 import fastforget as ff
 from fastforget.backbone import Backbone
-from fastforget.batch import prepare
 from fastforget.head import base_causal_lm
 
 CPU = torch.device("cpu")
-
-
-def stack_of(model):
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
 
 
 def tail_of(model):
@@ -49,7 +43,7 @@ def count_calls():
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_the_forward_ends_at_the_deepest_layer(tiny, batch, kind, count_calls):
     model = load_perturbed(tiny[kind])
-    side = prepare(batch(3, 1), "forget", CPU)
+    side = prepared(batch(3, 1))
     whole = Backbone(model).states(side.inputs, side.positions, (None, 0, 1, -1))
     assert torch.equal(whole[1], whole[-1]) and not torch.equal(whole[0], whole[1])
     calls = count_calls(*stack_of(model), *tail_of(model))
@@ -100,7 +94,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, batch, kind, reen
 
 def test_nothing_is_left_behind_also_after_an_error(tiny, batch):
     model = load_perturbed(tiny["llama"])
-    side = prepare(batch(2, 1), "forget", CPU)
+    side = prepared(batch(2, 1))
     backbone = Backbone(model)
     hooks = [len(module._forward_hooks) for module in model.modules()]
     modes = [module.training for module in model.modules()]
@@ -121,7 +115,7 @@ def test_nothing_is_left_behind_also_after_an_error(tiny, batch):
 def test_a_layer_that_was_left_out_is_said(tiny, batch):
     model = load_perturbed(tiny["opt"])
     model.base_model.model.model.decoder.layerdrop = 1.0
-    side = prepare(batch(2, 1), "forget", CPU)
+    side = prepared(batch(2, 1))
     with pytest.raises(ff.FastforgetError, match="layer 0 did not run in this forward: switch layer drop off"):
         Backbone(model).states(side.inputs, side.positions, (0,))
     with pytest.raises(ff.FastforgetError, match="no layer 7: its layers are 0 to 1"):

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NoLooking
 from kernel_device import OURS, device_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
 from fastforget.backends import backend_of, ops, state_ops
 from fastforget.backends.fields import DIFFERENTIABLE
 from fastforget.backends.fields import NAMES as OUTPUTS
-from fastforget.divergences import DIVERGENCES
+from fastforget.stats import DIVERGENCES
 
 
 @pytest.fixture(autouse=True)
@@ -126,29 +126,14 @@ def test_fake_implementations_of_the_others_tell_the_truth():
     torch.library.opcheck(state_ops.checked_labels, (labels, 40, -100))
 
 
-class NoLooking(TorchDispatchMode):
-    """Refuses what brings a value to the host, or needs one to know its own size."""
-
-    REFUSED = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.partition(".")[0]
-        assert name not in self.REFUSED, f"{name} synchronises"
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a boolean index"
-        if name == "repeat_interleave":
-            assert (kwargs and "output_size" in kwargs) or isinstance(args[1], int), "its size is on the device"
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", OURS)
 def test_nothing_looks_at_a_value(monkeypatch, backend):
     """The traced operations hold none that synchronises with a device, nor do launchers read one on the host."""
     # these look, but at labels on the CPU only
-    monkeypatch.setattr(ff.stats, "check_labels", lambda *_: None)
-    for module in (ff.stats, ff.divergences):
+    monkeypatch.setattr(ff.arguments, "check_vocabulary", lambda *_: None)
+    for module in (ff.arguments, ff.stats):
         monkeypatch.setattr(module, "check_positions", lambda *_: None)
-    monkeypatch.setattr(ff.divergences, "checked_labels", lambda labels, *_: labels)
+        monkeypatch.setattr(module, "checked_labels", lambda labels, *_: labels.clamp(min=0))
     hidden, weight, labels = problem(backend)
     positions = torch.tensor([0, 2, 3, 4])
     launch = None

@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import prepared
 
 import fastforget as ff
-from fastforget.batch import count_labels, prepare, split_roles, split_rows
-
-CPU = torch.device("cpu")
+from fastforget.batch import check_batch, count_labels, split_roles
 
 
 def kept_by_hand(batch):
@@ -28,10 +27,10 @@ def test_kept_tokens_are_those_before_a_label(batch):
     one = batch(3, 1)
     one["labels"][1] = -100  # a row without a label
     one["labels"][2, 0] = 7  # a first token is never predicted
-    side = prepare(one, "forget", CPU)
+    side = prepared(one)
     kept = kept_by_hand(one)
-    assert side.positions.tolist() == [row * 20 + column for row, column, _ in kept]
-    assert side.labels.tolist() == [label for _, _, label in kept]
+    rows, columns = (places.tolist() for places in side.positions)
+    assert list(zip(rows, columns, side.labels.tolist(), strict=True)) == kept
     assert side.rows == [0, 2] and side.sequence_count == 2
     assert side.lengths == [sum(row == each for row, _, _ in kept) for each in (0, 2)]
     assert side.sequence.tolist() == [0] * side.lengths[0] + [1] * side.lengths[1]
@@ -39,45 +38,52 @@ def test_kept_tokens_are_those_before_a_label(batch):
 
 def test_inputs_are_what_the_model_takes(batch):
     one = batch(2, 1) | {"role": torch.zeros(2), "example_id": torch.arange(2), "token_type_ids": torch.ones(2, 20)}
-    assert set(prepare(one, "forget", CPU).inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert set(prepared(one).inputs) == {"input_ids", "attention_mask", "token_type_ids"}
     bare = {"input_ids": one["input_ids"], "labels": one["labels"]}
-    assert prepare(bare, "forget", CPU).inputs["attention_mask"].all()
+    assert prepared(bare).inputs["attention_mask"].all()
 
 
 def test_no_predicted_token_gives_none(batch):
     one = batch(2, 1)
     one["labels"][:, 1:] = -100
     one["labels"][:, 0] = 5
-    assert prepare(one, "forget", CPU) is None
+    assert prepared(one) is None
 
 
 def test_keys_tell_examples_apart_but_not_paddings(batch):
     one = batch(2, 1)
-    keys = prepare(one, "forget", CPU).keys
+    keys = prepared(one).keys
     assert len(set(keys)) == 2
     for left, right in ((0, 4), (3, 0), (2, 2)):
-        assert prepare(pad(one, left, right), "forget", CPU).keys == keys
+        assert prepared(pad(one, left, right)).keys == keys
 
     def changed(name, column, value):
         other = {key: tensor.clone() for key, tensor in one.items()}
         other[name][1, column] = value
-        return prepare(other, "forget", CPU).keys
+        return prepared(other).keys
 
     for name, column, value in (("input_ids", 2, 3), ("attention_mask", 2, 0), ("labels", 10, -100)):
         assert changed(name, column, value)[0] == keys[0] and changed(name, column, value)[1] != keys[1], name
-    extra = prepare(one | {"token_type_ids": torch.ones(2, 20)}, "forget", CPU).keys
+    extra = prepared(one | {"token_type_ids": torch.ones(2, 20)}).keys
     assert set(extra).isdisjoint(keys)
 
 
 def test_no_keys_where_an_input_belongs_to_the_whole_batch(batch):
-    assert prepare(batch(2, 1) | {"bias": torch.ones(1, 1, 20, 20)}, "forget", CPU).keys is None
+    assert prepared(batch(2, 1) | {"bias": torch.ones(1, 1, 20, 20)}).keys is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one.pop("labels"), "the retain batch has no 'labels'"),
-        (lambda one: one.pop("input_ids"), "the retain batch has no 'input_ids'"),
+        (lambda one: one.pop("labels"), "the retain batch needs input_ids, .*it has no 'labels'"),
+        (lambda one: one.pop("input_ids"), "the retain batch needs input_ids, .*it has no 'input_ids'"),
+        (
+            lambda one: one.update({key: value[0] for key, value in one.items()}),
+            r"tensors \(B, T\): its 'input_ids' is",
+        ),
+        (lambda one: one.update(labels=one["labels"][0]), r"its 'labels' is \(20,\)"),
+        (lambda one: one.update(labels=one["labels"].tolist()), "its 'labels' is a list"),
+        (lambda one: one.update(attention_mask=torch.ones(20)), r"its 'attention_mask' is \(20,\)"),
         (lambda one: one.update(labels=one["labels"][:, 1:]), r"labels are \(2, 19\), its input_ids \(2, 20\)"),
         (lambda one: one.update(attention_mask=torch.ones(2, 3)), r"attention_mask are \(2, 3\)"),
         (lambda one: one["labels"].fill_(320), "label 320, outside the vocabulary of 320"),
@@ -88,7 +94,7 @@ def test_wrong_batches_are_refused(batch, change, message):
     one = batch(2, 1)
     change(one)
     with pytest.raises(ff.FastforgetError, match=message):
-        prepare(one, "retain", CPU, vocabulary=320)
+        check_batch(one, "the retain batch", 320)
 
 
 def test_count_labels_counts_what_is_predicted(batch):
@@ -96,8 +102,8 @@ def test_count_labels_counts_what_is_predicted(batch):
     pairs[0][1]["labels"][1] = -100
     counts = count_labels(pairs)
     retain = kept_by_hand(pairs[0][1])
-    assert counts.of("forget") == (sum(len(kept_by_hand(forget)) for forget, _ in pairs), 3)
-    assert counts.of("retain") == (len(retain), 2)
+    assert counts.totals("forget") == (sum(len(kept_by_hand(forget)) for forget, _ in pairs), 3)
+    assert counts.totals("retain") == (len(retain), 2)
     flat = {key: torch.cat([pairs[0][1][key], pairs[0][0][key]]) for key in pairs[0][0]}
     flat["role"] = torch.tensor([1, 1, 1, 0, 0])
     assert count_labels([flat, pairs[1]]) == counts
@@ -111,7 +117,8 @@ def test_split_roles_and_rows(batch):
     assert set(forget) == {"input_ids", "attention_mask", "labels", "scale"} and forget["scale"] == 2.0
     assert split_roles(flat | {"role": torch.zeros(5)})[1] is None
 
-    parts = split_rows(forget, 2)
-    assert [len(part["input_ids"]) for part in parts] == [2, 1]
-    assert torch.equal(torch.cat([part["labels"] for part in parts]), forget["labels"])
-    assert all(part["scale"] == 2.0 for part in parts)
+    parts = check_batch(forget, "the forget batch").split(2)
+    assert [part.row_count for part in parts] == [2, 1]
+    assert torch.equal(torch.cat([part.labels for part in parts]), forget["labels"])
+    assert torch.equal(torch.cat([part.inputs["input_ids"] for part in parts]), forget["input_ids"])
+    assert all(part.inputs["scale"] == 2.0 for part in parts)

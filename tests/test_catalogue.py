@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from helpers import load_perturbed
 from test_cli import run  # noqa: F401 (a fixture)
-from test_step import load_perturbed
 
 import fastforget as ff
 from fastforget import catalogue

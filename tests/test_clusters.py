@@ -1,6 +1,8 @@
 """Cluster centres: of which states, how many, and their file."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from safetensors import safe_open
 
 import fastforget as ff
 from fastforget import clusters
-from fastforget.clusters import CENTRES_FILE, cluster_centres, k_means, save_centres
+from fastforget.clusters import CENTRES_FILE, cluster_centres, fit_centres, k_means, save_centres
 from fastforget.data.text import text_examples
 from fastforget.jobs.loop import JobSettings, run_job
+from fastforget.objectives import CentreRequest, StateRequest
 
 
 @pytest.fixture
@@ -80,6 +83,38 @@ def test_errors_say_what_is_wrong(model, batch):
         cluster_centres(model, [batch(2, 1)], k=500)
     with pytest.raises(ff.FastforgetError, match="does not exist: this adapter was trained without a cluster pull"):
         ff.load_centres("/nowhere")
+
+
+@dataclass(kw_only=True, eq=False)
+class Gather(ff.Term):
+    """A user's own term that a job finds one centre for."""
+
+    name: ClassVar[str] = "gather"
+    request: StateRequest | None = None
+
+    @property
+    def requests(self):
+        return () if self.request is None else (self.request,)
+
+    @property
+    def centre_request(self):
+        return CentreRequest(1, layer=0, metric="l2", level="token") if self.request is None else None
+
+    def fit(self, centres):
+        self.request = StateRequest(layer=0, centres=centres)
+
+    def value(self, stats):
+        return stats.token_mean(stats[self.request].pull)
+
+
+def test_any_term_may_ask_for_centres(model, batch, tmp_path):
+    term = Gather()
+    fit_centres([ff.CE(), term], model, [batch(2, 1)])
+    expected = cluster_centres(model, [batch(2, 1)], 1, layer=0)
+    assert torch.equal(term.request.centres, expected)
+    assert ff.UnlearnLoss(model, [term])(batch(2, 1)).loss > 0
+    save_centres([ff.CE(), term], tmp_path)
+    assert torch.equal(ff.load_centres(tmp_path)[0], expected)
 
 
 def test_a_job_finds_saves_and_returns_its_centres(model, tokenizer, tmp_path):

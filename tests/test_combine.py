@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_step import gradients, load_perturbed
+from helpers import gradients, load_perturbed
 
 import fastforget as ff
 from fastforget.combine import combined
@@ -90,7 +90,7 @@ def test_zero_equal_missing_and_broken_gradients():
                 assert not flat(combined(how, *map(parts, pair))).isfinite().all(), (how, value)
 
 
-def test_gradients_of_16_bits_keep_their_dtype_and_are_measured_in_float32():
+def test_16_bit_gradients_are_combined_in_float32():
     f, r = vectors(1)
     for dtype in (torch.bfloat16, torch.float16):
         found = combined("pcgrad", parts(f, dtype), parts(r, dtype))

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_step import load_perturbed
+from helpers import load_perturbed
 
 import fastforget as ff
 from fastforget.objectives import PRESETS

@@ -1,10 +1,13 @@
 """Jobs whose terms need refusals or other prompts' answers: built by the job, fresh at each step, or refused early."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import fastforget as ff
 from fastforget.data.answers import prompts_and_answers
@@ -112,6 +115,38 @@ def test_rows_stay_within_the_model_and_the_job(tiny, tokenizer, data, monkeypat
         run_job(model, tokenizer, forget, retain, ff.preset("yao2023"), settings, max_length=limit)
         assert max(seen) <= longest
         seen.clear()
+
+
+@dataclass(kw_only=True)
+class MismatchedNLL(ff.TokenTerm):
+    """A user's own term on other prompts' answers, two for each."""
+
+    name: ClassVar[str] = "mismatched_nll"
+    streams: ClassVar[tuple[str, ...]] = ("mismatch",)
+
+    @property
+    def mismatched_answers(self):
+        return 2
+
+    def per_token(self, stats):
+        return -stats.logp
+
+
+def test_any_term_says_how_many_answers_it_draws(tokenizer, data):
+    forget, retain = data
+    batch = collate(forget[:3], tokenizer.pad_token_id)
+    for terms, rows in (([MismatchedNLL()], 6), ([MismatchedNLL(), ff.RandomMismatch(k=4)], 12), ([ff.KTO()], 3)):
+        attached = Companions(terms, tokenizer, retain).attach("forget", batch)
+        assert len(attached["mismatch"]["labels"]) == rows
+
+
+def test_a_job_says_where_it_makes_do(tiny, tmp_path):
+    options = {"bits": 32, "lora_r": 4, "max_steps": 1, "max_length": 48, "retain": ["Water boils."]}
+    for preset, said in (("altpo", True), ("dpo", False)):
+        console = Console(record=True, width=200)
+        rows = [{"prompt": "Where is Alder?", "response": " Below."}]
+        ff.unlearn(tiny["llama"], rows, tmp_path / preset, preset=preset, console=console, **options)
+        assert ("one of the refusals stands for it" in console.export_text()) == said
 
 
 def test_what_the_sets_lack_is_said_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):

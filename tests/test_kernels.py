@@ -6,15 +6,14 @@ same suite on a device. The passes by themselves are tested in `kernels/test_til
 
 import pytest
 import test_backends_states
-import test_stats
 import torch
 from hypothesis import given, settings
 from kernel_device import DEVICE, OURS, device_of, needs_triton
-from test_stats import DRAWS, NOISES, SHIFTS, check, problems, realistic
+from oracle import DRAWS, NOISES, SHIFTS, check, check_divergence, problems, realistic
 
 import fastforget as ff
 from fastforget.backends import tiling
-from fastforget.divergences import DIVERGENCES
+from fastforget.stats import DIVERGENCES
 
 # The interpreter takes about 0.1 s for a row: a short sample in `make test`, the rest in `make proof` and on a GPU
 FEW = settings(DRAWS, max_examples=100 if DEVICE.type == "cuda" else 6)
@@ -50,13 +49,13 @@ def test_token_stats_of_a_head_that_trains_against_float64(problem):
 @given(problem=SMALL, noise=NOISES, shift=SHIFTS)
 @FEW
 def test_divergence_against_float64(kind, problem, noise, shift):
-    test_stats.check_divergence(kind, problem, noise, shift, "triton")
+    check_divergence(kind, problem, noise, shift, "triton")
 
 
 @given(problem=SMALL, noise=NOISES, shift=SHIFTS)
 @FEW
 def test_divergence_from_a_known_reference_against_float64(small_tiles, problem, noise, shift):
-    test_stats.check_divergence("forward_kl", problem, noise, shift, "triton", known=True)
+    check_divergence("forward_kl", problem, noise, shift, "triton", known=True)
 
 
 @given(problem=test_backends_states.problems())
@@ -151,7 +150,7 @@ def test_token_stats_against_float64_in_many_draws(monkeypatch, test):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_divergence_against_float64_in_many_draws(kind):
-    run = MANY(lambda problem, noise, shift: test_stats.check_divergence(kind, problem, noise, shift, "triton"))
+    run = MANY(lambda problem, noise, shift: check_divergence(kind, problem, noise, shift, "triton"))
     given(problem=SMALL, noise=NOISES, shift=SHIFTS)(run)()
 
 

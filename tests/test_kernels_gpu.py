@@ -5,7 +5,7 @@ import torch
 
 import fastforget as ff
 from fastforget.backends.fields import NAMES as OUTPUTS
-from fastforget.divergences import DIVERGENCES
+from fastforget.stats import DIVERGENCES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,17 +6,16 @@ in `backends/test_native_passes.py`.
 
 import pytest
 import test_backends_states
-import test_stats
 import torch
 from hypothesis import given, settings
 from kernel_device import WHY_NOT_NATIVE, needs_native
-from test_stats import DRAWS, MORE, NOISES, SHIFTS, check, problems
+from oracle import DRAWS, MORE, NOISES, SHIFTS, check, check_divergence, problems
 
 import fastforget as ff
 from fastforget.backends import tiling
 from fastforget.backends.native import library
 from fastforget.backends.native.library import INSTRUCTION_SETS, OVERRIDE
-from fastforget.divergences import DIVERGENCES
+from fastforget.stats import DIVERGENCES
 
 pytestmark = needs_native
 HERE = library.instruction_set() if WHY_NOT_NATIVE is None else -1
@@ -62,13 +61,13 @@ def test_token_stats_of_a_head_that_trains_against_float64(instructions, problem
 @given(problem=problems(), noise=NOISES, shift=SHIFTS)
 @FEW
 def test_divergence_against_float64(instructions, small_tiles, kind, problem, noise, shift):
-    test_stats.check_divergence(kind, problem, noise, shift, "native")
+    check_divergence(kind, problem, noise, shift, "native")
 
 
 @given(problem=problems(), noise=NOISES, shift=SHIFTS)
 @FEW
 def test_divergence_from_a_known_reference_against_float64(instructions, small_tiles, problem, noise, shift):
-    test_stats.check_divergence("forward_kl", problem, noise, shift, "native", known=True)
+    check_divergence("forward_kl", problem, noise, shift, "native", known=True)
 
 
 @given(problem=test_backends_states.problems())

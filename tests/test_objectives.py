@@ -1,28 +1,31 @@
 """Terms against their formulas in plain Python, presets, and what is refused."""
 
 import math
+from types import MappingProxyType
 
 import pytest
 import torch
 
 import fastforget as ff
-from fastforget.objectives import PRESETS, SideStats
+from fastforget.objectives import LOGP, PRESETS, REFERENCE_LOGP, Divergence, SideStats
 
-LOGP = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
+ANSWERS = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
 REF = [[-0.2, -0.1, -0.4], [-1.0]]
-FLAT = [value for row in LOGP for value in row]
+FLAT = [value for row in ANSWERS for value in row]
 REF_FLAT = [value for row in REF for value in row]
 
 
-def side(**extra):
+def side(extra=MappingProxyType({})):
     return SideStats(
-        label_logp=torch.tensor(FLAT, dtype=torch.float64),
         sequence=torch.tensor([0, 0, 0, 1]),
         sequence_count=2,
         token_total=4,
         sequence_total=2,
-        ref_logp=torch.tensor(REF_FLAT, dtype=torch.float64),
-        **extra,
+        tensors={
+            LOGP: torch.tensor(FLAT, dtype=torch.float64),
+            REFERENCE_LOGP: torch.tensor(REF_FLAT, dtype=torch.float64),
+            **extra,
+        },
     )
 
 
@@ -37,7 +40,7 @@ def npo(ratios, beta):
 def test_values_follow_the_formulas():
     assert float(ff.NegatedCE().value(side())) == pytest.approx(sum(FLAT) / 4)
     assert float(ff.CE().value(side())) == pytest.approx(-sum(FLAT) / 4)
-    kl = side(divergences={"jsd": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    kl = side({Divergence("jsd"): torch.tensor([1.0, 2.0, 3.0, 4.0])})
     assert float(ff.KL(direction="jsd").value(kl)) == pytest.approx(2.5)
     per_token = [one - other for one, other in zip(FLAT, REF_FLAT, strict=True)]
     sums = [sum(per_token[:3]), per_token[3]]
@@ -47,10 +50,10 @@ def test_values_follow_the_formulas():
 
 @pytest.mark.parametrize(("beta", "delta"), [(4.5, 0.0), (0.7, 0.3)])
 def test_simnpo_follows_its_formula(beta, delta):
-    nll = [-sum(row) / len(row) for row in LOGP]
+    nll = [-sum(row) / len(row) for row in ANSWERS]
     expected = -(2 / beta) * sum(log_sigmoid(beta * (value - delta)) for value in nll) / 2
     assert float(ff.SimNPO(beta=beta, delta=delta).value(side())) == pytest.approx(expected)
-    assert not ff.SimNPO().needs, "no reference"
+    assert ff.SimNPO().requests == (LOGP,), "no reference"
 
 
 def test_presets():

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, load_perturbed
 from kernel_device import DEVICE, OURS
-from test_step import gradients, load_perturbed
 
 import fastforget as ff
-from fastforget.objectives import SideStats
+from fastforget.objectives import LOGP, SideStats
 
 BACKENDS = OURS if DEVICE.type == "cpu" else ["torch"]  # the tiny models are on the CPU
 
@@ -144,9 +144,7 @@ def test_jensun_keeps_its_digits_at_both_ends(logp):
         expected = (p * exact - (1 + p) * ((1 + p) / 2).ln() + (1 - p) * log2) / 2
         slope = p * (exact - (1 + p).ln()) / 2
     label = torch.tensor([logp], requires_grad=True)
-    stats = SideStats(
-        label_logp=label, sequence=torch.tensor([0]), sequence_count=1, token_total=1, sequence_total=1, vocabulary=9
-    )
+    stats = SideStats(torch.tensor([0]), 1, 1, 1, tensors={LOGP: label}, vocabulary=9)
     value = ff.JensUn().value(stats)
     value.backward()
     assert 0 <= float(value.detach()) <= math.log(2) * (1 + 1e-6)

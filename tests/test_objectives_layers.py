@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers import gradients, load_perturbed, stack_of
 from kernel_device import DEVICE, OURS
-from test_backbone import stack_of
-from test_step import gradients, load_perturbed
 
 import fastforget as ff
+from fastforget.objectives import LOGP
 from fastforget.objectives.states import StateTerm
 
 WIDTH = 64
@@ -173,16 +173,16 @@ class ReadsLogp(StateTerm):
         self._request = ff.EmbeddingDistance(layer=self.layer)._request
 
     @property
-    def needs(self):
-        return frozenset({"logp"} if self.asks else ())
+    def requests(self):
+        return (*super().requests, LOGP) if self.asks else super().requests
 
     def value(self, stats):
-        return stats.token_mean(self.answer(stats).distance * stats.logp.detach().exp())
+        return stats.token_mean(self.distances(stats).distance * stats.logp.detach().exp())
 
 
-def test_a_term_that_reads_logp_without_asking_is_told(tiny, batch):
+def test_a_term_must_ask_for_the_logp_it_reads(tiny, batch):
     model = load_perturbed(tiny["llama"])
-    with pytest.raises(ff.FastforgetError, match="a term uses logp without asking for it: name it in its `needs`"):
+    with pytest.raises(ff.FastforgetError, match="a term uses logp without asking for it: name it in its `requests`"):
         ff.UnlearnLoss(model, [ReadsLogp(layer=0)])(batch(2, 1))
     out = ff.UnlearnLoss(model, [ReadsLogp(layer=0, asks=True)])(batch(2, 1))
     assert out.loss.isfinite() and out.stats["forget_nll"] > 0

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from test_step import gradients, load_perturbed
+from helpers import gradients, load_perturbed
 
 import fastforget as ff
 from fastforget.config import parse_value, plain, value_text

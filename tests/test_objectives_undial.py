@@ -5,23 +5,12 @@ import math
 
 import pytest
 import torch
+from helpers import gradients, load_perturbed, with_known_labels
 from kernel_device import OURS, device_of
-from test_objectives_weighted import with_known_labels
-from test_step import gradients, load_perturbed
 
 import fastforget as ff
 from fastforget.backends import backend_of
-from fastforget.objectives import SideStats
-from fastforget.objectives.needs import divergences, reference_fields, shifted
-
-
-def test_names_of_needs():
-    names = {shifted("forward_kl", -1e-7), shifted("jsd", -10), shifted("reverse_kl", 0.0), "lse", "ref_lse"}
-    found = divergences(names)
-    assert sorted(found.values()) == [("forward_kl", -1e-7), ("jsd", -10.0), ("reverse_kl", 0.0)]
-    assert found["reverse_kl"] == ("reverse_kl", 0.0) and set(found) < names
-    assert reference_fields(names) == {"lse"}
-    assert ff.UNDIAL(beta=0.0).divergence == "forward_kl"
+from fastforget.objectives import Field, SideStats
 
 
 def memorised(doubt, beta):
@@ -57,13 +46,11 @@ def test_value_and_gradient_of_a_memorised_token(doubt, beta, backend):
     cached = computes.token_stats(other, labels, head, outputs)
     kl, _ = computes.divergence(leaf, other, head, "forward_kl", labels=labels, label_shift=-beta)
     stats = SideStats(
-        label_logp=cached["logp"],
         sequence=torch.zeros(3, dtype=torch.long),
         sequence_count=1,
         token_total=1,
         sequence_total=1,
-        divergences={term.divergence: kl},
-        fields={f"ref_{name}": cached[name] for name in outputs},
+        tensors={term.divergence: kl, **{Field(name, of="reference"): cached[name] for name in outputs}},
     )
     value = term.value(stats)
     value.backward()

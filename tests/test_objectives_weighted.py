@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers import gradients, load_perturbed, with_known_labels
 from kernel_device import DEVICE, OURS, device_of
-from test_step import gradients, load_perturbed
 
 import fastforget as ff
-from fastforget.objectives import SideStats
+from fastforget.objectives import Field, SideStats
 
 
 def formula(name, logits, labels, ref_logits):
@@ -59,15 +59,6 @@ CASES = {
     "me": ff.preset("me", forget_weight=1.0, retain=None),
     "me reverse": ff.preset("me", forget_weight=1.0, direction="reverse", retain=None),
 }
-
-
-def with_known_labels(model, batch):
-    """The batch with every other label the token that the model holds likeliest: random ones it hardly knows."""
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = batch["labels"].clone()
-    labels[:, 1:][:, ::2] = torch.where(labels[:, 1:] == -100, -100, logits[:, :-1].argmax(-1))[:, ::2]
-    return {**batch, "labels": labels}
 
 
 def expected_loss(name, reduction, model, reference, batch):
@@ -125,7 +116,8 @@ def test_ceu_of_a_memorised_token(backend):
     logits = logits.to(device_of(backend)).requires_grad_()
     outputs = ("log_not_label", "others_entropy")
     stats = ff.token_stats_from_logits(logits, torch.tensor([2]), outputs=outputs, backend=backend)
-    side = SideStats(stats.logp, torch.tensor([0]), 1, 1, 1, fields={name: getattr(stats, name) for name in outputs})
+    tensors = {Field(name): getattr(stats, name) for name in outputs}
+    side = SideStats(torch.tensor([0]), 1, 1, 1, tensors=tensors)
     value = ff.CEU().value(side)
     value.backward()
     assert float(stats.others_entropy) == pytest.approx(entropy, rel=1e-6)

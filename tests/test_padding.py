@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import prepared
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fastforget as ff
 from fastforget.backbone import MOVED_BY_PADDING, Backbone
-from fastforget.batch import count_labels, prepare
-from fastforget.reference import states_of
+from fastforget.batch import check_batch, count_labels
+from fastforget.objectives import REFERENCE_LOGP
+from fastforget.reference import LayerStates
 
-CPU = torch.device("cpu")
 VOCABULARY = 320
 PADDINGS = (0, 5, 20)
-WANTED = frozenset({"logp", states_of(None)})
+WANTED = frozenset({REFERENCE_LOGP, LayerStates(None)})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_loss_and_gradients_do_not_know_of_padding(folders, kind):
     examples, found = [example(1), example(2, 9)], []
     for paddings in ((0, 0), (5, 20), (20, 0)):
         batch = collate(examples, paddings)
-        assert count_labels([(batch, None)]).of("forget") == (13 + 8, 2), "the first token is never predicted"
+        assert count_labels([(batch, None)]).totals("forget") == (13 + 8, 2), "the first token is never predicted"
         model.zero_grad()
         out = loss(batch, batch)
         out.loss.backward()
@@ -117,8 +118,13 @@ def test_a_companion_may_be_padded_on_the_other_side(folders):
         assert float(out.terms["dpo"]) == pytest.approx(2 * 0.6931472 / 0.1, rel=1e-5)
 
 
+def prepared_for(batch, model):
+    backbone = Backbone(model)
+    return backbone.prepare(check_batch(batch, "the forget batch", backbone.vocabulary))
+
+
 def keys_of(batch, model):
-    return prepare(batch, "forget", *Backbone(model).batch_arguments).keys
+    return prepared_for(batch, model).keys
 
 
 def test_padding_is_in_the_key_where_the_result_depends_on_it(folders, monkeypatch):
@@ -136,29 +142,29 @@ def test_padding_is_in_the_key_where_the_result_depends_on_it(folders, monkeypat
         keys = [keys_of(batch, model)[0] for batch in (plain, padded, other, more)]
         assert len(set(keys)) == 4
         assert keys_of(collate([one, example(2, 20)], (0, 0)), model)[0] == keys[0], "what is on the right is not"
-        assert "position_ids" not in prepare(padded, "forget", *Backbone(model).batch_arguments).inputs
+        assert "position_ids" not in prepared_for(padded, model).inputs
 
 
-def test_a_mask_with_holes_is_counted_by_the_model_and_keyed_by_all_of_it(folders):
+def test_a_mask_with_holes_is_keyed_by_all_of_it(folders):
     gpt2 = ff.load(folders["gpt2"], bits=32)
     plain, padded = (collate([example(1)], (left,)) for left in (0, 5))
     for batch, hole in ((plain, 4), (padded, 9)):
         batch["attention_mask"][0, hole] = 0
     assert keys_of(plain, gpt2) != keys_of(padded, gpt2)
-    side = prepare(padded, "forget", CPU)
-    assert "position_ids" not in side.inputs and 9 not in side.positions.tolist(), "and a hole predicts nothing"
+    side = prepared(padded)
+    assert "position_ids" not in side.inputs and 9 not in side.positions[1].tolist(), "and a hole predicts nothing"
 
 
 def test_given_positions_stay(folders):
     gpt2 = ff.load(folders["gpt2"], bits=32)
     padded = collate([example(1)], (5,))
     given = {**padded, "position_ids": torch.arange(19)[None]}
-    side = prepare(given, "forget", *Backbone(gpt2).batch_arguments)
+    side = prepared_for(given, gpt2)
     assert torch.equal(side.inputs["position_ids"], given["position_ids"])
     assert side.keys != keys_of(padded, gpt2)
 
 
-def test_equal_inputs_that_stand_elsewhere_have_keys_of_their_own(folders):
+def test_equal_inputs_that_stand_elsewhere_have_other_keys(folders):
     gpt2 = ff.load(folders["gpt2"], bits=32)
     left, right = collate([example(1)], (1,)), collate([example(1), example(2, 15)], (0, 0))
     right = {key: value[:1] for key, value in right.items()}
@@ -170,7 +176,7 @@ def test_equal_inputs_that_stand_elsewhere_have_keys_of_their_own(folders):
     assert own[0] == own[1], "the same tokens at the same positions"
 
 
-def test_rounding_is_far_below_what_counts_as_moved_and_one_position_is_above(folders):
+def test_one_position_counts_as_moved_and_rounding_does_not(folders):
     for kind, bits in (("opt", 32), ("llama", 32), ("gpt2", 32), ("opt", 8), ("llama", 16)):
         backbone = Backbone(ff.load(folders[kind], bits=bits, device="cpu"))
         assert backbone.moved_by_padding() < MOVED_BY_PADDING / 2, (kind, bits)
@@ -186,9 +192,9 @@ def backbone_states(folder, ids, positions):
 
 def test_an_entry_of_another_length_is_a_miss(folders):
     reference = ff.UnlearnLoss(ff.load(folders["llama"], bits=32), "npo").reference
-    side = prepare(collate([example(1)], (0,)), "forget", CPU)
-    truth = reference.of(side, WANTED)
+    side = prepared(collate([example(1)], (0,)))
+    truth = reference.answers(side, WANTED)
     (entry,) = reference._cache.values()
-    entry["logp"] = entry["logp"][1:]
-    assert all(torch.equal(value, truth[name]) for name, value in reference.of(side, WANTED).items())
+    entry[REFERENCE_LOGP] = entry[REFERENCE_LOGP][1:]
+    assert all(torch.equal(value, truth[name]) for name, value in reference.answers(side, WANTED).items())
     assert reference.forwards == 2

@@ -3,14 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import prepared
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.batch import prepare
-from fastforget.reference import reference_mode, states_of
+from fastforget.objectives import REFERENCE_LOGP
+from fastforget.reference import LayerStates, reference_mode
 
-LOGP = frozenset({"logp"})
-CPU = torch.device("cpu")
+LOGP = frozenset({REFERENCE_LOGP})
+STATES = LayerStates(None)
+
+
+def logp_of(reference, side):
+    return reference.answers(side, LOGP)[REFERENCE_LOGP]
 
 
 def flags(model):
@@ -21,17 +26,17 @@ def flags(model):
 def test_training_does_not_change_the_reference(tiny, batch, bits):
     model = ff.load(tiny["opt"], bits=bits, lora={"r": 4}).train()
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo_mean", lr=1e-2, reference_cache_bytes=0)
-    side = prepare(batch(4, 1), "forget", CPU)
-    before = step.loss.reference.of(side, frozenset({states_of(None), "logp"}))
+    side = prepared(batch(4, 1))
+    before = step.loss.reference.answers(side, LOGP | {STATES})
     weights = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     for seed in range(5):
         step(batch(4, 1), batch(4, seed))
-    after = step.loss.reference.of(side, frozenset({states_of(None), "logp"}))
-    assert torch.equal(before[states_of(None)], after[states_of(None)]) and torch.equal(before["logp"], after["logp"])
+    after = step.loss.reference.answers(side, LOGP | {STATES})
+    assert torch.equal(before[STATES], after[STATES]) and torch.equal(before[REFERENCE_LOGP], after[REFERENCE_LOGP])
     for name, parameter in model.named_parameters():
         assert name not in weights or torch.equal(parameter, weights[name]), name
     policy = step.loss.backbone.states(side.inputs, side.positions)[None]
-    assert not torch.equal(policy, after[states_of(None)]), "the adapter itself did learn"
+    assert not torch.equal(policy, after[STATES]), "the adapter itself did learn"
 
 
 def test_flags_are_restored_also_after_an_exception(tiny):
@@ -54,8 +59,8 @@ def test_dropout_is_off_in_the_reference_only(tiny, batch):
     for layer in decoder.layers:
         layer.dropout = 0.5
     loss = ff.UnlearnLoss(model, [ff.KL(on="forget")], reference_cache_bytes=0)
-    side = prepare(batch(3, 1), "forget", CPU)
-    first, second = (loss.reference.of(side, LOGP)["logp"] for _ in range(2))
+    side = prepared(batch(3, 1))
+    first, second = (logp_of(loss.reference, side) for _ in range(2))
     assert torch.equal(first, second)
     assert float(loss(batch(3, 1)).loss.detach()) > 0, "the policy drops out"
 
@@ -72,24 +77,24 @@ def test_cache_is_keyed_by_content_within_its_limit(tiny, batch):
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
     reference = ff.UnlearnLoss(model, "npo").reference
     one = batch(3, 1)
-    truth = reference.of(prepare(one, "forget", CPU), LOGP)["logp"]
+    truth = logp_of(reference, prepared(one))
     padded = {key: F.pad(value, (0, 5), value=-100 if key == "labels" else 0) for key, value in one.items()}
-    assert torch.equal(reference.of(prepare(padded, "forget", CPU), LOGP)["logp"], truth)
+    assert torch.equal(logp_of(reference, prepared(padded)), truth)
     assert reference.forwards == 1, "padding is not content"
     fewer = one | {"labels": one["labels"].clone()}
     fewer["labels"][1, :10] = -100
-    kept = prepare(fewer, "forget", CPU)
-    assert reference.of(kept, LOGP)["logp"].shape == kept.labels.shape and reference.forwards == 2
+    kept = prepared(fewer)
+    assert logp_of(reference, kept).shape == kept.labels.shape and reference.forwards == 2
     other = one | {"labels": torch.where(one["labels"] == -100, -100, (one["labels"] + 7) % 320)}
     uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
-    side = prepare(other, "forget", CPU)
-    assert torch.equal(reference.of(side, LOGP)["logp"], uncached.of(side, LOGP)["logp"]), "labels may be any ids"
+    side = prepared(other)
+    assert torch.equal(logp_of(reference, side), logp_of(uncached, side)), "labels may be any ids"
 
     # partly cached: rows 1 and 2 are known, row 0 is new
     mixed = {key: torch.cat([batch(1, 7)[key], one[key][1:]]) for key in one}
-    side = prepare(mixed, "forget", CPU)
-    ours = reference.of(side, LOGP)["logp"]
-    assert torch.allclose(ours, uncached.of(side, LOGP)["logp"], rtol=1e-5, atol=1e-6)
+    side = prepared(mixed)
+    ours = logp_of(reference, side)
+    assert torch.allclose(ours, logp_of(uncached, side), rtol=1e-5, atol=1e-6)
     assert torch.equal(ours[-len(truth) + 9 :], truth[9:])
 
 
@@ -99,9 +104,9 @@ def test_rows_without_labels_do_not_shift_what_is_recomputed(tiny, batch):
     uncached = ff.UnlearnLoss(model, "npo", reference_cache_bytes=0).reference
     one = batch(4, 1)
     one["labels"][[0, 2]] = -100
-    loss.reference.of(prepare({key: value[1:2] for key, value in one.items()}, "forget", CPU), LOGP)
-    side = prepare(one, "forget", CPU)
-    ours, truth = loss.reference.of(side, LOGP)["logp"], uncached.of(side, LOGP)["logp"]
+    loss.reference.answers(prepared({key: value[1:2] for key, value in one.items()}), LOGP)
+    side = prepared(one)
+    ours, truth = logp_of(loss.reference, side), logp_of(uncached, side)
     assert torch.allclose(ours, truth, rtol=1e-5, atol=1e-6) and loss.reference.forwards == 2
 
 
@@ -116,7 +121,7 @@ def test_labels_on_padding_are_part_of_an_example(tiny, batch):
 
 
 def test_an_input_of_one_number_a_row_is_part_of_the_key(batch):
-    one, other = (prepare(batch(2, 1) | {"weight": torch.tensor([1.0, w])}, "forget", CPU).keys for w in (2.0, 3.0))
+    one, other = (prepared(batch(2, 1) | {"weight": torch.tensor([1.0, w])}).keys for w in (2.0, 3.0))
     assert one[0] == other[0] and one[1] != other[1]
 
 
@@ -125,17 +130,17 @@ def test_least_recently_used_goes_and_a_miss_is_recomputed(tiny, batch):
     row_bytes = 4 * 15
     reference = ff.UnlearnLoss(model, "npo", reference_cache_bytes=2 * row_bytes).reference
     rows = [{key: value[1:] for key, value in batch(2, seed).items()} for seed in range(3)]
-    sides = [prepare(row, "forget", CPU) for row in rows]
-    first = reference.of(sides[0], LOGP)["logp"]
-    reference.of(sides[1], LOGP)
-    reference.of(sides[0], LOGP)  # used again: the second is now the oldest
-    reference.of(sides[2], LOGP)
+    sides = [prepared(row) for row in rows]
+    first = logp_of(reference, sides[0])
+    reference.answers(sides[1], LOGP)
+    reference.answers(sides[0], LOGP)  # used again: the second is now the oldest
+    reference.answers(sides[2], LOGP)
     assert reference.forwards == 3 and reference.bytes_used == 2 * row_bytes
-    reference.of(sides[0], LOGP)
+    reference.answers(sides[0], LOGP)
     assert reference.forwards == 3
-    reference.of(sides[1], LOGP)
+    reference.answers(sides[1], LOGP)
     assert reference.forwards == 4
-    assert torch.allclose(reference.of(sides[0], LOGP)["logp"], first, rtol=1e-6)
+    assert torch.allclose(logp_of(reference, sides[0]), first, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

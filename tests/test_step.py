@@ -7,31 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, load_perturbed, token_log_probs
 
 import fastforget as ff
-
-
-def load_perturbed(folder, bits=32, seed=1, **lora):
-    """A model whose adapter is not at its initial zero, in training mode."""
-    torch.manual_seed(seed)  # PEFT draws lora_A
-    model = ff.load(folder, bits=bits, lora={"r": 4, "target_modules": "all-linear", **lora}).train()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_B" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-
-
-def token_log_probs(model, batch):
-    """(B, T-1) log-probs of the next tokens and the mask of those that are labelled, from the model's own logits."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-    labels = batch["labels"][:, 1:]
-    log_probs = logits.log_softmax(-1)
-    return log_probs, log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0], labels != -100
 
 
 def loss_by_hand(name, model, reference, forget, retain):
@@ -103,7 +81,7 @@ def test_kl_is_zero_at_lora_init(tiny, batch, kind, bits):
     assert float(out.terms["npo"]) == pytest.approx(2 * 0.6931472, rel=1e-6)
 
 
-def test_micro_batches_and_accumulation_give_the_gradients_of_the_whole(tiny, batch):
+def test_micro_batches_give_the_gradients_of_the_whole(tiny, batch):
     model = load_perturbed(tiny["llama"])
     forget, retain = batch(5, 1), batch(4, 2)
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo_mean", lr=0.1)
@@ -210,7 +188,7 @@ def test_copies_have_no_model_until_attached(tiny, batch):
         assert all(parameter.grad is None for parameter in after), "and clears its gradients"
 
 
-def test_a_copy_made_together_with_its_model_goes_on_as_the_original(tiny, batch):
+def test_a_copy_made_with_its_model_goes_on_as_the_original(tiny, batch):
     model = load_perturbed(tiny["llama"])
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
     step(batch(2, 1), batch(2, 2))
@@ -314,6 +292,13 @@ def test_grad_scaler(tiny, batch):
     scaler.step(step)
     scaler.update()
     assert step.param_groups[0]["unlearn_steps"] == 1
+    step.zero_grad()
+    step.backward(batch(2, 1), batch(2, 2), backward=lambda loss: (loss * torch.inf).backward())
+    scaler.unscale_(step)
+    scaler.step(step)
+    step.zero_grad()
+    step.step()
+    assert step.param_groups[0]["unlearn_steps"] == 1, "it was skipped, and no backward is pending"
 
 
 def test_errors_say_what_is_wrong(tiny, batch):
@@ -328,6 +313,8 @@ def test_errors_say_what_is_wrong(tiny, batch):
         ("labels are", good | {"labels": good["labels"][:, :-1]}, good),
         ("outside the vocabulary", good | {"labels": good["labels"].clamp(min=0) + 1000}, good),
         ("needs input_ids", {"input_ids": good["input_ids"]}, good),
+        (r"needs input_ids, .*its 'input_ids' is \(20,\)", {key: value[0] for key, value in good.items()}, good),
+        ("the forget batch needs input_ids, .*it is a list", [good], good),
     ]
     for message, forget, retain in cases:
         with pytest.raises(ff.FastforgetError, match=message):
@@ -352,3 +339,12 @@ def test_a_side_pays_for_the_gradients_that_it_learns_from(tiny, monkeypatch, ba
     calls.clear()
     out = loss(batch(2, 0), batch(2, 1))
     assert len(calls) == 1 + products and out.stats["retain_nll"] > 0  # one for the forget side
+
+
+def test_a_step_s_loss_is_copied_and_pickled(tiny, batch):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="pdu", lr=0.01)
+    step(batch(2, 1), batch(2, 2))
+    expected = step.loss(batch(2, 1), batch(2, 2)).loss
+    for other in (copy.deepcopy(step.loss), pickle.loads(pickle.dumps(step.loss))):
+        assert torch.equal(other(batch(2, 1), batch(2, 2)).loss, expected)

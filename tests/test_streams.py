@@ -7,14 +7,14 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from test_step import gradients, load_perturbed
+from helpers import gradients, load_perturbed, prepared
 
 import fastforget as ff
-from fastforget.batch import ROLES, prepare
+from fastforget.batch import ROLES
+from fastforget.loss_plan import stream_groups
 from fastforget.objectives import Term
-from fastforget.streams import join, stream_groups
+from fastforget.streams import join
 
-CPU = torch.device("cpu")
 MANY = {
     "dpo": ff.preset("dpo", beta=0.3, retain="ap"),
     "kto": ff.preset("kto", beta=0.3, retain="kl"),
@@ -190,18 +190,18 @@ def test_join_keeps_every_kept_token(sides):
     forget, retain = sides
     extra = {"token_type_ids": torch.arange(5 * 12).view(5, 12), "rowwise": torch.arange(5)}
     parts = [
-        prepare(forget | {"token_type_ids": torch.ones(5, 14, dtype=torch.long), "rowwise": torch.zeros(5)}, "f", CPU),
-        prepare(forget["refusal"] | extra, "f", CPU),
+        prepared(forget | {"token_type_ids": torch.ones(5, 14, dtype=torch.long), "rowwise": torch.zeros(5)}),
+        prepared(forget["refusal"] | extra),
     ]
     inputs, positions = join(parts)
     assert inputs["input_ids"].shape == (10, 14)
-    flat = inputs["input_ids"].flatten()[positions]
-    assert torch.equal(flat, torch.cat([part.inputs["input_ids"].flatten()[part.positions] for part in parts]))
+    kept = torch.cat([part.inputs["input_ids"][part.positions] for part in parts])
+    assert torch.equal(inputs["input_ids"][positions], kept)
     assert torch.equal(inputs["token_type_ids"][5:, :12], extra["token_type_ids"])
     assert not inputs["attention_mask"][5:, 12:].any() and torch.equal(inputs["rowwise"][5:], extra["rowwise"])
     for other in (retain["refusal"], retain["refusal"] | {"rowwise": torch.ones(4, 3)}, {**forget, "rowwise": 2.0}):
         with pytest.raises(ff.FastforgetError, match="'rowwise' do not fit together"):
-            join([prepare({**retain, "rowwise": torch.ones(4)}, "r", CPU), prepare(other, "r", CPU)])
+            join([prepared({**retain, "rowwise": torch.ones(4)}), prepared(other)])
 
 
 def without(batch, *keys):
@@ -237,7 +237,7 @@ def unlabelled(batch, row):
         ("grad_diff", lambda f, r: (f, unlabelled(r, slice(None))), "the retain batch has no label"),
     ],
 )
-def test_batches_that_lack_something_are_refused_before_a_forward(tiny, sides, preset, change, message, forwards):
+def test_incomplete_batches_are_refused_before_a_forward(tiny, sides, preset, change, message, forwards):
     loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), preset)
     with pytest.raises(ff.FastforgetError, match=message):
         loss(*change(*sides))
@@ -271,7 +271,7 @@ def test_terms_on_streams_that_are_not_there_are_refused(tiny, term, message):
 
 def test_groups_are_the_connected_components():
     def groups(*terms):
-        return [group.streams for group in stream_groups([(term.name, term) for term in terms])]
+        return stream_groups(terms)
 
     assert groups(ff.RandomMismatch(), ff.NegatedCE()) == [("answer",), ("mismatch",)]
     assert groups(ff.RefusalCE(), ff.NegatedCE()) == [("answer",), ("refusal",)]
@@ -285,4 +285,4 @@ def test_counts_know_every_stream(sides):
         whole = sides[0] if side == "forget" else sides[1]
         labels = (whole if stream == "answer" else whole[stream])["labels"][:, 1:]
         times = 2 if side == "forget" else 1
-        assert counts.of(side, stream) == (times * int((labels != -100).sum()), times * len(labels))
+        assert counts.totals(side, stream) == (times * int((labels != -100).sum()), times * len(labels))

@@ -7,9 +7,9 @@ import math
 import peft
 import pytest
 import torch
+from helpers import load_perturbed
 from safetensors.torch import load_file
 from test_jobs_unlearn import FORGET, QUICK, RETAIN
-from test_step import load_perturbed
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff

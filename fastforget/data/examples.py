@@ -8,9 +8,9 @@ from itertools import islice
 
 import torch
 
+from fastforget.batch import IGNORE_INDEX as IGNORE_INDEX
 from fastforget.errors import FastforgetError
 
-IGNORE_INDEX = -100
 SHUFFLE_BUFFER = 1024  # examples of a stream in memory at once; a stream no longer than this is shuffled as a list is
 
 

@@ -36,7 +36,7 @@ class Companions:
 
     Args:
         retain: the retain set, whose answers stand for those of other prompts; of a stream, those at its start. Where
-            it holds fewer than a term's `k`, each prompt gets all of them.
+            it holds fewer than a term's `mismatched_answers`, each prompt gets all of them.
         refusals: texts to draw from.
         max_length: tokens of a row at most.
         seed: of the draws.
@@ -57,7 +57,7 @@ class Companions:
     ) -> None:
         check_sets(terms, bool(retain))
         self.used = {(term.on, stream) for term in terms for stream in used_streams(term)}
-        self.draws = max((getattr(term, "k", 1) for term in terms if "mismatch" in used_streams(term)), default=0)
+        self.draws = max((term.mismatched_answers for term in terms if "mismatch" in used_streams(term)), default=0)
         self.tokenizer, self.refusals, self.max_length = tokenizer, refusals, max_length
         self.generator = torch.Generator().manual_seed(seed)
         if self.draws and retain:
@@ -67,13 +67,13 @@ class Companions:
 
     def attach(self, side: str, batch: Batch) -> Batch:
         """One side's batch with the companions that terms on it look at."""
-        found = dict(batch)
+        whole = dict(batch)
         if (side, "refusal") in self.used:
-            found = with_refusals(
-                found, self.tokenizer, self.refusals, generator=self.generator, max_length=self.max_length
+            whole = with_refusals(
+                whole, self.tokenizer, self.refusals, generator=self.generator, max_length=self.max_length
             )
         if (side, "mismatch") in self.used:
-            found["mismatch"] = mismatched(
+            whole["mismatch"] = mismatched(
                 batch,
                 self.answers,
                 self.draws,
@@ -81,7 +81,7 @@ class Companions:
                 generator=self.generator,
                 max_length=self.max_length,
             )
-        return found
+        return whole
 
 
 def check_sets(terms: Sequence[Term], has_retain: bool, stop_forget_nll: float | None = None) -> None:

@@ -208,8 +208,8 @@ def job_terms(options: UnlearnOptions, console: Console) -> list[Term]:
         terms = [term for term in terms if term.on != "retain"]
         console.print("No --retain: the preset's retain terms are left out, and nothing keeps the rest of the model.")
     check_sets(terms, options.retain is not None, options.stop_forget_nll)
-    if options.preset == "altpo":
-        console.print("altpo: a job has no alternative answer for each prompt, so one of the refusals stands for it.")
+    for note in (term.job_note for term in terms if term.job_note):
+        console.print(note)
     return terms
 
 

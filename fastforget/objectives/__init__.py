@@ -7,6 +7,16 @@ from fastforget.objectives.pdu import DualCE, LogitMargin
 from fastforget.objectives.preference import DPO, AnswerPreservation
 from fastforget.objectives.presets import PRESETS, preset, retain_terms
 from fastforget.objectives.refusal import JensUn, RandomMismatch, RefusalCE
+from fastforget.objectives.requests import (
+    LOGP,
+    REFERENCE_LOGP,
+    CentreRequest,
+    Divergence,
+    Field,
+    Request,
+    StateDistances,
+    StateRequest,
+)
 from fastforget.objectives.schedules import Linear, weight_at
 from fastforget.objectives.states import ClusterPull, EmbeddingDistance
 from fastforget.objectives.task_vector import TaskVector, subtraction
@@ -17,8 +27,6 @@ from fastforget.objectives.terms import (
     NegatedCE,
     SideStats,
     SimNPO,
-    StateDistances,
-    StateRequest,
     Term,
     TokenTerm,
     layers_of,
@@ -34,16 +42,21 @@ __all__ = [
     "FLAT",
     "KL",
     "KTO",
+    "LOGP",
     "NPO",
     "PRESETS",
+    "REFERENCE_LOGP",
     "RMU",
     "TNPO",
     "UNDIAL",
     "WGA",
     "AnswerPreservation",
+    "CentreRequest",
     "ClusterPull",
+    "Divergence",
     "DualCE",
     "EmbeddingDistance",
+    "Field",
     "HiddenMSE",
     "JensUn",
     "Linear",
@@ -52,6 +65,7 @@ __all__ = [
     "NegatedCE",
     "RandomMismatch",
     "RefusalCE",
+    "Request",
     "SatImp",
     "SideStats",
     "SimNPO",

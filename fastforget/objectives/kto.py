@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastforget.objectives.preference import sequence_log_ratio
 from fastforget.objectives.refusal import check_draws
+from fastforget.objectives.requests import LOGP, REFERENCE_LOGP, Request
 from fastforget.objectives.terms import SideStats, Term, check_positive, present
 
 
@@ -37,8 +38,12 @@ class KTO(Term):
         check_draws(self, self.k)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logp"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOGP, REFERENCE_LOGP
+
+    @property
+    def mismatched_answers(self) -> int:
+        return self.k
 
     def constant(self, stats: SideStats) -> Tensor:
         return stats.sequence_mean(sequence_log_ratio(stats))

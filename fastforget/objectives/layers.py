@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
+from fastforget.objectives.requests import Request, StateRequest
 from fastforget.objectives.states import check_layer
-from fastforget.objectives.terms import Side, SideStats, StateRequest, TokenTerm, present
+from fastforget.objectives.terms import Side, SideStats, TokenTerm, present
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +31,6 @@ class SquaredDistance(TokenTerm):
     Per token it is the square of the l2 distance: its gradient 2 (h - a) is right also where the distance is 0.
     """
 
-    learns_from_logp: ClassVar[bool] = False
     layer: int | None = None
     _request: StateRequest | None = field(default=None, init=False, repr=False)
 
@@ -39,12 +39,13 @@ class SquaredDistance(TokenTerm):
         check_layer(self.name, self.layer)
 
     @property
-    def state_request(self) -> StateRequest | None:
-        return self._request
+    def requests(self) -> tuple[Request, ...]:
+        assert self._request is not None
+        return (self._request,)
 
     def per_token(self, stats: SideStats) -> Tensor:
         assert self._request is not None
-        return present(stats.states[self._request].distance, "a distance").square()
+        return present(stats[self._request].distance, "a distance").square()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,6 +91,7 @@ class HiddenMSE(SquaredDistance):
     """
 
     name: ClassVar[str] = "hidden_mse"
+    starts_at_zero: ClassVar[bool] = True
     on: Side = "retain"
 
     def __post_init__(self) -> None:

@@ -18,7 +18,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fastforget.objectives.requests import Field, Request
 from fastforget.objectives.terms import CE, SideStats, TokenTerm, check_positive
+
+MAX_LOGIT, LOGIT_MEAN = Field("max_logit"), Field("logit_mean")
 
 
 @dataclass(kw_only=True)
@@ -28,11 +31,11 @@ class LogitMargin(TokenTerm):
     name: ClassVar[str] = "logit_margin"
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"max_logit", "logit_mean"})
+    def requests(self) -> tuple[Request, ...]:
+        return MAX_LOGIT, LOGIT_MEAN
 
     def per_token(self, stats: SideStats) -> Tensor:
-        return (stats.statistic("max_logit") - stats.statistic("logit_mean")).square()
+        return (stats[MAX_LOGIT] - stats[LOGIT_MEAN]).square()
 
 
 @dataclass(kw_only=True)

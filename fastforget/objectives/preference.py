@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.objectives.terms import Side, SideStats, Term, check_positive, present
+from fastforget.objectives.requests import LOGP, REFERENCE_LOGP, Request
+from fastforget.objectives.terms import Side, SideStats, Term, check_positive
 
 
 def sequence_log_ratio(stats: SideStats) -> Tensor:
     """(b,) log p / p_ref of each whole answer: L_ref - L."""
-    return stats.sequence_sum(stats.logp - present(stats.ref_logp, "ref_logp"))
+    return stats.sequence_sum(stats.logp - stats[REFERENCE_LOGP])
 
 
 @dataclass(kw_only=True)
@@ -38,12 +39,21 @@ class DPO(Term):
         check_positive(self, beta=self.beta)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logp"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOGP, REFERENCE_LOGP
 
     def value(self, stats: SideStats) -> Tensor:
         preferred = sequence_log_ratio(stats) - sequence_log_ratio(stats.others["answer"])
         return stats.sequence_mean(F.logsigmoid(self.beta * preferred)) * (-2.0 / self.beta)
+
+
+@dataclass(kw_only=True)
+class AltPO(DPO):
+    """AltPO (arXiv 2409.13474): DPO of a plausible alternative answer, in `forget["refusal"]`, over the answer."""
+
+    job_note: ClassVar[str | None] = (
+        "altpo: a job has no alternative answer for each prompt, so one of the refusals stands for it."
+    )
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from fastforget.objectives.flat import FLAT
 from fastforget.objectives.kto import KTO
 from fastforget.objectives.layers import RMU, HiddenMSE
 from fastforget.objectives.pdu import DualCE, LogitMargin
-from fastforget.objectives.preference import DPO, AnswerPreservation
+from fastforget.objectives.preference import DPO, AltPO, AnswerPreservation
 from fastforget.objectives.refusal import JensUn, RandomMismatch, RefusalCE
 from fastforget.objectives.schedules import Weight
 from fastforget.objectives.states import ClusterPull, EmbeddingDistance
@@ -224,7 +224,6 @@ def rmu(
 
 
 IDKDPO = """DPO of a refusal over the answer (arXiv 2404.05868, 2401.06121): `forget["refusal"]` holds refusals."""
-ALTPO = """AltPO (arXiv 2409.13474): DPO of a plausible alternative answer, in `forget["refusal"]`, over the answer."""
 
 PRESETS: dict[str, Callable[..., list[Term]]] = {
     "grad_ascent": grad_ascent,
@@ -243,7 +242,7 @@ PRESETS: dict[str, Callable[..., list[Term]]] = {
     "me": weighted(MaxEntropy, default_weight=0.1),
     "dpo": weighted(DPO),
     "idkdpo": weighted(DPO, doc=IDKDPO),
-    "altpo": weighted(DPO, doc=ALTPO),
+    "altpo": weighted(AltPO),
     "idk": weighted(RefusalCE),
     "ap": ap,
     "jensun": weighted(JensUn, default_retain="jsd"),

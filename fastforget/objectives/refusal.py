@@ -48,6 +48,10 @@ class RandomMismatch(TokenTerm):
         super().__post_init__()
         check_draws(self, self.k)
 
+    @property
+    def mismatched_answers(self) -> int:
+        return self.k
+
     def per_token(self, stats: SideStats) -> Tensor:
         return -stats.logp
 

@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastforget.checks import check_metric
+from fastforget.arguments import check_metric
 from fastforget.errors import FastforgetError
-from fastforget.objectives.terms import SideStats, StateDistances, StateRequest, Term, present
+from fastforget.objectives.requests import CentreRequest, Request, StateDistances, StateRequest
+from fastforget.objectives.terms import SideStats, Term, present
 
 ANCHORS = ("reference", "label")
 LEVELS = ("token", "sequence")
@@ -34,7 +35,6 @@ class StateTerm(Term):
     `level`: "token" takes each label token's state, "sequence" the mean state over each answer's label tokens.
     """
 
-    learns_from_logp: ClassVar[bool] = False
     layer: int | None = None
     metric: str = "l2"
     level: str = "token"
@@ -48,14 +48,14 @@ class StateTerm(Term):
         check_layer(self.name, self.layer)
 
     @property
-    def state_request(self) -> StateRequest | None:
-        return self._request
+    def requests(self) -> tuple[Request, ...]:
+        return () if self._request is None else (self._request,)
 
-    def answer(self, stats: SideStats) -> StateDistances:
-        """What the step found out for this term."""
+    def distances(self, stats: SideStats) -> StateDistances:
+        """The answer to this term's request."""
         self.check_ready()
         assert self._request is not None
-        return stats.states[self._request]
+        return stats[self._request]
 
     def mean(self, stats: SideStats, values: Tensor) -> Tensor:
         """Mean of the level's values over the whole batch."""
@@ -90,7 +90,7 @@ class EmbeddingDistance(StateTerm):
         )
 
     def value(self, stats: SideStats) -> Tensor:
-        distance = present(self.answer(stats).distance, "a distance")
+        distance = present(self.distances(stats).distance, "a distance")
         return self.mean(stats, -distance if self.margin is None else self.margin - distance)
 
 
@@ -98,9 +98,9 @@ class EmbeddingDistance(StateTerm):
 class ClusterPull(StateTerm):
     """Pulls each hidden state to the nearest of K centres: the mean distance from it.
 
-    `centres`: (K, D), as `fastforget.cluster_centres` finds them over the states of expected outputs. Without them the
-    term is a wish, which `fastforget.unlearn` grants before it trains: `k` centres, or a number that the silhouette
-    chooses, of the frozen model's states over the retain set.
+    `centres`: (K, D), as `fastforget.cluster_centres` finds them over the states of expected outputs. Where
+    none are given `fastforget.unlearn` finds them before it trains: `k` of them, or a number that the silhouette
+    chooses, of the frozen model's states over the retain set. A loop of your own gives them.
     """
 
     name: ClassVar[str] = "cluster_pull"
@@ -113,6 +113,12 @@ class ClusterPull(StateTerm):
             raise FastforgetError(f"{self.name}: k must be a whole number from 1 on, or None, not {self.k}")
         if self.centres is not None:
             self.fit(self.centres)
+
+    @property
+    def centre_request(self) -> CentreRequest | None:
+        if self.centres is not None:
+            return None
+        return CentreRequest(None if self.k is None else int(self.k), self.layer, self.metric, self.level)
 
     def fit(self, centres: Tensor) -> None:
         """Set the centres (K, D)."""
@@ -131,4 +137,4 @@ class ClusterPull(StateTerm):
             )
 
     def value(self, stats: SideStats) -> Tensor:
-        return self.mean(stats, present(self.answer(stats).pull, "a pull"))
+        return self.mean(stats, present(self.distances(stats).pull, "a pull"))

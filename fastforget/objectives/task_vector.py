@@ -28,6 +28,10 @@ class TaskVector(CE):
         super().__post_init__()
         check_strength(self.alpha)
 
+    @property
+    def subtracted(self) -> float | None:
+        return self.alpha
+
 
 def check_strength(alpha: float) -> None:
     """Raise for a strength that is not positive and finite."""
@@ -37,4 +41,4 @@ def check_strength(alpha: float) -> None:
 
 def subtraction(terms: Iterable[Term]) -> float | None:
     """With what strength these terms want the trained adapter subtracted; None where they do not."""
-    return next((term.alpha for term in terms if isinstance(term, TaskVector)), None)
+    return next((term.subtracted for term in terms if term.subtracted is not None), None)

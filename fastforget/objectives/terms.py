@@ -7,53 +7,38 @@ write your own: subclass `Term` as a dataclass and define `value`; a line in `pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
+from fastforget.objectives.requests import (
+    LOGP,
+    REFERENCE_LOGP,
+    CentreRequest,
+    Divergence,
+    Field,
+    Request,
+    StateDistances,
+    StateRequest,
+    described,
+)
 from fastforget.objectives.schedules import Weight, checked_weight
+from fastforget.stats import DIVERGENCES
 
 Side = Literal["forget", "retain"]
 REDUCTIONS = ("token", "sequence")
 
 
 def present(value: Tensor | None, what: str) -> Tensor:
-    """A statistic that a term asked for; an error where it did not ask."""
+    """What a term asked for; an error where it did not ask."""
     if value is None:
-        raise FastforgetError(f"a term uses {what} without asking for it: name it in its `needs` or `state_request`")
+        raise FastforgetError(f"a term uses {what} without asking for it: name it in its `requests`")
     return value
-
-
-@dataclass(frozen=True, eq=False)
-class StateRequest:
-    """What a term asks of hidden states: their distance from an anchor, and from the nearest of some centres.
-
-    layer: None for the states that enter the head, or a decoder layer's number (-1 the last), for what it puts out.
-    anchor: "reference" (the frozen model's states of the same tokens), "label" (the head's row of each label), (D,), a
-        function of the width D that returns one, the same each time, or None for no distance. centres: (K, D), or None
-        for no pull. metric, margin: as in `fastforget.hidden_stats`.
-    level: "token", or "sequence": of the mean state over each answer's label tokens (and the mean anchor).
-    """
-
-    layer: int | None = None
-    anchor: str | Tensor | Callable[[int], Tensor] | None = None
-    centres: Tensor | None = None
-    metric: str = "l2"
-    margin: float | None = None
-    level: str = "token"
-
-
-@dataclass(frozen=True)
-class StateDistances:
-    """The answer to a `StateRequest`: (n,) at token level, (b,) at sequence level; None for what was not asked."""
-
-    distance: Tensor | None
-    pull: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,23 +53,31 @@ class SideStats:
     sequence_count: int  # b
     token_total: int  # label tokens of the whole batch
     sequence_total: int  # labelled sequences of the whole batch
-    label_logp: Tensor | None = None  # (n,) log p_y, nats; None where the forward ended at a layer: see `reaches_head`
-    ref_logp: Tensor | None = None  # (n,) log p_y under the frozen reference
-    divergences: dict[str, Tensor] = field(default_factory=dict)  # by the name in `needs`, (n,)
-    states: dict[StateRequest, StateDistances] = field(default_factory=dict)  # what terms asked of hidden states
-    fields: dict[str, Tensor] = field(default_factory=dict)  # other fields of TokenStats by the name in `needs`, (n,)
+    # the answers to what the term requests; of a term that names several streams, to each of them
+    tensors: Mapping[Field | Divergence, Tensor] = field(default_factory=dict)  # (n,)
+    states: Mapping[StateRequest, StateDistances] = field(default_factory=dict)
     vocabulary: int = 0
-    others: dict[str, SideStats] = field(default_factory=dict)  # the further streams that the term names, by name
+    others: Mapping[str, SideStats] = field(default_factory=dict)  # the further streams that the term names, by name
     baseline: Tensor | None = None  # what the term's own `constant` made of its `baseline_stream`
+
+    @overload
+    def __getitem__(self, request: Field | Divergence) -> Tensor: ...
+    @overload
+    def __getitem__(self, request: StateRequest) -> StateDistances: ...
+    def __getitem__(self, request: Request) -> Tensor | StateDistances:
+        """The answer to a request of the term."""
+        if isinstance(request, StateRequest):
+            answer: Tensor | StateDistances | None = self.states.get(request)
+        else:
+            answer = self.tensors.get(request)
+        if answer is None:
+            raise FastforgetError(f"a term uses {described(request)} without asking for it: name it in its `requests`")
+        return answer
 
     @property
     def logp(self) -> Tensor:
-        """(n,) log p_y of each label token, nats."""
-        return present(self.label_logp, "logp")
-
-    def statistic(self, name: str) -> Tensor:
-        """A field of TokenStats (n,) that a term named in its `needs`; the reference's as `ref_<field>`."""
-        return present(self.fields.get(name), name)
+        """(n,) log p_y of each label token, nats: `self[LOGP]`."""
+        return self[LOGP]
 
     def token_mean(self, per_token: Tensor) -> Tensor:
         """Mean over all label tokens of the whole batch of (n,) values: this part's share of it."""
@@ -114,14 +107,15 @@ class Term:
     """
 
     name: ClassVar[str] = "term"
-    # False: its gradient does not come from `logp` or `fields`, which then are only reported, and cost no product;
-    # where no term on a batch needs the head at all (`reaches_head`), they are not there
-    learns_from_logp: ClassVar[bool] = True
     # which batches of its side it looks at: the side's own ("answer") or companions in it ("refusal", "mismatch").
     # `value` gets the first one's statistics; further ones, for which it needs both at once, lie in `stats.others`
     streams: ClassVar[tuple[str, ...]] = ("answer",)
     # a stream of which it takes a constant, without a gradient and over all rows, before any other pass: `constant`
     baseline_stream: ClassVar[str | None] = None
+    # its gradient is 0 as long as the adapter does nothing
+    starts_at_zero: ClassVar[bool] = False
+    # what a job says where it cannot give the term what it is made for
+    job_note: ClassVar[str | None] = None
     weight: Weight = 1.0
     on: Side = "forget"
 
@@ -131,17 +125,33 @@ class Term:
             raise FastforgetError(f"{self.name}: on must be 'forget' or 'retain', not {self.on!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What must be there beyond `logp`, by the names of `objectives/needs.py`.
+    def requests(self) -> tuple[Request, ...]:
+        """What must be computed of the streams that the term looks at: the keys to `SideStats`.
 
-        A term that does not learn from `logp`, yet reads it beside a layer's states, names "logp" here.
+        Read once, when the loss is built. `stats.logp` is there by default; a term that defines `requests` names `LOGP`
+        too where it reads it. Where no request of a side's terms needs the head, its forward ends at the deepest layer
+        that they name.
         """
-        return frozenset()
+        return (LOGP,)
 
     @property
-    def state_request(self) -> StateRequest | None:
-        """What the term asks of hidden states: the same object each time, the key to `SideStats.states`."""
+    def mismatched_answers(self) -> int:
+        """How many answers of other prompts a prompt gets where a job draws the stream "mismatch"."""
+        return 1
+
+    @property
+    def subtracted(self) -> float | None:
+        """With what strength a job subtracts the trained adapter at its end; None: not at all."""
         return None
+
+    @property
+    def centre_request(self) -> CentreRequest | None:
+        """Centres that must be found before training, and given to `fit`; None where there are none to find."""
+        return None
+
+    def fit(self, centres: Tensor) -> None:
+        """Take the centres (K, D) that `centre_request` asks for."""
+        raise NotImplementedError
 
     def check_ready(self) -> None:
         """Raise where the term cannot be computed yet, before the first forward."""
@@ -177,22 +187,19 @@ def check_positive(term: Term, **parameters: float) -> None:
 
 def layers_of(terms: Iterable[Term]) -> set[int | None]:
     """The layers whose states these terms ask for; None stands for what enters the head."""
-    return {request.layer for term in terms if (request := term.state_request) is not None}
+    return {request.layer for term in terms for request in term.requests if isinstance(request, StateRequest)}
 
 
 def reaches_head(terms: Iterable[Term]) -> bool:
-    """Whether a forward for these terms must go on to the head; otherwise it ends at the deepest layer they name.
+    """Whether a forward for these terms goes on to the head; otherwise it ends at the deepest layer they name.
 
     Where it ends at a layer there is no `logp`, and the step reports no NLL: that would cost the other layers' forward.
     """
 
-    def needs_head(term: Term) -> bool:
-        request = term.state_request
-        if term.learns_from_logp or term.needs or request is None:
-            return True
-        return request.layer is None or (isinstance(request.anchor, str) and request.anchor == "label")
+    def needs_head(request: Request) -> bool:
+        return not isinstance(request, StateRequest) or request.layer is None or request.from_label
 
-    return any(needs_head(term) for term in terms)
+    return any(not term.requests or any(map(needs_head, term.requests)) for term in terms)
 
 
 @dataclass(kw_only=True)
@@ -259,21 +266,21 @@ class KL(Term):
     """
 
     name: ClassVar[str] = "kl"
-    learns_from_logp: ClassVar[bool] = False
+    starts_at_zero: ClassVar[bool] = True
     on: Side = "retain"
     direction: str = "forward_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.direction not in ("forward_kl", "reverse_kl", "jsd"):
-            raise FastforgetError(f"kl: direction must be forward_kl, reverse_kl or jsd, not {self.direction!r}")
+        if self.direction not in DIVERGENCES:
+            raise FastforgetError(f"kl: direction must be one of {', '.join(DIVERGENCES)}, not {self.direction!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.direction})
+    def requests(self) -> tuple[Request, ...]:
+        return (Divergence(self.direction),)
 
     def value(self, stats: SideStats) -> Tensor:
-        return stats.token_mean(stats.divergences[self.direction])
+        return stats.token_mean(stats[Divergence(self.direction)])
 
 
 @dataclass(kw_only=True)
@@ -297,11 +304,11 @@ class NPO(Term):
             raise FastforgetError(f"npo: level must be sequence, mean or token, not {self.level!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logp"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOGP, REFERENCE_LOGP
 
     def value(self, stats: SideStats) -> Tensor:
-        log_ratio = stats.logp - present(stats.ref_logp, "ref_logp")
+        log_ratio = stats.logp - stats[REFERENCE_LOGP]
         if self.level == "token":
             mean = stats.token_mean(F.logsigmoid(-self.beta * log_ratio))
         else:

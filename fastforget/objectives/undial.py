@@ -8,8 +8,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastforget.objectives.needs import shifted
+from fastforget.objectives.requests import REFERENCE_LOGP, Divergence, Field, Request
 from fastforget.objectives.terms import SideStats, TokenTerm
+
+REFERENCE_LOG_NOT_LABEL = Field("log_not_label", of="reference")
+REFERENCE_OTHERS_ENTROPY = Field("others_entropy", of="reference")
 
 
 @dataclass(kw_only=True)
@@ -28,7 +31,6 @@ class UNDIAL(TokenTerm):
     """
 
     name: ClassVar[str] = "undial"
-    learns_from_logp: ClassVar[bool] = False
     beta: float = 10.0
 
     def __post_init__(self) -> None:
@@ -36,17 +38,17 @@ class UNDIAL(TokenTerm):
         self.check_not_negative(beta=self.beta)
 
     @property
-    def divergence(self) -> str:
-        """The name of KL(t || p)."""
-        return shifted("forward_kl", -self.beta)
+    def divergence(self) -> Divergence:
+        """KL(t || p)."""
+        return Divergence("forward_kl", label_shift=-self.beta)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({self.divergence, "ref_logp", "ref_log_not_label", "ref_others_entropy"})
+    def requests(self) -> tuple[Request, ...]:
+        return self.divergence, REFERENCE_LOGP, REFERENCE_LOG_NOT_LABEL, REFERENCE_OTHERS_ENTROPY
 
     def per_token(self, stats: SideStats) -> Tensor:
-        logit = stats.statistic("ref_logp") - stats.statistic("ref_log_not_label") - self.beta
+        logit = stats[REFERENCE_LOGP] - stats[REFERENCE_LOG_NOT_LABEL] - self.beta
         log_label, log_others = F.logsigmoid(logit), F.logsigmoid(-logit)  # log t_y, log(1 - t_y)
-        others_entropy = stats.statistic("ref_others_entropy")
+        others_entropy = stats[REFERENCE_OTHERS_ENTROPY]
         entropy = log_others.exp() * (others_entropy - log_others) - log_label.exp() * log_label
-        return stats.divergences[self.divergence] + entropy
+        return stats[self.divergence] + entropy

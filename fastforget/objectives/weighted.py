@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
+from fastforget.objectives.requests import LOGP, REFERENCE_LOGP, Field, Request
 from fastforget.objectives.schedules import Weight
-from fastforget.objectives.terms import SideStats, TokenTerm, present
+from fastforget.objectives.terms import SideStats, TokenTerm
+
+LOG_NOT_LABEL, OTHERS_ENTROPY = Field("log_not_label"), Field("others_entropy")
+ENTROPY, LSE, LOGIT_MEAN = Field("entropy"), Field("lse"), Field("logit_mean")
 
 
 @dataclass(kw_only=True)
@@ -48,11 +52,11 @@ class TNPO(TokenTerm):
         self.check_not_negative(beta=self.beta)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"ref_logp"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOGP, REFERENCE_LOGP
 
     def per_token(self, stats: SideStats) -> Tensor:
-        log_ratio = stats.logp.detach() - present(stats.ref_logp, "ref_logp")
+        log_ratio = stats.logp.detach() - stats[REFERENCE_LOGP]
         return 2.0 * torch.sigmoid(self.beta * log_ratio) * stats.logp
 
 
@@ -73,11 +77,11 @@ class SatImp(TokenTerm):
         self.check_not_negative(beta1=self.beta1, beta2=self.beta2)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"log_not_label"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOGP, LOG_NOT_LABEL
 
     def per_token(self, stats: SideStats) -> Tensor:
-        log_not = stats.statistic("log_not_label").detach()
+        log_not = stats[LOG_NOT_LABEL].detach()
         return (self.beta1 * stats.logp.detach() + self.beta2 * log_not).exp() * stats.logp
 
 
@@ -88,11 +92,11 @@ class Unlikelihood(TokenTerm):
     name: ClassVar[str] = "unlikelihood"
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"log_not_label"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LOG_NOT_LABEL,)
 
     def per_token(self, stats: SideStats) -> Tensor:
-        return -stats.statistic("log_not_label")
+        return -stats[LOG_NOT_LABEL]
 
 
 @dataclass(kw_only=True)
@@ -107,11 +111,11 @@ class CEU(TokenTerm):
     name: ClassVar[str] = "ceu"
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"log_not_label", "others_entropy"})
+    def requests(self) -> tuple[Request, ...]:
+        return LOG_NOT_LABEL, OTHERS_ENTROPY
 
     def per_token(self, stats: SideStats) -> Tensor:
-        return stats.statistic("others_entropy") - stats.statistic("log_not_label")
+        return stats[OTHERS_ENTROPY] - stats[LOG_NOT_LABEL]
 
 
 @dataclass(kw_only=True)
@@ -132,11 +136,11 @@ class MaxEntropy(TokenTerm):
             raise FastforgetError(f"me: direction must be forward or reverse, not {self.direction!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"lse", "logit_mean"} if self.direction == "forward" else {"entropy"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LSE, LOGIT_MEAN) if self.direction == "forward" else (ENTROPY,)
 
     def per_token(self, stats: SideStats) -> Tensor:
         log_vocabulary = math.log(stats.vocabulary)
         if self.direction == "forward":
-            return stats.statistic("lse") - stats.statistic("logit_mean") - log_vocabulary
-        return log_vocabulary - stats.statistic("entropy")
+            return stats[LSE] - stats[LOGIT_MEAN] - log_vocabulary
+        return log_vocabulary - stats[ENTROPY]

@@ -1,0 +1,66 @@
+"""What several test files use: models with an adapter that does something, batches, and looks at what they computed."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastforget as ff
+from fastforget.batch import check_batch, prepare
+
+CPU = torch.device("cpu")
+
+
+def load_perturbed(folder, bits=32, seed=1, **lora):
+    """A model whose adapter is not at its initial zero, in training mode."""
+    torch.manual_seed(seed)  # PEFT draws lora_A
+    model = ff.load(folder, bits=bits, lora={"r": 4, "target_modules": "all-linear", **lora}).train()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def token_log_probs(model, batch):
+    """(B, T-1) log-probs of the next tokens and the mask of those that are labelled, from the model's own logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    log_probs = logits.log_softmax(-1)
+    return log_probs, log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0], labels != -100
+
+
+def with_known_labels(model, batch):
+    """The batch with every other label the token that the model holds likeliest: random ones it hardly knows."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"].clone()
+    labels[:, 1:][:, ::2] = torch.where(labels[:, 1:] == -100, -100, logits[:, :-1].argmax(-1))[:, ::2]
+    return {**batch, "labels": labels}
+
+
+def prepared(batch, name="the forget batch", vocabulary=None):
+    """A batch checked and made ready on the CPU, for a model that takes `position_ids`."""
+    return prepare(check_batch(batch, name, vocabulary), CPU)
+
+
+def stack_of(model):
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses what brings a value to the host, or needs one to know its own size."""
+
+    REFUSED = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        assert name not in self.REFUSED, f"{name} synchronises"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a boolean index"
+        if name == "repeat_interleave":
+            assert (kwargs and "output_size" in kwargs) or isinstance(args[1], int), "its size is on the device"
+        return function(*args, **(kwargs or {}))
