@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from fastforget.adapters import save_adapter, task_vector
 from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
 from fastforget.data.answers import mismatched, with_refusals
@@ -13,7 +14,7 @@ from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
 from fastforget.jobs.unlearn import unlearn
 from fastforget.loss import UnlearnLoss, UnlearnOutput
-from fastforget.models import load, save_adapter
+from fastforget.models import load
 from fastforget.objectives import (
     CE,
     CEU,
@@ -48,7 +49,6 @@ from fastforget.objectives import (
 )
 from fastforget.stats import TokenStats, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
-from fastforget.task_vectors import task_vector
 
 if TYPE_CHECKING:
     from fastforget.jobs.demo import demo

@@ -1,12 +1,10 @@
-"""Loading a causal LM with a frozen (8-bit) base and LoRA adapters, and saving the adapter in PEFT's own format."""
+"""Loading a causal LM: a frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter on it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastforget.adapters import ADAPTER_NAME
 from fastforget.errors import FastforgetError
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
 QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
-ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 
 
 def load(
@@ -220,43 +218,6 @@ def base_dtype(bits: int, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
-    """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
-
-    Files of the same names in the folder are replaced, others stay.
-
-    Raises:
-        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
-    """
-    check_finite(model)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
-        folder.mkdir(exist_ok=True)
-        # the weights last: a folder counts as an adapter by its config and weights together
-        for path in sorted(
-            {*source.iterdir(), *Path(scratch).iterdir()}, key=lambda path: path.suffix == ".safetensors"
-        ):
-            if path.is_file():
-                shutil.move(path, folder / path.name)
-
-
-def check_finite(model: Any) -> None:
-    """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
-    prefix = getattr(model.base_model, "prefix", "lora_")
-    for name, parameter in model.named_parameters():
-        if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
-            raise FastforgetError(
-                f"{name} holds NaN or infinite values, so the adapter is broken and is not saved: load the last good "
-                "one, and train at a lower learning rate"
-            )
 
 
 @contextlib.contextmanager

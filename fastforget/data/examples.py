@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fastforget.errors import FastforgetError
 
@@ -66,16 +67,16 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     them, and -100 on the prompt and on padding. The mask comes from the lengths, never from `input_ids !=
     pad_token_id`: many tokenizers pad with a token that also occurs in the text.
     """
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.input_ids, dtype=torch.long)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    rows = [torch.tensor(example.input_ids, dtype=torch.long) for example in examples]
+    labels = [
+        torch.cat((ids.new_full((example.prompt_length,), IGNORE_INDEX), ids[example.prompt_length :]))
+        for ids, example in zip(rows, examples, strict=True)
+    ]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
 def cycle(

@@ -38,7 +38,8 @@ from fastforget.jobs.loop import JobResult, JobSettings, run_job, shown_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.outputs import REPORT, claim_folder
 from fastforget.jobs.unlearn import BROKEN, checked_preset, library_bars, progress, recited, seeded
-from fastforget.models import load, load_tokenizer, save_adapter
+from fastforget.adapters import save_adapter
+from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of
 from fastforget.objectives.presets import DEFAULT_PRESET
 

@@ -22,11 +22,10 @@ from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.loss import UnlearnOutput, add_outputs
-from fastforget.models import save_adapter
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import UnlearnStep
-from fastforget.task_vectors import task_vector
+from fastforget.adapters import save_adapter, task_vector
 
 WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024

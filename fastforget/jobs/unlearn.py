@@ -23,7 +23,8 @@ from fastforget.jobs.loop import check_stopping, run_job, shown_nll
 from fastforget.jobs.options import Texts, UnlearnOptions
 from fastforget.jobs.outputs import REPORT, claim_folder
 from fastforget.jobs.sets import read_sets
-from fastforget.models import load, load_tokenizer, save_adapter
+from fastforget.adapters import save_adapter
+from fastforget.models import load, load_tokenizer
 from fastforget.objectives import Term, layers_of
 from fastforget.objectives import preset as preset_terms
 
