@@ -12,7 +12,6 @@ from fastforget.data.refusals import REFUSALS
 from fastforget.divergences import divergence
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
-from fastforget.jobs.unlearn import unlearn
 from fastforget.loss import UnlearnLoss, UnlearnOutput
 from fastforget.models import load
 from fastforget.objectives import (
@@ -52,8 +51,10 @@ from fastforget.step import UnlearnStep
 
 if TYPE_CHECKING:
     from fastforget.jobs.demo import demo
+    from fastforget.jobs.unlearn import unlearn
 else:
-    _LATE = {"demo": "fastforget.jobs.demo"}  # slow to import (transformers, rich): done at their first use
+    # slow to import (transformers, rich): done at their first use
+    _LATE = {"demo": "fastforget.jobs.demo", "unlearn": "fastforget.jobs.unlearn"}
 
     def __getattr__(name):
         if name not in _LATE:

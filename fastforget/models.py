@@ -18,6 +18,13 @@ from fastforget.errors import FastforgetError
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
+QUIETED = (  # loggers whose warnings are not for the user
+    # warns in each layer of each forward that float32 is cast to float16 to be quantised
+    "bitsandbytes.autograd._functions",
+    # warns when it is imported, on CPUs with AVX-512-BF16, that it cannot import the PyPI package `kernels` (or
+    # `get_kernel` from it, where the working directory has a folder of that name): only its 4-bit inference is slower
+    "bitsandbytes.backends.cpu.ops",
+)
 QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
 
 
@@ -115,6 +122,8 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
+    for name in QUIETED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with readable_errors(f"the model {name_or_path}"):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -122,8 +131,6 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
         )
     check_weights(name_or_path, model, info, allow_missing_weights)
     disable_dropout(model)
-    # its 8-bit product says in each layer of each forward that float32 is cast to float16 to be quantised
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +14,6 @@ from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
 
 BLOCK_CHARACTERS = 1 << 16  # tokenized at once: a tokenizer takes some hundred bytes a token while it works
-
-
-def read_examples(path: str | os.PathLike[str], tokenizer: Any, max_length: int) -> list[Example]:
-    """Read a file into examples: `read_source` with its defaults."""
-    from fastforget.data.sources import Source, read_source  # it stands above this module
-
-    return list(read_source(Source(path=path), tokenizer, max_length))
 
 
 def read_chunks(path: Path) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastforget.errors import FastforgetError
+from fastforget.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,14 +73,10 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    scratch = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
+        with written_whole(path) as scratch, scratch.open("wb") as file:
             canvas.print_png(file)
-        scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise FastforgetError(f"the plot {path} cannot be written: {error.strerror}") from error
     return path
 

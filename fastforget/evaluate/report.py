@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fastforget.errors import NonFiniteLossError
 from fastforget.evaluate.leakage import LeakageReport
+from fastforget.files import written_whole
 
 Reports = Mapping[str, LeakageReport]  # set name ("forget", "retain", "unseen") -> report
 
@@ -44,9 +45,8 @@ def peak_rss_mb() -> float:
 def write_json(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report as strict JSON, whole or not at all. Returns what it holds: None for what is not a number."""
     report: dict[str, Any] = strict(values)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return report
 
 

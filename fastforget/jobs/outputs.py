@@ -1,4 +1,4 @@
-"""Output folders: what lies in one already, and whether it may be replaced."""
+"""Output folders: what lies in one already, whether it may be replaced, and what is said of what is written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from fastforget.errors import FastforgetError
 
 REPORT = "report.json"
+BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
+MERGE = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -18,7 +20,7 @@ def claim_folder(folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]],
 
     Args:
         overwrite: the user said that an adapter in there may be replaced.
-        ours: told the report.json in the folder, whether it may be replaced without that.
+        ours: takes the report.json in the folder; whether the adapter may be replaced without that.
 
     Raises:
         FastforgetError: the path is a file, or the folder holds an adapter already.
