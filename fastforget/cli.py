@@ -82,7 +82,7 @@ def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 @app.command()
 @taking(DemoOptions)
 def demo(**options: Any) -> None:
-    """A small model learns Python's language reference by heart and forgets part of it. Offline, no GPU, minutes."""
+    """Let a small model learn Python's language reference by heart and forget part of it. Offline, no GPU, minutes."""
     from fastforget.jobs.demo import demo
 
     demo(**options)
@@ -101,7 +101,7 @@ def unlearn(**options: Any) -> None:
 def presets(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, with every option's default.")] = False,
 ) -> None:
-    """Every preset: its paper, what it needs, and what a step of it costs."""
+    """List every preset: its paper, what it needs, and what a step of it costs."""
     import json
 
     from rich.console import Console
@@ -122,7 +122,7 @@ def presets(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, and which backend is in use and why."""
+    """Show versions, devices, and which backend is in use and why."""
     from rich.console import Console
     from rich.table import Table
 
@@ -135,7 +135,7 @@ def doctor() -> None:
 
 
 def quiet_libraries() -> None:
-    """Our own progress bars and lines only; what libraries warn of here is nothing that the user can act on."""
+    """Let only our own progress bars and lines show; what libraries warn of here, the user cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -148,7 +148,7 @@ def quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Entry point: bad input ends with one line on the error stream and exit code 2."""
+    """Run the command line; bad input ends with one line on the error stream and exit code 2."""
     try:
         quiet_libraries()
         app()

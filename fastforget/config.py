@@ -52,7 +52,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The flag's name: of pairs, which are given one by one, the singular."""
+        """Return the flag's name: of pairs, which are given one by one, the singular."""
         return "--" + (self.name.removesuffix("s") if self.kind is dict else self.name).replace("_", "-")
 
 

@@ -25,7 +25,7 @@ class Example:
 
     @property
     def label_count(self) -> int:
-        """How many tokens are predicted: the first token of a sequence never is, nothing stands before it."""
+        """Count the tokens that are predicted: the first token of a sequence never is, nothing stands before it."""
         return len(self.input_ids) - max(self.prompt_length, 1)
 
 
@@ -56,7 +56,7 @@ class ExampleStream:
             raise FastforgetError(f"{self.name} holds no text that could be learned or forgotten")
 
     def head(self, count: int) -> list[Example]:
-        """The first `count` examples, or all where there are fewer."""
+        """Return the first `count` examples, or all where there are fewer."""
         return list(islice(self, count))
 
 
@@ -82,7 +82,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 def cycle(
     examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches, reshuffled at each pass, every example once a pass; the last batch of a pass may be shorter.
+    """Yield batches without end, reshuffled at each pass; the last batch of a pass may be shorter.
 
     Forget and retain sets are cycled independently of each other, so neither is cut to the other's length. A stream
     is read again at its end, and shuffled within a buffer of `SHUFFLE_BUFFER` examples: no more are in memory.
@@ -105,7 +105,7 @@ def cycle(
 
 
 def shuffled(examples: ExampleStream, generator: torch.Generator, buffer_size: int) -> Iterator[Example]:
-    """Every example once, each drawn at random from a buffer of those read last and not yet drawn."""
+    """Yield every example once, each drawn at random from a buffer of those read last and not yet drawn."""
     buffer: list[Example] = []
     for example in examples:
         if len(buffer) < buffer_size:

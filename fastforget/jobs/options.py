@@ -151,7 +151,7 @@ class UnlearnOptions(RunOptions, JobSettings):
 
     @property
     def lora(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig`; raises FastforgetError where no module is named."""
+        """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
         names = self.lora_targets.split(",") if isinstance(self.lora_targets, str) else self.lora_targets
         modules = [name.strip() for name in names if name.strip()]
         if not modules:

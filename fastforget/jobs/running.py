@@ -27,7 +27,7 @@ def surroundings(seed: int, quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def library_bars(off: bool) -> Iterator[None]:
-    """Where `off`, let transformers show no progress bars of its own inside."""
+    """Hide the progress bars that transformers shows inside, where `off`."""
     from transformers.utils import logging
 
     if not off or not logging.is_progress_bar_enabled():
