@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from fastforget.errors import FastforgetError
-from fastforget.files import written_whole
+from fastforget.files import open_text, written_whole
 from fastforget.objectives.schedules import Linear
 
 CONFIG = "config.yaml"  # beside the adapter
@@ -118,14 +118,8 @@ def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
     """List (line, key, value) of each entry of a YAML file; raise FastforgetError where it is no mapping."""
     if path.is_dir():
         raise FastforgetError(f"{path} is a folder: --config needs a YAML file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FastforgetError(f"{path} does not exist: --config needs a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise FastforgetError(f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from None
-    except OSError as error:
-        raise FastforgetError(f"{path} cannot be read: {error.strerror}") from None
+    with open_text(path) as file:
+        text = file.read()
     try:
         # by nodes, not yaml.safe_load: nodes know their lines, and a key that is there twice is not lost
         loader = yaml.SafeLoader(text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -12,42 +10,16 @@ from typing import Any
 
 from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
+from fastforget.files import open_text
 
 BLOCK_CHARACTERS = 1 << 16  # tokenized at once: a tokenizer takes some hundred bytes a token while it works
 
 
 def read_chunks(path: Path) -> Iterator[str]:
-    """Read a file's text in chunks, without a byte-order mark, line ends as \\n.
-
-    Raises:
-        FastforgetError: a file that cannot be read, or is not UTF-8; the byte's offset in the file is named.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()  # not utf-8-sig: its errors count from behind the mark
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    first = True
-    try:
-        with open(path, "rb") as file:
-            while True:
-                data = file.read(BLOCK_CHARACTERS)
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut through
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    where = offset - pending + error.start
-                    raise FastforgetError(f"{path} is not UTF-8 (byte {where}): convert it, e.g. with iconv") from None
-                offset += len(data)
-                if first and text:
-                    text, first = text.removeprefix("\ufeff"), False
-                text = newlines.decode(text, final=not data)
-                if text:
-                    yield text
-                if not data:
-                    return
-    except FileNotFoundError:
-        raise FastforgetError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FastforgetError(f"{path} cannot be read: {error.strerror}") from None
+    """Read a file's text in chunks; raise as `open_text` does."""
+    with open_text(path) as file:
+        while chunk := file.read(BLOCK_CHARACTERS):
+            yield chunk
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,16 +44,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yield a file's lines, without their ends. (Only \\n ends one here: JSON strings may hold U+2028 as it is.)"""
-    parts: list[str] = []
-    for chunk in read_chunks(path):
-        first, *others = chunk.split("\n")
-        parts.append(first)
-        for other in others:
-            yield "".join(parts)
-            parts = [other]
-    if parts:
-        yield "".join(parts)
+    """Yield a file's lines, without their ends. (U+2028 ends none: JSON strings may hold it as it is.)"""
+    with open_text(path) as file:
+        for line in file:
+            yield line.removesuffix("\n")
 
 
 def text_examples(text: str, tokenizer: Any, max_length: int, source: str) -> list[Example]:

@@ -22,14 +22,11 @@ from rich.console import Console
 from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
-from fastforget.config import plain
 from fastforget.data.topics import Corpus, load_corpus
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import (
     check_measured,
-    figures,
-    peak_rss_mb,
     print_continuations,
     print_table,
     write_json,
@@ -37,7 +34,7 @@ from fastforget.evaluate.report import (
 from fastforget.jobs.loop import JobResult, run_job, shown_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.options import DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder, outcome
 from fastforget.jobs.running import measure, progress_bar, surroundings
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of
@@ -123,18 +120,10 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     save_centres(terms, out)
     report = {
         "command": "demo",
-        "preset": options.preset,
-        "preset_options": plain(options.preset_options or {}),
         "seed": seed,
-        **figures(before, after),
-        "steps": result.steps,
-        "stopped": result.stopped,
-        "unlearn_seconds": round(result.seconds, 1),
+        **outcome(options, before, after, result, start),
         "base_trained_seconds": round(trained, 1),
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_mb": round(peak_rss_mb()),
         "base": str(base),
-        "adapter": str(out.resolve()),
     }
     report = write_json(out / REPORT, report)
     drawn = draw_curves(out / CURVES, result, report)

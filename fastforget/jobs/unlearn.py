@@ -19,8 +19,6 @@ from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.evaluate.report import (
     check_measured,
-    figures,
-    peak_rss_mb,
     print_continuations,
     print_table,
     write_json,
@@ -28,7 +26,7 @@ from fastforget.evaluate.report import (
 from fastforget.jobs.companions import check_sets
 from fastforget.jobs.loop import check_stopping, run_job, shown_nll
 from fastforget.jobs.options import JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder, outcome
 from fastforget.jobs.running import measure, progress_bar, surroundings
 from fastforget.jobs.sets import read_sets
 from fastforget.models import load, load_tokenizer
@@ -52,12 +50,12 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         forget_columns, retain_columns: where rows name these otherwise: field -> column, `{"prompt": "question"}`.
         streaming: read dataset rows as they are needed; needs `max_steps`.
         chat_template: default where the tokenizer has one.
+        preset_options: of the preset, by name.
         refusals: what terms that teach a refusal draw from: a text file, one a line, or texts; default a list of ours.
         allow_missing_weights: take a checkpoint that lacks weights of the model, which are then random, or has others.
         epochs, max_steps: passes over the forget set, or, where given, steps.
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
-        preset_options: of the preset, by name.
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
 
     Returns:
@@ -126,17 +124,9 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     report = {
         "command": "unlearn",
         "model": str(options.model),
-        "preset": options.preset,
-        "preset_options": plain(options.preset_options or {}),
         **{name: plain(value) for name, value in settings.items() if value is not None},
         "bits": options.bits,
-        **figures(before, after),
-        "steps": result.steps,
-        "stopped": result.stopped,
-        "unlearn_seconds": round(result.seconds, 1),
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_mb": round(peak_rss_mb()),
-        "adapter": str(out.resolve()),
+        **outcome(options, before, after, result, start),
     }
     report = write_json(out / REPORT, report)
     print_table(console, before, after)
