@@ -22,6 +22,17 @@ MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), o
 
 
 @contextlib.contextmanager
+def training_flags_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's `training` flag back at the end, also after an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout off; every module's `training` flag is restored, also after an exception.
 
@@ -29,15 +40,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     them: both go to evaluation mode. Other modules without children keep the mode they are in: they hold the weights,
     and bitsandbytes' 8-bit layers compute something else in evaluation mode (they quantise the activations too).
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
+    with training_flags_restored(model):
+        for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) or any(True for _ in module.children()):
                 module.training = False
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 class _LayerReachedError(Exception):

@@ -24,13 +24,12 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from fastforget.backbone import Backbone
-from fastforget.batch import prepare
+from fastforget.backbone import training_flags_restored
 from fastforget.data.examples import Example, collate
 from fastforget.errors import FastforgetError
 from fastforget.head import base_causal_lm
-from fastforget.modes import mode
-from fastforget.stats import token_stats
+from fastforget.loss import UnlearnLoss
+from fastforget.objectives import CE
 
 PROMPT_CHARACTERS = 200
 CONTINUATION_CHARACTERS = 200
@@ -150,7 +149,8 @@ def continue_greedily(
     outputs = [""] * len(prompts)
     # Prompts of like length share a batch, so that little is padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with mode(model, training=False), plain_greedy_decoding(causal_lm, tokenizer, pad), torch.no_grad():
+    with training_flags_restored(model), plain_greedy_decoding(causal_lm, tokenizer, pad), torch.no_grad():
+        model.eval()
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids = [torch.tensor(prompts[row], dtype=torch.long, device=causal_lm.device) for row in rows]
@@ -177,22 +177,21 @@ def mean_nll(
 ) -> float:
     """Measure the negative log-likelihood in nats: the mean over the label tokens of all examples, not of batch means.
 
-    Logits are formed for label tokens alone, a tile of the vocabulary at a time (`fastforget.token_stats`).
+    It is computed as the loss of `CE` is in training: no (N, V) tensor of logits is formed.
 
     Raises:
         FastforgetError: no example has a label token, or a head that `LMHead.from_model` refuses.
     """
-    backbone = Backbone(model)
+    loss = UnlearnLoss(model, [CE(on="forget")])
     total, tokens = 0.0, 0
-    with mode(model, training=False):
+    with training_flags_restored(model):
+        model.eval()
         for start in range(0, len(examples), batch_size):
-            # Any id does as padding: the mask hides it and it has no label.
-            batch = collate(examples[start : start + batch_size], pad_token_id=0)
-            side = prepare(batch, "measured", *backbone.batch_arguments)
-            if side is not None:
-                hidden = backbone.states(side.inputs, side.positions)[None]
-                total -= token_stats(hidden, backbone.head, side.labels).logp.double().sum().item()
-                tokens += len(side.labels)
+            part = [example for example in examples[start : start + batch_size] if example.label_count > 0]
+            if part:  # any id does as padding: the mask hides it and it has no label
+                count = sum(example.label_count for example in part)
+                total += count * loss(collate(part, pad_token_id=0)).loss.item()
+                tokens += count
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
     if tokens == 0:

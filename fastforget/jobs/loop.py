@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastforget.adapters import save_adapter, task_vector
-from fastforget.backbone import without_dropout
+from fastforget.backbone import training_flags_restored, without_dropout
 from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
 from fastforget.data.examples import Example, ExampleStream, cycle
@@ -24,7 +24,6 @@ from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
 from fastforget.loss import UnlearnOutput, add_outputs
-from fastforget.modes import mode
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import UnlearnStep
@@ -105,8 +104,9 @@ def run_job(
     result = JobResult(stopped=f"all {total} steps taken")
     start = time.perf_counter()
     with contextlib.ExitStack() as afterwards:
-        afterwards.enter_context(mode(model, training=True))
+        afterwards.enter_context(training_flags_restored(model))
         afterwards.callback(step.zero_grad)
+        model.train()
         good = snapshot(trainable)
         for number in range(1, total + 1):
             batches = (

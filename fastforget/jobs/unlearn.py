@@ -31,7 +31,6 @@ from fastforget.jobs.running import measure, progress_bar, surroundings
 from fastforget.jobs.sets import read_sets
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import Term, layers_of
-from fastforget.streams import used_streams
 
 
 @called_with(UnlearnOptions)
@@ -143,8 +142,8 @@ def job_terms(options: UnlearnOptions, console: Console) -> list[Term]:
         terms = [term for term in terms if term.on != "retain"]
         console.print("No --retain: the preset's retain terms are left out, and nothing keeps the rest of the model.")
     check_sets(terms, options.retain is not None, options.stop_forget_nll)
-    if options.refusals is None and any("refusal" in used_streams(term) for term in terms):
-        console.print("No --refusals: what the preset wants instead of an answer is drawn from neutral refusals.")
+    if options.preset == "altpo":
+        console.print("altpo: a job has no alternative answer for each prompt, so one of the refusals stands for it.")
     return terms
 
 
