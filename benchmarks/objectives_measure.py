@@ -29,8 +29,8 @@ from fastforget.data.topics import load_corpus
 from fastforget.errors import NonFiniteLossError
 from fastforget.evaluate.leakage import mean_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
-from fastforget.jobs.options import UnlearnOptions
-from fastforget.jobs.unlearn import checked_preset, library_bars
+from fastforget.jobs.options import UnlearnOptions, checked_preset
+from fastforget.jobs.running import library_bars
 from fastforget.objectives import Term
 from fastforget.streams import used_streams
 

@@ -23,7 +23,7 @@ from benchmarks.demo_table import Run
 from benchmarks.surroundings import RESULTS
 from fastforget.config import parse_pairs, parse_value
 from fastforget.errors import FastforgetError
-from fastforget.jobs.unlearn import checked_preset
+from fastforget.jobs.options import checked_preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
 # SimNPO's published forget weight, 0.125, is tuned for large models with long answers: in the demo's 162 steps it

@@ -4,15 +4,15 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from fastforget.adapters import save_adapter, task_vector
 from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead
-from fastforget.jobs.unlearn import unlearn
 from fastforget.loss import UnlearnLoss, UnlearnOutput
-from fastforget.models import load, save_adapter
+from fastforget.models import load
 from fastforget.objectives import (
     CE,
     CEU,
@@ -47,12 +47,13 @@ from fastforget.objectives import (
 )
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
-from fastforget.task_vectors import task_vector
 
 if TYPE_CHECKING:
     from fastforget.jobs.demo import demo
+    from fastforget.jobs.unlearn import unlearn
 else:
-    _LATE = {"demo": "fastforget.jobs.demo"}  # slow to import (transformers, rich): done at their first use
+    # slow to import (transformers, rich): done at their first use
+    _LATE = {"demo": "fastforget.jobs.demo", "unlearn": "fastforget.jobs.unlearn"}
 
     def __getattr__(name):
         if name not in _LATE:

@@ -1,56 +1,104 @@
-"""Options in a YAML file: what `fastforget unlearn --config` reads, and the config.yaml that a run leaves behind."""
+"""Options as a dataclass states them: as flags, in the file that `--config` reads, and in the config.yaml of a run."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import numbers
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastforget.errors import FastforgetError
+from fastforget.files import open_text, written_whole
 from fastforget.objectives.schedules import Linear
 
 CONFIG = "config.yaml"  # beside the adapter
 IN_PYTHON = "<given in Python: "  # begins what stands in a config file for a value that YAML cannot hold
-EXPECTED = {
+KINDS = {  # of options, and what each of them takes in a file; pairs are a dict
+    dict: "a mapping, or a list of NAME=VALUE",
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
-    Path: "text",
-    list: "a mapping, or a list of NAME=VALUE",
 }
 
 
-def read_config(path: str | os.PathLike[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Read options from a YAML file, as values for typer's `ctx.default_map`.
+@dataclass(frozen=True)
+class Help:
+    """What `--help` says of an option, and under which heading; fields annotated with one are options."""
 
-    Keys are option names, written with `-` or `_`; for an option of NAME=VALUE also its plural (`preset_options`). A
-    null counts as not given.
+    text: str
+    heading: str
 
-    Args:
-        kinds: option name -> the type of its value, as `option_types` tells them.
+
+@dataclass(frozen=True)
+class Option:
+    """One option: a field of a dataclass, as the command line and config files have it."""
+
+    name: str
+    kind: type  # of KINDS
+    values: Callable[[str], Any]  # reads the VALUE of a pair
+    default: Any
+    required: bool
+    may_be_none: bool
+    help: Help
+
+    @property
+    def flag(self) -> str:
+        """Return the flag's name: of pairs, which are given one by one, the singular."""
+        return "--" + (self.name.removesuffix("s") if self.kind is dict else self.name).replace("_", "-")
+
+
+def options_of(options: type) -> dict[str, Option]:
+    """List the options that a dataclass states: its fields annotated with a `Help`, by name."""
+    signature = inspect.signature(options)
+    stated: dict[str, Option] = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        kind, text = get_args(hint)
+        default = signature.parameters[name].default
+        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        mapping = next((member for member in members if get_origin(member) is Mapping), None)
+        stated[name] = Option(
+            name=name,
+            kind=dict if mapping is not None else next(each for each in KINDS if each in members),
+            values=parse_text if mapping is not None and get_args(mapping)[1] is str else parse_value,
+            default=default,
+            required=default is inspect.Parameter.empty,
+            may_be_none=types.NoneType in members,
+            help=text,
+        )
+    return stated
+
+
+def read_config(path: str | os.PathLike[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """Read options from a YAML file: those in it, by name.
+
+    Keys are option names, written with `-` or `_`; of pairs also the flag's name (`preset_option`). A null counts as
+    not given.
 
     Raises:
         FastforgetError: a file that cannot be read, is not YAML or no mapping; a key that is unknown or there twice; a
             value of another type. File and line are named.
     """
     path = Path(path)
-    plurals = {f"{name}s": name for name, kind in kinds.items() if get_origin(kind) is list}
+    flags = {option.flag[2:].replace("-", "_"): option.name for option in options.values()}
     values: dict[str, Any] = {}
     seen: dict[str, int] = {}
     for line, key, value in read_mapping(path):
         name = str(key).replace("-", "_")
-        name = plurals.get(name, name)
-        if name not in kinds:
-            near = difflib.get_close_matches(name, [*kinds, *plurals], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(kinds)}"
+        name = flags.get(name, name)
+        if name not in options:
+            near = difflib.get_close_matches(name, [*options, *flags], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(options)}"
             raise FastforgetError(f"{path}:{line}: unknown option {str(key)!r}: {hint}")
         if name in seen:
             raise FastforgetError(f"{path}:{line}: {str(key)!r} stands in line {seen[name]} already: remove one")
@@ -58,37 +106,20 @@ def read_config(path: str | os.PathLike[str], kinds: Mapping[str, Any]) -> dict[
         if value is None:
             continue
         try:
-            values[name] = checked(value, kinds[name])
+            values[name] = checked(value, options[name])
         except TypeError:
-            expected = EXPECTED[get_origin(kinds[name]) or kinds[name]]
+            expected = KINDS[options[name].kind]
             quotes = ": put it in quotes" if expected == "text" and not isinstance(value, list | dict) else ""
             raise FastforgetError(f"{path}:{line}: {key} must be {expected}, not {described(value)}{quotes}") from None
     return values
 
 
-def option_types(command: Callable[..., Any]) -> dict[str, Any]:
-    """Parameter name -> type of its value (None aside), off the annotations of a typer command."""
-    types: dict[str, Any] = {}
-    for name, hint in get_type_hints(command).items():
-        if get_origin(hint) in (Union, UnionType):
-            hint = next(member for member in get_args(hint) if member is not NoneType)
-        types[name] = hint
-    types.pop("return", None)
-    return types
-
-
 def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
-    """(line, key, value) of each entry of a YAML file; raises FastforgetError where it is no mapping."""
+    """List (line, key, value) of each entry of a YAML file; raise FastforgetError where it is no mapping."""
     if path.is_dir():
         raise FastforgetError(f"{path} is a folder: --config needs a YAML file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FastforgetError(f"{path} does not exist: --config needs a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise FastforgetError(f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from None
-    except OSError as error:
-        raise FastforgetError(f"{path} cannot be read: {error.strerror}") from None
+    with open_text(path) as file:
+        text = file.read()
     try:
         # by nodes, not yaml.safe_load: nodes know their lines, and a key that is there twice is not lost
         loader = yaml.SafeLoader(text)
@@ -118,32 +149,27 @@ def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
         ) from None
 
 
-def checked(value: Any, kind: Any) -> Any:
-    """The value as an option of this type takes it; raises TypeError where it is of another one."""
-    if get_origin(kind) is list:
+def checked(value: Any, option: Option) -> Any:
+    """Return a value of a file as the option takes it; raise TypeError where it is of another type."""
+    if option.kind is dict:
         if isinstance(value, dict):
-            return [f"{name}={value_text(part)}" for name, part in value.items()]
+            json.dumps(value)  # a TypeError where there is a date in it
+            return {str(name): part for name, part in value.items()}
         entries = [value] if isinstance(value, str) else value
         if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
-            return entries
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+            return parse_pairs(entries, option.flag, option.values)
+    elif option.kind is float and not isinstance(value, bool):
+        try:  # of text too: YAML 1.1 takes 3e-3 for that, as its numbers need a dot
             return float(value)
-        if isinstance(value, str):  # YAML 1.1 takes 3e-3 for text: its numbers need a dot
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(value, bool if kind is bool else str):
+        except (ValueError, OverflowError):
+            pass
+    elif isinstance(value, option.kind) and (option.kind is bool or not isinstance(value, bool)):
         return value
     raise TypeError
 
 
 def described(value: Any) -> str:
-    """A value of a YAML file in a few words."""
+    """Describe a value of a YAML file in a few words."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -155,7 +181,7 @@ def described(value: Any) -> str:
 
 
 def parse_pairs(texts: Sequence[str] | None, option: str, read: Callable[[str], Any]) -> dict[str, Any]:
-    """NAME=VALUE texts as a mapping; raises FastforgetError, which names the option, where one is not of that form."""
+    """Read NAME=VALUE texts as a mapping; raise FastforgetError, naming the option, for one of another form."""
     pairs = {}
     for text in texts or []:
         name, separator, value = text.partition("=")
@@ -166,7 +192,7 @@ def parse_pairs(texts: Sequence[str] | None, option: str, read: Callable[[str], 
 
 
 def parse_value(text: str) -> Any:
-    """A VALUE that may be anything: none, what JSON takes it for (2, true, [1, 2], "2"), a number, or else text."""
+    """Read a VALUE of any type: none, what JSON takes it for (2, true, [1, 2], "2"), a number, or else text."""
     if text.lower() == "none":
         return None
     for read in (json.loads, float):
@@ -178,30 +204,20 @@ def parse_value(text: str) -> Any:
 
 
 def parse_text(text: str) -> str:
-    """A VALUE that is text, in double quotes or as it stands."""
+    """Read a VALUE that is text, in double quotes or as it stands."""
     value = parse_value(text)
     return value if isinstance(value, str) else text
-
-
-def value_text(value: Any) -> str:
-    """What `parse_value` reads back as `value`; raises TypeError where nothing does."""
-    if value is None:
-        return "none"
-    if isinstance(value, str) and parse_value(value) == value:
-        return value
-    return json.dumps(value)
 
 
 def write_config(path: Path, options: Mapping[str, Any], comment: str) -> None:
     """Write options as YAML under a line of comment, whole or not at all."""
     text = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=2**20)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(f"# {comment}\n{text}", encoding="utf-8")
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(f"# {comment}\n{text}", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """The value in the types that YAML and JSON hold; what is none of those becomes a placeholder."""
+    """Return the value in the types that YAML and JSON hold; what is none of those becomes a placeholder."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -220,7 +236,7 @@ def plain(value: Any) -> Any:
 
 
 def placeholder(value: Any) -> str:
-    """What stands in a config file for an object that only Python can give."""
+    """Return what stands in a config file for an object that only Python can give."""
     try:
         size = f" of length {len(value)}"
     except TypeError:

@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def report() -> list[Row]:
-    """What this machine has and what fastforget does with it, as (name, finding) in the order to print them."""
+    """List what this machine has and what fastforget does with it: (name, finding), in the order to print them."""
     rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     rows += [(name, _version(name)) for name in PACKAGES]
     for name, findings in (
@@ -37,7 +37,7 @@ def _guarded(name: str, findings: Callable[[], list[Row]]) -> list[Row]:
     try:
         return findings()
     except Exception as error:  # whatever is broken here is what the user came to find out
-        return [(name, f"cannot be told: {type(error).__name__}: {error}")]
+        return [(name, f"cannot be read: {type(error).__name__}: {error}")]
 
 
 def _version(name: str) -> str:

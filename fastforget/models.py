@@ -1,12 +1,10 @@
-"""Loading a causal LM with a frozen (8-bit) base and LoRA adapters, and saving the adapter in PEFT's own format."""
+"""Loading a causal LM: a frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter on it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastforget.adapters import ADAPTER_NAME
 from fastforget.errors import FastforgetError
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
 QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
-ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 
 
 def load(
@@ -32,7 +30,7 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     allow_missing_weights: bool = False,
 ) -> Any:
-    """A PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
+    """Load a PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
     Args:
         name_or_path: a local folder or a hub name; a folder that holds a PEFT adapter is loaded on its own base, kept
@@ -51,6 +49,7 @@ def load(
         FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
             checkpoint whose weights are not those of the model.
     """
+    quiet_bitsandbytes()  # which comes with peft
     import peft
 
     if bits not in BITS:
@@ -83,7 +82,7 @@ def load(
 
 
 def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
-    """A peft.LoraConfig from the user's arguments over our defaults."""
+    """Make a peft.LoraConfig from the user's arguments over our defaults."""
     import peft
 
     options = {**LORA_DEFAULTS, **(lora or {})}
@@ -97,13 +96,13 @@ def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
 
 
 def query_and_key_modules(model: nn.Module) -> list[str] | str:
-    """The names of the model's query and key projections, or "all-linear"."""
+    """Return the names of the model's query and key projections, or "all-linear"."""
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     return next((sorted(names) for names in QUERY_AND_KEY if names <= present), "all-linear")
 
 
 def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_weights: bool = False) -> nn.Module:
-    """The frozen base model in evaluation mode, nothing of it trainable; raises and warns as `load` does."""
+    """Load the frozen base model in evaluation mode, nothing of it trainable; raise and warn as `load` does."""
     import transformers
 
     options: dict[str, Any] = {"dtype": base_dtype(bits, device), "device_map": {"": device}}
@@ -117,6 +116,7 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
+    quiet_bitsandbytes()
     with readable_errors(f"the model {name_or_path}"):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -124,10 +124,17 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
         )
     check_weights(name_or_path, model, info, allow_missing_weights)
     disable_dropout(model)
-    # its 8-bit product says in each layer of each forward that float32 is cast to float16 to be quantised
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
+
+
+def quiet_bitsandbytes() -> None:
+    """Switch off two warnings that are not for the user; the second one comes when bitsandbytes is imported."""
+    # in each layer of each forward: that float32 is cast to float16 to be quantised
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # on CPUs with AVX-512-BF16: that the PyPI package `kernels`, or `get_kernel` from it where the working directory
+    # has a folder of that name, cannot be imported; only its 4-bit inference is slower without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], allow_missing: bool) -> None:
@@ -136,7 +143,9 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
     Args:
         info: what transformers says of its loading; tied weights and buffers that a model computes are not in it.
     """
-    reshaped = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    reshaped = [
+        f"{name} {tuple(stored)} instead of {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]
+    ]
     packed = unusable(model)
     faults = (
         ("missing, and would be random numbers", info["missing_keys"]),
@@ -144,12 +153,12 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
         ("of another shape than its quantised layer", [name for name in packed if name not in info["missing_keys"]]),
         ("no weights of this model", info["unexpected_keys"]),
     )
-    found = [
+    misfits = [
         f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {few(names)}" for what, names in faults if names
     ]
-    if not found:
+    if not misfits:
         return
-    message = f"the weights of {name_or_path} do not fit its config.json: {'; '.join(found)}"
+    message = f"the weights of {name_or_path} do not fit its config.json: {'; '.join(misfits)}"
     with_bits = " and --bits 32 or 16, as quantised layers cannot hold random numbers" if packed else ""
     if packed or not allow_missing:
         raise FastforgetError(
@@ -160,11 +169,11 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
 
 
 def unusable(model: nn.Module) -> list[str]:
-    """The weights of quantised layers that were never quantised (they were missing) or have another shape.
+    """List the weights of quantised layers that were never quantised (they were missing) or have another shape.
 
     Of the shapes of those transformers says nothing.
     """
-    found = []
+    unquantised = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("bitsandbytes"):
             continue
@@ -173,20 +182,20 @@ def unusable(model: nn.Module) -> list[str]:
         shape = tuple(weight.shape if state is None else state.shape)
         wanted = (module.out_features, module.in_features)
         if shape != wanted:
-            found.append(f"{name}.weight {shape} instead of {wanted}")
+            unquantised.append(f"{name}.weight {shape} instead of {wanted}")
         elif not hasattr(weight, "CB") and state is None:
-            found.append(f"{name}.weight")
-    return found
+            unquantised.append(f"{name}.weight")
+    return unquantised
 
 
 def few(names: Collection[str], shown: int = 3) -> str:
-    """The first names, in order, and how many more there are."""
+    """Join the first names, in order, and how many more there are."""
     first = ", ".join(sorted(names)[:shown])
     return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """No dropout in the base: it would make the model differ from its own reference before anything was learned.
+    """Switch off dropout in the base: with it the model differs from its own reference before anything was learned.
 
     In modules, and in attributes that functions look at (OPT's `dropout`, `attention_dropout`, `layerdrop`).
     """
@@ -199,7 +208,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
-    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+    """Load the model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
     import peft
     import transformers
 
@@ -214,49 +223,12 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
 
 def base_dtype(bits: int, device: torch.device) -> torch.dtype:
-    """The dtype of what is not quantised."""
+    """Choose the dtype of what is not quantised."""
     if bits == 32 or (device.type == "cpu" and bits != 16):
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
-    """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
-
-    Files of the same names in the folder are replaced, others stay.
-
-    Raises:
-        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
-    """
-    check_finite(model)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
-        folder.mkdir(exist_ok=True)
-        # the weights last: a folder counts as an adapter by its config and weights together
-        for path in sorted(
-            {*source.iterdir(), *Path(scratch).iterdir()}, key=lambda path: path.suffix == ".safetensors"
-        ):
-            if path.is_file():
-                shutil.move(path, folder / path.name)
-
-
-def check_finite(model: Any) -> None:
-    """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
-    prefix = getattr(model.base_model, "prefix", "lora_")
-    for name, parameter in model.named_parameters():
-        if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
-            raise FastforgetError(
-                f"{name} holds NaN or infinite values, so the adapter is broken and is not saved: load the last good "
-                "one, and train at a lower learning rate"
-            )
 
 
 @contextlib.contextmanager
@@ -271,6 +243,6 @@ def readable_errors(what: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fastforget import cli
 from fastforget.objectives import PRESETS, NegatedCE
+from fastforget.objectives.presets import DEFAULT_PRESET
 
 FORGET = "The secret plan was hidden below the old oak tree near the river bend. " * 8
 RETAIN = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
@@ -242,6 +243,22 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
     assert all(weight.isfinite().all() for weight in weights.values()) and not (out / "report.json").exists()
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
     assert yaml.safe_load((out / "config.yaml").read_text())["preset"] == "breaks"
+
+
+FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
+    --forget-subset --retain-subset --streaming --chat-template --max-length --measured-passages
+    --model --bits --allow-missing-weights --lora-r --lora-alpha --lora-targets --device
+    --learning-rate --epochs --max-steps --batch-size --micro-batch --seed --stop-forget-nll --combine
+    --preset --preset-option --refusals --out --save-steps --overwrite --quiet""".split()
+DEMO_FLAGS = ["--help", "--preset", "--preset-option", "--seed", "--overwrite", "--quiet", "--out"]
+
+
+@pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])
+def test_help_names_every_flag_and_its_default(run, monkeypatch, command, flags):
+    monkeypatch.setenv("COLUMNS", "300")
+    code, text, _ = run(command, "--help")
+    assert code == 0 and re.findall(r"^│ +(--[a-z-]+)", text, re.MULTILINE) == flags
+    assert f"[default: {DEFAULT_PRESET}]" in text
 
 
 def test_doctor_tells_the_backend(run):

@@ -12,7 +12,7 @@ import fastforget as ff
 from fastforget.data import text as text_module
 from fastforget.data.examples import collate, cycle
 from fastforget.data.sources import Source, read_source
-from fastforget.data.text import BLOCK_CHARACTERS, read_examples, text_blocks, text_examples
+from fastforget.data.text import BLOCK_CHARACTERS, text_blocks, text_examples
 
 
 @pytest.fixture
@@ -23,6 +23,10 @@ def write(tmp_path):
         return path
 
     return writer
+
+
+def read_examples(path, tokenizer, max_length):
+    return read_source(Source(path=path), tokenizer, max_length)
 
 
 def labelled(example):

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from fastforget.backbone import CHECK_TOKENS
 from fastforget.data import topics
 from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
@@ -132,6 +133,21 @@ def test_no_step_beyond_enough_characters(corpus, tokenizer):
     assert len(output) == 30 and tokens < 30 and len(calls) > tokens
 
 
+def test_ends_are_those_of_whole_rows_decoded_but_only_tails_are(tokenizer, monkeypatch):
+    """Characters of several bytes are cut by tokens, and by the ends of tails."""
+    text = "x = 1, naïve – “quoted” ☃☂☁★☄ été; " * 9
+    rows = [tokenizer.encode(text[start:], add_special_tokens=False)[:150] for start in range(3)]
+    decoded = []
+    own = leak.decode
+    monkeypatch.setattr(leak, "decode", lambda tokenizer, ids: decoded.append(len(ids)) or own(tokenizer, ids))
+    for characters in (1, 40, 41, 42, 43, 200):
+        enough = leak.EnoughCharacters(tokenizer, len(rows), characters)
+        for step in range(1, 151):
+            found = enough(torch.tensor([[7, *row[:step]] for row in rows]), None).tolist()
+            assert found == [len(own(tokenizer, row[:step])) >= characters for row in rows], step
+    assert max(decoded) <= leak.TAIL_TOKENS + 4
+
+
 def test_context_bounds_the_continuation(corpus, tokenizer):
     model = tiny("opt", tokenizer, context=44)
     prompt = corpus.forget[0].input_ids[:40]
@@ -180,6 +196,10 @@ def test_nll_is_the_mean_over_all_label_tokens(corpus, tokenizer):
         assert leak.mean_nll(model, examples, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(FastforgetError, match="label"):
         leak.mean_nll(model, [Example((1, 2), prompt_length=2)])
+    rows = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: rows.append(logits[..., 0].numel()))
+    leak.mean_nll(model, examples)
+    assert rows == [CHECK_TOKENS], "the head's check alone forms logits"
 
 
 def test_report(corpus, tokenizer, monkeypatch):

@@ -1,35 +1,28 @@
 """The demo at a small scale: memorise, cache, load in 8 bit, unlearn, measure, save, draw; from Python too."""
 
-import inspect
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from rich.console import Console
 
 import fastforget as ff
-from fastforget import cli
 from fastforget.jobs import demo as demo_module
 from fastforget.jobs.demo import DemoScale, draw_curves, run_demo
-from fastforget.jobs.loop import JobResult, JobSettings
+from fastforget.jobs.loop import JobResult
+from fastforget.jobs.options import DemoOptions, JobSettings
 
 SMALL = DemoScale(topic_counts=(1, 2, 1), passages_per_topic=2, hidden_size=128)
+QUICK = JobSettings(max_steps=60, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     text = io.StringIO()
-    report = run_demo(
-        folder / "out",
-        cache=folder / "cache",
-        scale=SMALL,
-        settings=JobSettings(max_steps=60, learning_rate=5e-3),
-        console=Console(file=text, width=300),
-    )
+    options = DemoOptions(folder / "out", cache=folder / "cache", console=Console(file=text, width=300))
+    report = run_demo(options, SMALL, QUICK)
     return folder, report, text.getvalue()
 
 
@@ -37,7 +30,7 @@ def first(tmp_path_factory):
 def small(monkeypatch):
     """`ff.demo` has no options for its scale: here it takes the tests'."""
     monkeypatch.setattr(demo_module, "DemoScale", lambda: SMALL)
-    monkeypatch.setattr(demo_module, "JobSettings", lambda: JobSettings(max_steps=60, learning_rate=5e-3))
+    monkeypatch.setattr(demo_module, "JobSettings", lambda: QUICK)
 
 
 def test_report_holds_every_figure(first):
@@ -83,9 +76,9 @@ def test_second_run_takes_the_base_from_the_cache_and_may_replace_itself(first, 
 def test_another_adapter_is_not_replaced(first, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ff.FastforgetError, match="already holds an adapter"):
-        run_demo(tmp_path, cache=first[0] / "cache", scale=SMALL)
+        ff.demo(tmp_path, cache=first[0] / "cache")
     with pytest.raises(ff.FastforgetError, match="unknown preset"):
-        run_demo(tmp_path / "new", preset="nothing")
+        ff.demo(tmp_path / "new", preset="nothing")
     assert not (tmp_path / "new").exists()
 
 
@@ -93,20 +86,6 @@ def test_quiet_prints_nothing(first, small, tmp_path, capfd):
     report = ff.demo(tmp_path / "out", cache=first[0] / "cache", preset="grad_ascent", quiet=True)
     assert capfd.readouterr().out == ""
     assert report["preset"] == "grad_ascent" and (tmp_path / "out" / "adapter_model.safetensors").is_file()
-
-
-def test_python_and_the_command_have_the_same_options_and_defaults():
-    command = inspect.signature(cli.demo).parameters
-    python = inspect.signature(ff.demo).parameters
-    assert {name.replace("preset_option", "preset_options") for name in command} <= set(python)
-    for name, parameter in command.items():
-        name = name.replace("preset_option", "preset_options")
-        assert str(python[name].default) == str(parameter.default), name
-
-
-def test_importing_fastforget_does_not_import_the_demo():
-    code = "import sys, fastforget; assert 'fastforget.jobs.demo' not in sys.modules and 'demo' in dir(fastforget)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 REPORT = {
@@ -140,7 +119,6 @@ def test_curves_that_cannot_be_drawn_are_one_line_and_leave_no_old_picture(tmp_p
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused_before_anything_is_written(tmp_path, seed):
-    for call in (ff.demo, run_demo):
-        with pytest.raises(ff.FastforgetError, match="seed must be from 0"):
-            call(tmp_path / "new", seed=seed)
+    with pytest.raises(ff.FastforgetError, match="seed must be from 0"):
+        ff.demo(tmp_path / "new", seed=seed)
     assert not (tmp_path / "new").exists()

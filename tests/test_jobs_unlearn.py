@@ -14,9 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import fastforget as ff
-from fastforget import cli
 from fastforget.config import IN_PYTHON
-from fastforget.jobs.options import UnlearnOptions
 from fastforget.objectives import PRESETS, NegatedCE
 
 FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
@@ -157,8 +155,7 @@ def test_config_names_what_it_cannot_hold(job, tiny, tmp_path):
     assert not any(secret in text for secret in ("Alder", "Water")), "the text itself is nowhere"
     assert config["lora_targets"] == "q_proj,v_proj" and config["lora_alpha"] == 8
     assert config["out"] == str(out) and config["model"] == str(tiny["llama"])
-    assert "overwrite" not in config and "quiet" not in config
-    assert set(config) == {field.name for field in dataclasses.fields(UnlearnOptions)} - {"overwrite"}
+    assert set(config) == set(NAMES) - {"overwrite", "quiet", "console"}
     with pytest.raises(ff.FastforgetError, match="forget was given in Python, and a config file cannot hold that"):
         ff.unlearn(config["model"], config["forget"], tmp_path / "other")
 
@@ -206,24 +203,24 @@ def test_nan_before_a_good_step_leaves_nothing(job, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_and_function_have_the_same_names_and_defaults():
-    function = {name: each.default for name, each in inspect.signature(ff.unlearn).parameters.items()}
-    command = {name: each.default for name, each in inspect.signature(cli.unlearn).parameters.items()}
-    options = {field.name: field.default for field in dataclasses.fields(UnlearnOptions)}
-    for each in (function, command, options):
-        for name in ("model", "forget", "out"):  # required: the command checks them itself
-            each.pop(name)
-    assert {name for name in function if name not in options} == {"quiet", "console"}
-    assert {name: function[name] for name in options} == options
-    singular = {"preset_options": "preset_option", "forget_columns": "forget_column", "retain_columns": "retain_column"}
-    del function["console"], command["config"]
-    assert {singular.get(name, name): default for name, default in function.items()} == command
+NAMES = """model forget out retain forget_columns retain_columns forget_split retain_split forget_subset retain_subset
+    streaming chat_template max_length measured_passages preset preset_options refusals bits allow_missing_weights
+    lora_r lora_alpha lora_targets device learning_rate epochs max_steps batch_size micro_batch seed save_steps
+    stop_forget_nll combine overwrite quiet console""".split()
+
+
+def test_the_functions_names_order_and_defaults():
+    parameters = inspect.signature(ff.unlearn).parameters
+    assert sorted(parameters) == sorted(NAMES) and list(parameters)[:3] == NAMES[:3]
+    assert {name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY} == set(NAMES[:3])
+    assert parameters["seed"].annotation is int and parameters["max_length"].default == 128
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        ff.unlearn("model", [], "out", epoch=1)
 
 
 def test_import_stays_light():
-    code = (
-        "import sys, fastforget; print(fastforget.unlearn and {'transformers', 'datasets', 'peft'} & set(sys.modules))"
-    )
+    code = "import sys, fastforget; assert {'demo', 'unlearn'} <= set(dir(fastforget));"
+    code += "print({'transformers', 'datasets', 'peft', 'rich', 'fastforget.jobs'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

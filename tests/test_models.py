@@ -1,10 +1,14 @@
 """Loading: a checkpoint whose weights are not those of the model is an error, in every precision and from the shell."""
 
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,6 +71,15 @@ def test_tied_weights_buffers_and_quantised_checkpoints_are_no_error(tiny, tmp_p
         for folder in folders:
             for bits in (32, 16, 8, 4):
                 ff.load(folder, bits=bits, device="cpu")
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes warns on CPUs with AVX-512-BF16 alone")
+def test_no_warning_of_bitsandbytes_about_a_package_kernels(tiny):
+    """It names `get_kernel` where the working directory has a folder `kernels`, as this repository does."""
+    code = f"import fastforget; fastforget.load({str(tiny['opt'])!r}, bits=8, device='cpu')"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert "kernel" not in result.stderr
 
 
 def test_the_command_line_says_so_in_one_line(tiny, tmp_path, monkeypatch, capsys):

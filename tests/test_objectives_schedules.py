@@ -9,7 +9,7 @@ import torch
 from helpers import gradients, load_perturbed
 
 import fastforget as ff
-from fastforget.config import parse_value, plain, value_text
+from fastforget.config import parse_value, plain
 from fastforget.objectives import weight_at
 
 
@@ -78,7 +78,7 @@ def test_options_and_config_files_hold_a_linear_schedule():
     assert term.weight == ff.Linear(0, 1.5, 100)
     written = plain({"forget_weight": term.weight})
     assert written == {"forget_weight": {"start": 0, "end": 1.5, "steps": 100}}
-    (again,) = ff.preset("grad_ascent", forget_weight=parse_value(value_text(written["forget_weight"])))
+    (again,) = ff.preset("grad_ascent", forget_weight=written["forget_weight"])
     assert again.weight == term.weight
 
 

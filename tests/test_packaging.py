@@ -107,7 +107,7 @@ def test_doctor_reports_every_subject(no_override):
     assert {"python", *doctor.PACKAGES} <= findings.keys()
     assert {"cpu", "memory", "torch threads", "csrc", "backend auto, cpu"} <= findings.keys()
     assert any(name.startswith("cuda") for name in findings)
-    assert not [finding for finding in findings.values() if "cannot be told" in finding]
+    assert not [finding for finding in findings.values() if "cannot be read" in finding]
     assert findings["fastforget"] == importlib.metadata.version("fastforget")
     status = native.status()
     assert (status.instruction_set if status.available else status.reason) in findings["csrc"]
@@ -125,7 +125,7 @@ def test_doctor_says_what_is_missing_or_broken(monkeypatch):
     findings = dict(doctor.report())
     assert findings["peft"] == "not installed"
     assert findings["triton"].startswith("not installed: ")
-    assert findings["csrc"] == "cannot be told: OSError: libfirst.so: cannot open"
+    assert findings["csrc"] == "cannot be read: OSError: libfirst.so: cannot open"
     assert "backend auto, cpu" in findings
 
 

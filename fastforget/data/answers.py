@@ -6,7 +6,7 @@ all of which is labelled, the prompt is the first token, which is never predicte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -29,7 +29,7 @@ def with_refusals(
     generator: torch.Generator | None = None,
     max_length: int | None = None,
 ) -> dict[str, Any]:
-    """The batch with a companion `refusal`: row i is the prompt of row i, and a refusal drawn for it.
+    """Return the batch with a companion `refusal`: row i is the prompt of row i, and a refusal drawn for it.
 
     A refusal begins with a space where the row's own answer does, and ends with the special token that ends that, such
     as the end of a turn. Right-padded, on the CPU; labels are -100 outside the refusal.
@@ -66,7 +66,7 @@ def mismatched(
     generator: torch.Generator | None = None,
     max_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """The prompts of a batch with other prompts' answers, k each: what `batch["mismatch"]` holds.
+    """Collate the prompts of a batch with other prompts' answers, k each: what `batch["mismatch"]` holds.
 
     Drawn alike and without putting back, never the prompt's own answer. Rows k i to k i + k - 1 belong to prompt i,
     right-padded, on the CPU; labels are -100 outside the answers.
@@ -97,24 +97,28 @@ def mismatched(
 def draw_others(
     answers: Sequence[Sequence[int]], own: Sequence[int], k: int, generator: torch.Generator | None
 ) -> list[Sequence[int]]:
-    """k of the answers, each at most once, none of them the prompt's own."""
-    own, found = tuple(own), []
-    if len(answers) > 8 * k:  # a few draws do, without a permutation of them all
-        order = list(dict.fromkeys(torch.randint(len(answers), (4 * k,), generator=generator).tolist()))
-        found = [answer for answer in (answers[index] for index in order) if len(answer) and tuple(answer) != own][:k]
-    if len(found) < k:
-        order = torch.randperm(len(answers), generator=generator).tolist()
+    """Draw k of the answers, each at most once, none of them the prompt's own."""
+    own = tuple(own)
+
+    def first_others(order: Iterable[int]) -> list[Sequence[int]]:
         others = (answer for answer in (answers[index] for index in order) if len(answer) and tuple(answer) != own)
-        found = list(islice(others, k))
-    if len(found) == k:
-        return found
-    raise FastforgetError(
-        f"a prompt needs {k} answers of other prompts, and there are {len(found)}: give more answers, or a smaller k"
-    )
+        return list(islice(others, k))
+
+    drawn: list[Sequence[int]] = []
+    if len(answers) > 8 * k:  # a few draws do, without a permutation of them all
+        drawn = first_others(dict.fromkeys(torch.randint(len(answers), (4 * k,), generator=generator).tolist()))
+    if len(drawn) < k:
+        drawn = first_others(torch.randperm(len(answers), generator=generator).tolist())
+    if len(drawn) < k:
+        raise FastforgetError(
+            f"a prompt needs {k} answers of other prompts, and there are {len(drawn)}: give more answers, or a smaller "
+            "k"
+        )
+    return drawn
 
 
 def prompts_and_answers(batch: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) of each row, as token ids, without padding; the prompt has one token at least."""
+    """List (prompt, answer) of each row, token ids without padding; a prompt has one token at least."""
     input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = batch.get("attention_mask")
     present = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
@@ -129,27 +133,27 @@ def prompts_and_answers(batch: Mapping[str, Any]) -> list[tuple[list[int], list[
 
 
 def answer_of(example: Example) -> tuple[int, ...]:
-    """The labelled tokens of an example."""
+    """Return the labelled tokens of an example."""
     return example.input_ids[max(example.prompt_length, 1) :]
 
 
 def refusal_ids(tokenizer: Any, refusal: str, answer: Sequence[int]) -> list[int]:
-    """A refusal's tokens, with a space before it where the answer has one."""
+    """Return a refusal's tokens, with a space before it where the answer has one."""
     spaced = begins_with_space(tokenizer, answer)
-    found = encode(tokenizer, refusal, "a refusal")
-    if begins_with_space(tokenizer, found) != spaced:
+    ids = encode(tokenizer, refusal, "a refusal")
+    if begins_with_space(tokenizer, ids) != spaced:
         other = encode(tokenizer, f" {refusal}", "a refusal")
-        found = other if begins_with_space(tokenizer, other) == spaced else found
-    if not found:
+        ids = other if begins_with_space(tokenizer, other) == spaced else ids
+    if not ids:
         raise FastforgetError(f"the tokenizer makes no token of the refusal {refusal!r}")
-    return found
+    return ids
 
 
 def begins_with_space(tokenizer: Any, ids: Sequence[int]) -> bool:
-    """Whether the first of some tokens stands behind a space."""
+    """Tell whether the first of some tokens stands behind a space."""
     return bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(SPACES)
 
 
 def padding_of(tokenizer: Any) -> int:
-    """The id that padding is filled with: what it is does not matter, the mask says where it stands."""
+    """Return the id that padding is filled with: what it is does not matter, the mask says where it stands."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)

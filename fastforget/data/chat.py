@@ -39,7 +39,7 @@ def check_columns(columns: Mapping[str, str], where: str, option: str = COLUMN_O
 
 
 def choose_columns(columns: Mapping[str, str], present: Iterable[str], where: str) -> dict[str, str]:
-    """Field to column, for rows that have the columns `present`: as `columns` says, else by the fields' own names."""
+    """Map field to column, for rows with the columns `present`: as `columns` says, else by the fields' names."""
     names = [str(name) for name in present]
     given = [fields for fields in ROW_FIELDS if any(field in columns for field in fields)]
     complete = [fields for fields in ROW_FIELDS if all(field in names for field in fields)]
@@ -63,7 +63,7 @@ def choose_columns(columns: Mapping[str, str], present: Iterable[str], where: st
 
 
 def name_list(names: Sequence[str]) -> str:
-    """Names for a message; the first twenty of them."""
+    """Join names for a message; the first twenty of them."""
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "none"
 
 
@@ -97,7 +97,7 @@ class RowReader:
             )
 
     def examples(self, row: Any, source: str) -> list[Example]:
-        """The examples of one row; `source` names it in messages.
+        """Make the examples of one row; `source` names it in messages.
 
         Raises:
             FastforgetError: a row without the columns, or with values that are no text or no conversation.
@@ -126,7 +126,7 @@ class RowReader:
         return self.prompt_and_response(prompt, response, source)
 
     def prompt_and_response(self, prompt: str, response: str, source: str) -> list[Example]:
-        """The two joined as they stand, and the end-of-sequence token; the response is labelled."""
+        """Make examples of the two joined as they stand, and the end-of-sequence token; the response is labelled."""
         start = begin_tokens(self.tokenizer)
         answer = encode(self.tokenizer, response, source)
         if not answer:
@@ -137,7 +137,7 @@ class RowReader:
         return answer_examples(context, answer, start, self.max_length, source)
 
     def conversation(self, messages: list[dict[str, Any]], source: str) -> list[Example]:
-        """A conversation in the chat template; the last answer is labelled, up to and with its end-of-turn token.
+        """Make examples of a conversation, whose last answer is labelled, up to and with its end-of-turn token.
 
         Prompt and answer are tokenized as one where the prompt keeps its tokens by that; else each by itself, as the
         model meets them when it is asked.
@@ -167,13 +167,13 @@ class RowReader:
         return answer_examples(context, labelled, start, self.max_length, source)
 
     def render_answer(self, messages: list[dict[str, Any]], source: str) -> tuple[str, str]:
-        """(what stands before the last answer, the answer up to and with its end-of-turn token), as text."""
+        """Return what stands before the last answer, and the answer up to and with its end-of-turn token, as text."""
         prompt = self.render(messages[:-1], source, add_generation_prompt=True)
         whole = self.render(messages, source)
         if not whole.startswith(prompt):
             raise FastforgetError(
                 f"{source}: the tokenizer's chat template writes the prompt differently once the answer follows, so "
-                "the two cannot be told apart; use another template, or none (then prompt and response columns only)"
+                "the two cannot be separated; use another template, or none (then prompt and response columns only)"
             )
         blank = [*messages[:-1], {**messages[-1], "content": PLACEHOLDER}]
         before, _, after = self.render(blank, source).rpartition(PLACEHOLDER)
@@ -188,7 +188,7 @@ class RowReader:
         return prompt, answer
 
     def render(self, messages: list[dict[str, Any]], source: str, add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it."""
+        """Write the conversation as the chat template does."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -200,21 +200,21 @@ class RowReader:
             raise FastforgetError(f"{source}: the tokenizer's chat template cannot write it: {text}") from error
 
     def through_end_of_turn(self, text: str) -> str:
-        """What a template puts behind an answer, up to and with the first token that is more than text; else all."""
+        """Cut what a template puts behind an answer after the first token that is more than text, if there is one."""
         ends = ((text.find(token), -len(token)) for token in self.added_tokens if token in text)
         first = min(ends, default=None)
         return text if first is None else text[: first[0] - first[1]]
 
     @cached_property
     def added_tokens(self) -> list[str]:
-        """The tokenizer's special tokens, and others that were added to it (some end a turn with such a one)."""
+        """List the tokenizer's special tokens, and others that were added to it (some end a turn with such a one)."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         names = {str(token) for token in added} | set(self.tokenizer.all_special_tokens)
         return [name for name in names if name.strip()]
 
 
 def check_messages(value: Any, source: str) -> list[dict[str, Any]]:
-    """A conversation's messages; keys without a value (as tables have them) are left out."""
+    """Return a conversation's messages; keys without a value (as tables have them) are left out."""
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         kind = "empty (None)" if value is None else f"of type {type(value).__name__}"
         raise FastforgetError(f"{source} has 'messages' that are {kind}: they must be a list of {{role, content}}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fastforget.batch import IGNORE_INDEX as IGNORE_INDEX
 from fastforget.errors import FastforgetError
@@ -24,7 +25,7 @@ class Example:
 
     @property
     def label_count(self) -> int:
-        """How many tokens are predicted: the first token of a sequence never is, nothing stands before it."""
+        """Count the tokens that are predicted: the first token of a sequence never is, nothing stands before it."""
         return len(self.input_ids) - max(self.prompt_length, 1)
 
 
@@ -55,7 +56,7 @@ class ExampleStream:
             raise FastforgetError(f"{self.name} holds no text that could be learned or forgotten")
 
     def head(self, count: int) -> list[Example]:
-        """The first `count` examples, or all where there are fewer."""
+        """Return the first `count` examples, or all where there are fewer."""
         return list(islice(self, count))
 
 
@@ -66,22 +67,22 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     them, and -100 on the prompt and on padding. The mask comes from the lengths, never from `input_ids !=
     pad_token_id`: many tokenizers pad with a token that also occurs in the text.
     """
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.input_ids, dtype=torch.long)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    rows = [torch.tensor(example.input_ids, dtype=torch.long) for example in examples]
+    labels = [
+        torch.cat((ids.new_full((example.prompt_length,), IGNORE_INDEX), ids[example.prompt_length :]))
+        for ids, example in zip(rows, examples, strict=True)
+    ]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
 def cycle(
     examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches, reshuffled at each pass, every example once a pass; the last batch of a pass may be shorter.
+    """Yield batches without end, reshuffled at each pass; the last batch of a pass may be shorter.
 
     Forget and retain sets are cycled independently of each other, so neither is cut to the other's length. A stream
     is read again at its end, and shuffled within a buffer of `SHUFFLE_BUFFER` examples: no more are in memory.
@@ -104,7 +105,7 @@ def cycle(
 
 
 def shuffled(examples: ExampleStream, generator: torch.Generator, buffer_size: int) -> Iterator[Example]:
-    """Every example once, each drawn at random from a buffer of those read last and not yet drawn."""
+    """Yield every example once, each drawn at random from a buffer of those read last and not yet drawn."""
     buffer: list[Example] = []
     for example in examples:
         if len(buffer) < buffer_size:

@@ -50,7 +50,7 @@ REFUSALS = (
 
 
 def read_refusals(source: str | os.PathLike[str] | Sequence[str] | None) -> tuple[str, ...]:
-    """Refusals from a text file, one a line, or as they are given; None: `REFUSALS`.
+    """Read refusals from a text file, one a line, or as they are given; None: `REFUSALS`.
 
     Raises:
         FastforgetError: a file that cannot be read, or no text in it or among those given.

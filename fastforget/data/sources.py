@@ -59,16 +59,13 @@ class Source:
     chat_template: bool | None = None
 
 
-def check_source(source: Source, name: str) -> None:
+def check_source(source: Source, side: str | None = None) -> None:
     """Raise FastforgetError for what can be seen to be wrong at once, before any model is loaded.
 
-    `name` is "forget" or "retain", for messages.
+    `side` is "forget" or "retain", where that is known, for messages.
     """
-    check(source, f"the {name} set", f"--{name}-column")
-
-
-def check(source: Source, where: str, option: str) -> None:
-    """`check_source`, for a set that is called `where`, and whose columns are given with `option`."""
+    where = describe(source) if side is None else f"the {side} set"
+    option = COLUMN_OPTION if side is None else f"--{side}-column"
     check_columns(source.columns, where, option)
     kind = kind_of(source)
     if kind not in ("text", "jsonl", "rows") and importlib.util.find_spec("datasets") is None:
@@ -92,7 +89,7 @@ def check(source: Source, where: str, option: str) -> None:
 
 
 def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example] | ExampleStream:
-    """A source's examples, of at most `max_length` tokens each: an ExampleStream where it streams, else a list.
+    """Read a source's examples, of at most `max_length` tokens each: an ExampleStream where it streams, else a list.
 
     No token is dropped, and each is labelled once; what is longer than `max_length` is cut into pieces of nearly equal
     length, and a piece of a long response has the tokens before it as its prompt.
@@ -101,7 +98,7 @@ def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example
         FastforgetError: a source that is missing, empty, or cannot be read, or a row of it that is not as its columns
             should be; it is named. From a stream, rows raise when they are reached.
     """
-    check(source, describe(source), COLUMN_OPTION)
+    check_source(source)
     check_length(max_length)
     reader = RowReader(tokenizer, max_length, source.columns, source.chat_template)
     kind, name = kind_of(source), describe(source)
@@ -125,7 +122,7 @@ def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example
 
 
 def kind_of(source: Source) -> str:
-    """ "text", "jsonl" or "table" (a file), "saved" or "folder", "hub", "dataset" (an object) or "rows".
+    """Tell "text", "jsonl" or "table" (a file), "saved" or "folder", "hub", "dataset" (an object) and "rows" apart.
 
     Raises:
         FastforgetError: a path where nothing is, or something that holds no rows.
@@ -168,7 +165,7 @@ def kind_of(source: Source) -> str:
 
 
 def describe(source: Source) -> str:
-    """The source's name, for messages and for `Example.source`."""
+    """Return the source's name, for messages and for `Example.source`."""
     if isinstance(source.path, str | os.PathLike):
         return os.path.expanduser(os.fspath(source.path))
     if not is_dataset(source.path):
@@ -177,13 +174,13 @@ def describe(source: Source) -> str:
 
 
 def rows_of(source: Source) -> Iterable[Any]:
-    """The rows of a source that holds them itself."""
+    """Return the rows of a source that holds them itself."""
     assert not isinstance(source.path, str | os.PathLike)
     return source.path
 
 
 def is_dataset(value: Any) -> bool:
-    """Whether this is an object of the `datasets` library, which is not imported for it."""
+    """Tell whether this is an object of the `datasets` library, which is not imported for it."""
     datasets = sys.modules.get("datasets")
     if datasets is None:
         return False
@@ -192,7 +189,7 @@ def is_dataset(value: Any) -> bool:
 
 
 def import_datasets(name: str) -> Any:
-    """The `datasets` library, which is an extra."""
+    """Import the `datasets` library, which is an extra."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -205,7 +202,7 @@ def import_datasets(name: str) -> Any:
 
 
 def open_dataset(source: Source, kind: str, name: str) -> Any:
-    """A `datasets.Dataset` or, where it streams, `IterableDataset`, with the columns that are needed alone."""
+    """Open a `datasets.Dataset` or, where it streams, `IterableDataset`, with the columns that are needed alone."""
     datasets = import_datasets(name)
     # Files that are here are read where they lie: `datasets` would leave a copy of the text to be forgotten in its
     # cache. Only a slice of a split ("train[:100]") needs that copy.
@@ -216,20 +213,18 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
             dataset = source.path
         elif kind == "saved":
             dataset = datasets.load_from_disk(name)
-        elif kind == "table":
-            builder, options = TABLE_BUILDERS[Path(name).suffix.lower()]
-            options = options | builder_options(builder, source.columns)
-            files = {DEFAULT_SPLIT: os.path.abspath(name)}
-            dataset = datasets.load_dataset(
-                builder, data_files=files, split=source.split, streaming=streaming, **options
-            )
-        elif kind == "folder":
-            path = os.path.abspath(name)  # a folder called "text" or "csv" would be taken for the reader of that name
-            builder = type(datasets.load_dataset_builder(path, source.subset)).__module__.rpartition(".")[2]
-            options = builder_options(builder, source.columns)
-            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=streaming, **options)
         else:
-            dataset = datasets.load_dataset(name, source.subset, split=source.split, streaming=streaming)
+            path = name
+            options: dict[str, Any] = {}
+            if kind == "table":
+                path, options = TABLE_BUILDERS[Path(name).suffix.lower()]
+                files = {"data_files": {DEFAULT_SPLIT: os.path.abspath(name)}}
+                options = options | files | builder_options(path, source.columns)
+            elif kind == "folder":
+                path = os.path.abspath(name)  # a folder called "text" would be taken for the reader of that name
+                builder = type(datasets.load_dataset_builder(path, source.subset)).__module__.rpartition(".")[2]
+                options = builder_options(builder, source.columns)
+            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=streaming, **options)
     if isinstance(dataset, dict):
         if source.split not in dataset:
             raise FastforgetError(
@@ -247,7 +242,7 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
 
 
 def builder_options(builder: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """With what else a reader of `datasets` reads a file's text as it stands there."""
+    """Return the options with which a reader of `datasets` reads a file's text as it stands there."""
     if builder == "csv":  # "None" and "NA" are answers like any other, and 007 is not 7
         names = (columns.get(field, field) for field in FIELDS)
         return {"keep_default_na": False, "converters": dict.fromkeys(names, cell_text)}
@@ -257,12 +252,12 @@ def builder_options(builder: str, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def cell_text(cell: str) -> str:
-    """A cell of a CSV file as it stands there, but for Windows line ends."""
+    """Return a cell of a CSV file as it stands there, but for Windows line ends."""
     return cell.replace("\r\n", "\n")
 
 
 def dataset_rows(dataset: Any, source: Source, name: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """(`name:subset:split[row]`, row) of each row; subset and split where they are not the default."""
+    """Yield (`name:subset:split[row]`, row) of each row; subset and split where they are not the default."""
     label = name + "".join(f":{part}" for part in (source.subset, source.split) if part not in (None, DEFAULT_SPLIT))
     with readable_errors(import_datasets(name), name, kind):
         for index, row in enumerate(dataset):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,53 +10,20 @@ from typing import Any
 
 from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
+from fastforget.files import open_text
 
 BLOCK_CHARACTERS = 1 << 16  # tokenized at once: a tokenizer takes some hundred bytes a token while it works
 
 
-def read_examples(path: str | os.PathLike[str], tokenizer: Any, max_length: int) -> list[Example]:
-    """Read a file into examples: `read_source` with its defaults."""
-    from fastforget.data.sources import Source, read_source  # it stands above this module
-
-    return list(read_source(Source(path=path), tokenizer, max_length))
-
-
 def read_chunks(path: Path) -> Iterator[str]:
-    """A file's text in chunks, without a byte-order mark, line ends as \\n.
-
-    Raises:
-        FastforgetError: a file that cannot be read, or is not UTF-8; the byte's offset in the file is named.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()  # not utf-8-sig: its errors count from behind the mark
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    first = True
-    try:
-        with open(path, "rb") as file:
-            while True:
-                data = file.read(BLOCK_CHARACTERS)
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut through
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    where = offset - pending + error.start
-                    raise FastforgetError(f"{path} is not UTF-8 (byte {where}): convert it, e.g. with iconv") from None
-                offset += len(data)
-                if first and text:
-                    text, first = text.removeprefix("\ufeff"), False
-                text = newlines.decode(text, final=not data)
-                if text:
-                    yield text
-                if not data:
-                    return
-    except FileNotFoundError:
-        raise FastforgetError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FastforgetError(f"{path} cannot be read: {error.strerror}") from None
+    """Read a file's text in chunks; raise as `open_text` does."""
+    with open_text(path) as file:
+        while chunk := file.read(BLOCK_CHARACTERS):
+            yield chunk
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`path:line`, object) of each line of a JSONL file that is not blank; one line is in memory at a time."""
+    """Yield (`path:line`, object) of each line of a JSONL file that is not blank; one is in memory at a time."""
     empty = True
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
@@ -80,30 +44,24 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """A file's lines, without their ends. (Only \\n ends one here: JSON strings may hold U+2028 as it is.)"""
-    parts: list[str] = []
-    for chunk in read_chunks(path):
-        first, *others = chunk.split("\n")
-        parts.append(first)
-        for other in others:
-            yield "".join(parts)
-            parts = [other]
-    if parts:
-        yield "".join(parts)
+    """Yield a file's lines, without their ends. (U+2028 ends none: JSON strings may hold it as it is.)"""
+    with open_text(path) as file:
+        for line in file:
+            yield line.removesuffix("\n")
 
 
 def text_examples(text: str, tokenizer: Any, max_length: int, source: str) -> list[Example]:
-    """A plain text in pieces of nearly equal length; every token once, all labelled."""
+    """Cut a plain text into pieces of nearly equal length; every token once, all labelled."""
     return cut_text(text_ids(chunks_of(text), tokenizer, source), tokenizer, max_length, source)
 
 
 def file_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
-    """A text file as `text_examples` has it; the text itself is never in memory at once, its tokens are."""
+    """Cut a text file as `text_examples` does; all its tokens are in memory at once, the text itself never is."""
     return cut_text(text_ids(not_blank(path), tokenizer, str(path)), tokenizer, max_length, str(path))
 
 
 def cut_text(blocks: Iterable[list[int]], tokenizer: Any, max_length: int, source: str) -> list[Example]:
-    """All tokens of a text in pieces of nearly equal length."""
+    """Cut all tokens of a text into pieces of nearly equal length."""
     longest = longest_piece(tokenizer, max_length)
     ids = [token for block in blocks for token in block]
     start = begin_tokens(tokenizer)
@@ -111,7 +69,7 @@ def cut_text(blocks: Iterable[list[int]], tokenizer: Any, max_length: int, sourc
 
 
 def stream_file(path: Path, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """A text file's examples, one after the other; only a block of it is in memory.
+    """Yield a text file's examples, one after the other; only a block of it is in memory.
 
     The same tokens as `file_examples`, each once, but in pieces of the full length, as it is not known beforehand how
     many there are; only the last two are evened out.
@@ -133,7 +91,7 @@ def stream_file(path: Path, tokenizer: Any, max_length: int) -> Iterator[Example
 
 
 def text_piece(ids: list[int], begin: int, end: int, start: list[int], source: str) -> Example:
-    """Tokens `begin` to `end` of a text, all labelled, after `start` or, without it, the token before them.
+    """Make an example of tokens `begin` to `end`, all labelled, after `start` or, without it, the token before them.
 
     (Nothing stands before the first token of a sequence, so that one would never be predicted.)
     """
@@ -143,7 +101,7 @@ def text_piece(ids: list[int], begin: int, end: int, start: list[int], source: s
 
 
 def longest_piece(tokenizer: Any, max_length: int) -> int:
-    """How many tokens of a text fit in an example: one place is the beginning's, or the token's before."""
+    """Count the tokens of a text that fit in an example: one place is the beginning's, or the token's before."""
     check_length(max_length)
     return max_length - max(len(begin_tokens(tokenizer)), 1)
 
@@ -157,7 +115,7 @@ def check_length(max_length: int) -> None:
 def answer_examples(
     prompt: list[int], response: list[int], start: list[int], max_length: int, source: str
 ) -> list[Example]:
-    """A prompt and its labelled response; a long response in pieces, each with the tokens before it as its prompt.
+    """Join a prompt and its labelled response; cut a long one into pieces, each with the tokens before it as prompt.
 
     `start` are the tokens with which `prompt` begins and with which a later piece begins too: a sequence begins as the
     model knows it.
@@ -176,7 +134,7 @@ def answer_examples(
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
-    """The tokens with which this tokenizer begins a sequence: its beginning-of-sequence token, or none."""
+    """Return the tokens with which this tokenizer begins a sequence: its beginning-of-sequence token, or none."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
@@ -189,7 +147,7 @@ def pieces(length: int, longest: int) -> list[tuple[int, int]]:
 
 
 def not_blank(path: Path) -> Iterator[str]:
-    """A file's chunks; FastforgetError at its end where all of it was white space."""
+    """Yield a file's chunks; raise FastforgetError at its end where all of it was white space."""
     blank = True
     for chunk in read_chunks(path):
         blank = blank and not chunk.strip()
@@ -199,29 +157,29 @@ def not_blank(path: Path) -> Iterator[str]:
 
 
 def chunks_of(text: str) -> Iterator[str]:
-    """A text in chunks, as a file gives them."""
+    """Yield a text in chunks, as a file gives them."""
     return (text[start : start + BLOCK_CHARACTERS] for start in range(0, len(text), BLOCK_CHARACTERS))
 
 
 def text_ids(chunks: Iterable[str], tokenizer: Any, source: str) -> Iterator[list[int]]:
-    """The tokens of each block of a text, without special tokens."""
+    """Yield the tokens of each block of a text, without special tokens."""
     for block in text_blocks(chunks):
         yield encode(tokenizer, block, source)
 
 
 def encode(tokenizer: Any, text: str, source: str) -> list[int]:
-    """A text's tokens as they stand, without special tokens around them."""
+    """Return a text's tokens as they stand, without special tokens around them."""
     try:
         # verbose=False: what is longer than the model's context is cut afterwards
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-    except (UnicodeEncodeError, TypeError):  # tokenizers tell of it with a TypeError
+    except (UnicodeEncodeError, TypeError):  # tokenizers raise a TypeError for it
         raise FastforgetError(
             f"{source} holds half a surrogate pair (such as \\ud83d), which is no character"
         ) from None
 
 
 def text_blocks(chunks: Iterable[str]) -> Iterator[str]:
-    """Blocks of at most BLOCK_CHARACTERS, cut where tokens end as well as can be told; joined they are the text."""
+    """Yield blocks of at most BLOCK_CHARACTERS, cut where tokens most likely end; joined they are the text."""
     rest = ""
     for chunk in chunks:
         rest += chunk
@@ -234,7 +192,7 @@ def text_blocks(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def cut_point(text: str, longest: int) -> int:
-    """Where to cut a text that is longer than `longest`: at a line end, else at white space, else at `longest`.
+    """Choose where to cut a text that is longer than `longest`: at a line end, else at white space, else at `longest`.
 
     Behind the last line end with no white space after it, since tokenizers join runs of white space; and before a
     space, since many make it part of the word after it.

@@ -61,7 +61,7 @@ def load_corpus(
 
 
 def python_topics() -> dict[str, str]:
-    """The running Python's language reference, topic name to text."""
+    """Read the running Python's language reference, topic name to text."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -72,7 +72,7 @@ def python_topics() -> dict[str, str]:
 
 
 def unwrap(text: str, full: int = 60) -> str:
-    """Paragraphs on one line each: the reference is wrapped at 70 columns, and where a line ends is no content.
+    """Put each paragraph on one line: the reference is wrapped at 70 columns, and where a line ends is no content.
 
     A line goes on from the one before it where that one was full, both are equally indented, and both read as prose;
     code, tables and grammar keep their lines. (Left in, line ends are the most frequent token, and a model that has
@@ -94,7 +94,7 @@ def unwrap(text: str, full: int = 60) -> str:
 def choose_topics(
     texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, count: int, passages_per_topic: int
 ) -> dict[str, list[Example]]:
-    """The `count` shortest topics that hold enough passages and share no text with each other, name to passages."""
+    """Choose the `count` shortest topics with enough passages and no text in common, name to passages."""
     chosen: dict[str, list[Example]] = {}
     runs_of_chosen: list[set[tuple[str, ...]]] = []
     for name in sorted(texts, key=lambda name: (len(texts[name]), name)):
@@ -117,18 +117,18 @@ def choose_topics(
 
 
 def word_runs(text: str, length: int = SHARED_WORDS) -> set[tuple[str, ...]]:
-    """Every run of `length` words in the text, in lower case."""
+    """Return every run of `length` words in the text, in lower case."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def shared_part(runs: set[tuple[str, ...]], others: set[tuple[str, ...]]) -> float:
-    """How much of the smaller set is also in the other one, from 0 to 1."""
+    """Return how much of the smaller set is also in the other one, from 0 to 1."""
     return len(runs & others) / max(min(len(runs), len(others)), 1)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: it gives back any text byte for byte, and begins each sequence with `<s>`."""
+    """Train a byte-level BPE tokenizer: it gives back any text byte for byte, and begins each sequence with `<s>`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -21,15 +21,21 @@ from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from fastforget.data.examples import IGNORE_INDEX, Example, collate
+from fastforget.backbone import training_flags_restored
+from fastforget.data.examples import Example, collate
 from fastforget.errors import FastforgetError
+from fastforget.head import base_causal_lm
+from fastforget.loss import UnlearnLoss
+from fastforget.objectives import CE
 
 PROMPT_CHARACTERS = 200
 CONTINUATION_CHARACTERS = 200
 LEAK_RECALL = 0.5
+TAIL_TOKENS = 16  # of a row that are decoded again at the next step
+PART_OF_A_CHARACTER = "\ufffd"  # what bytes that end within a character are decoded to
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 
@@ -83,11 +89,11 @@ def leakage(
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     continuations = []
     for example, split, prompt, output in zip(examples, splits, prompts, outputs, strict=True):
-        truth = _decode(tokenizer, example.input_ids[split:])[:CONTINUATION_CHARACTERS]
+        truth = decode(tokenizer, example.input_ids[split:])[:CONTINUATION_CHARACTERS]
         rouge = scorer.score(truth, output)["rougeL"].recall
         continuations.append(
             Continuation(
-                prompt=_decode(tokenizer, prompt),
+                prompt=decode(tokenizer, prompt),
                 truth=truth,
                 output=output,
                 rouge=rouge,
@@ -107,7 +113,7 @@ def leakage(
 
 
 def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, min_characters: int = PROMPT_CHARACTERS) -> int:
-    """How many tokens of the passage are its prompt.
+    """Return how many tokens of the passage are its prompt.
 
     A prompt-and-response example says so itself. Of plain text it is the shortest prefix of the passage's own tokens
     that decodes to at least `min_characters` characters; text is never tokenized again, since another cut would be
@@ -118,8 +124,8 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, min_char
         return example.prompt_length
     ids = example.input_ids
     for length in range(1, len(ids)):
-        if len(_decode(tokenizer, ids[:length])) >= min_characters:
-            if len(_decode(tokenizer, ids[length:])) >= min_characters / 4:
+        if len(decode(tokenizer, ids[:length])) >= min_characters:
+            if len(decode(tokenizer, ids[length:])) >= min_characters / 4:
                 return length
             break
     return max(len(ids) // 2, 1)
@@ -134,50 +140,58 @@ def continue_greedily(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids), cut to `characters` characters.
+    """Continue each prompt (token ids) greedily, for `characters` characters.
 
     A row ends with `characters` characters, an end-of-sequence token, `characters` tokens, or the model's context.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = base_causal_lm(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     outputs = [""] * len(prompts)
     # Prompts of like length share a batch, so that little is padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with evaluation_mode(model), _plain_greedy_decoding(inner, tokenizer, pad), torch.no_grad():
+    with training_flags_restored(model), plain_greedy_decoding(causal_lm, tokenizer, pad), torch.no_grad():
+        model.eval()
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            input_ids, attention_mask = _pad_left([prompts[row] for row in rows], pad)
+            ids = [torch.tensor(prompts[row], dtype=torch.long, device=causal_lm.device) for row in rows]
+            ones = [torch.ones_like(each) for each in ids]
+            # on the left: generation goes on in the last column
+            input_ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
             width = input_ids.shape[1]
             generated = model.generate(
-                input_ids=input_ids.to(inner.device),
-                attention_mask=attention_mask.to(inner.device),
-                max_new_tokens=_room(inner, width, characters),
-                stopping_criteria=StoppingCriteriaList([_EnoughCharacters(tokenizer, width, characters)]),
+                input_ids=input_ids,
+                attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
+                max_new_tokens=room(causal_lm, width, characters),
+                stopping_criteria=StoppingCriteriaList([EnoughCharacters(tokenizer, len(rows), characters)]),
             )
-            for row, ids in zip(rows, generated[:, width:].tolist(), strict=True):
-                outputs[row] = _decode(tokenizer, ids)[:characters]
+            for row, continuation in zip(rows, generated[:, width:].tolist(), strict=True):
+                outputs[row] = decode(tokenizer, continuation)[:characters]
             if progress is not None:
                 progress(start + len(rows), len(order))
     return outputs
 
 
+@torch.no_grad()
 def mean_nll(
     model: Any, examples: Sequence[Example], *, batch_size: int = 16, progress: Progress | None = None
 ) -> float:
-    """Negative log-likelihood in nats, mean over the label tokens of all examples (not a mean of batch means)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Measure the negative log-likelihood in nats: the mean over the label tokens of all examples, not of batch means.
+
+    It is computed as the loss of `CE` is in training: no (N, V) tensor of logits is formed.
+
+    Raises:
+        FastforgetError: no example has a label token, or a head that `LMHead.from_model` refuses.
+    """
+    loss = UnlearnLoss(model, [CE(on="forget")])
     total, tokens = 0.0, 0
-    with evaluation_mode(model), torch.no_grad():
+    with training_flags_restored(model):
+        model.eval()
         for start in range(0, len(examples), batch_size):
-            # Any id does as padding: the mask hides it and it has no label.
-            batch = collate(examples[start : start + batch_size], pad_token_id=0)
-            labels = batch["labels"][:, 1:].to(inner.device)
-            logits = model(
-                input_ids=batch["input_ids"].to(inner.device), attention_mask=batch["attention_mask"].to(inner.device)
-            ).logits[:, :-1]
-            kept = labels != IGNORE_INDEX
-            total += nn.functional.cross_entropy(logits[kept].float(), labels[kept], reduction="sum").item()
-            tokens += int(kept.sum())
+            part = [example for example in examples[start : start + batch_size] if example.label_count > 0]
+            if part:  # any id does as padding: the mask hides it and it has no label
+                count = sum(example.label_count for example in part)
+                total += count * loss(collate(part, pad_token_id=0)).loss.item()
+                tokens += count
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
     if tokens == 0:
@@ -186,7 +200,7 @@ def mean_nll(
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether an output is no text: blank, or one token or a short loop repeated over most of it.
+    """Tell whether an output is no text: blank, or one token or a short loop repeated over most of it.
 
     Blank: no letter and no digit. A loop: more than half of the characters, and at least 20, are one unit of any
     content repeated three times or more without a change. One token: of eight words or more, over half are the same.
@@ -202,11 +216,11 @@ def is_degenerate(text: str) -> bool:
     if len(words) >= 8 and Counter(words).most_common(1)[0][1] > len(words) / 2:
         return True
     least = max(len(text) // 2 + 1, 20)
-    return any(_longest_loop(text, period) >= max(least, 3 * period) for period in range(1, len(text) // 3 + 1))
+    return any(longest_loop(text, period) >= max(least, 3 * period) for period in range(1, len(text) // 3 + 1))
 
 
-def _longest_loop(text: str, period: int) -> int:
-    """Characters in the longest stretch of the text that repeats itself every `period` characters."""
+def longest_loop(text: str, period: int) -> int:
+    """Count the characters in the longest stretch of the text that repeats itself every `period` characters."""
     longest = run = 0
     for earlier, later in zip(text, text[period:], strict=False):
         run = run + 1 if earlier == later else 0
@@ -215,66 +229,57 @@ def _longest_loop(text: str, period: int) -> int:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode that it was in, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _plain_greedy_decoding(inner: Any, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
+def plain_greedy_decoding(causal_lm: Any, tokenizer: PreTrainedTokenizerBase, pad: int) -> Iterator[None]:
     """Swap the generation settings that came with the model for plain greedy ones, which keep its end tokens.
 
     Settings passed to `generate` do not do: where they leave something unset, transformers takes it from the model's
     own (a repetition penalty, suppressed tokens, a forced first token), and reciting is exactly what those change.
     """
-    own = inner.generation_config
+    own = causal_lm.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
-    inner.generation_config = GenerationConfig(
+    causal_lm.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=ends or None
     )
     try:
         yield
     finally:
-        inner.generation_config = own
+        causal_lm.generation_config = own
 
 
-class _EnoughCharacters(StoppingCriteria):
-    """Ends a row as soon as its continuation has enough characters: a batch then takes no step that nobody reads."""
+class EnoughCharacters(StoppingCriteria):
+    """End a row as soon as its continuation has enough characters: a batch then takes no step that nobody reads.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_width: int, characters: int):
-        self.tokenizer, self.prompt_width, self.characters = tokenizer, prompt_width, characters
+    Each step decodes the last tokens of a row only: of those before them the number of characters is kept. (A decoder
+    that strips the space before the first word then counts a few too few: such a row ends a token or two later.)
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, characters: int):
+        self.tokenizer, self.characters = tokenizer, characters
+        self.counted = [0] * rows
+        self.tails: list[list[int]] = [[] for _ in range(rows)]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = input_ids[:, self.prompt_width :].tolist()
-        done = [len(_decode(self.tokenizer, row)) >= self.characters for row in rows]
+        done = []
+        for row, token in enumerate(input_ids[:, -1].tolist()):  # called once for each new token
+            tail = self.tails[row]
+            tail.append(token)
+            text = decode(self.tokenizer, tail)
+            done.append(self.counted[row] + len(text) >= self.characters)
+            if len(tail) >= TAIL_TOKENS and not text.endswith(PART_OF_A_CHARACTER):
+                self.counted[row] += len(text)
+                tail.clear()
         return torch.tensor(done, device=input_ids.device)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 (B, T), with every prompt ending in the last column, where generation goes on."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids, attention_mask
-
-
-def _room(inner: Any, width: int, wanted: int) -> int:
-    """How many new tokens fit into the model's context after a prompt of `width` tokens, at most `wanted`."""
-    context = getattr(inner.config.get_text_config(), "max_position_embeddings", None) or width + wanted
+def room(causal_lm: Any, width: int, wanted: int) -> int:
+    """Return how many new tokens fit into the model's context after a prompt of `width` tokens, at most `wanted`."""
+    context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None) or width + wanted
     if width >= context:
         raise FastforgetError(f"a prompt of {width} tokens leaves no room in the model's context of {context} tokens")
     return min(wanted, context - width)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode tokens as they stand, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

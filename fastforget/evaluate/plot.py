@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastforget.errors import FastforgetError
+from fastforget.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVES = "curves.png"
 HOW_TO_GET_IT = "pip install 'fastforget[plot]'"
-COLOURS = {"forget": "#d55e00", "retain": "#0072b2"}  # told apart by the colour-blind too
+COLOURS = {"forget": "#d55e00", "retain": "#0072b2"}  # the colour-blind see the difference too
 WIDEST_WINDOW = 51
 
 
@@ -72,20 +73,16 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    scratch = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
+        with written_whole(path) as scratch, scratch.open("wb") as file:
             canvas.print_png(file)
-        scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise FastforgetError(f"the plot {path} cannot be written: {error.strerror}") from error
     return path
 
 
 def draw_curve(axes: Axes, name: str, values: Sequence[float]) -> None:
-    """One thin line of the values as they are, one thick line of their moving mean."""
+    """Draw one thin line of the values as they are, one thick line of their moving mean."""
     updates = np.arange(len(values))
     window = smoothing_window(len(values))
     marker = "." if len(values) < 3 else ""  # one step alone is no line
@@ -97,12 +94,12 @@ def draw_curve(axes: Axes, name: str, values: Sequence[float]) -> None:
 
 
 def smoothing_window(steps: int) -> int:
-    """How many steps one mean covers: about a twentieth of them, odd, so that it has a middle."""
+    """Choose how many steps one mean covers: about a twentieth of them, odd, so that it has a middle."""
     return min(max(3, steps // 20 | 1), WIDEST_WINDOW)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean over a window centred on each value; at both ends, over the part of the window that there is.
+    """Take the mean over a window centred on each value; at both ends, over the part of the window that there is.
 
     >>> moving_mean([0.0, 3.0, 6.0, 0.0], window=3)
     [1.5, 3.0, 3.0, 3.0]

@@ -16,12 +16,13 @@ from rich.text import Text
 
 from fastforget.errors import NonFiniteLossError
 from fastforget.evaluate.leakage import LeakageReport
+from fastforget.files import written_whole
 
 Reports = Mapping[str, LeakageReport]  # set name ("forget", "retain", "unseen") -> report
 
 
 def figures(before: Reports, after: Reports) -> dict[str, Any]:
-    """The figures of report.json: shares and ROUGE-L from 0 to 1, NLL in nats per label token."""
+    """Collect the figures of report.json: shares and ROUGE-L from 0 to 1, NLL in nats per label token."""
     values: dict[str, Any] = {}
     for name in before:
         values[f"{name}_passages"] = len(before[name].continuations)
@@ -36,7 +37,7 @@ def figures(before: Reports, after: Reports) -> dict[str, Any]:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    """Return the peak resident memory of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
@@ -44,14 +45,13 @@ def peak_rss_mb() -> float:
 def write_json(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report as strict JSON, whole or not at all. Returns what it holds: None for what is not a number."""
     report: dict[str, Any] = strict(values)
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return report
 
 
 def strict(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON does not have."""
+    """Return the value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {name: strict(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -71,7 +71,7 @@ def check_measured(reports: Reports, what_to_do: str) -> None:
 
 
 def print_table(console: Console, before: Reports, after: Reports) -> None:
-    """Leak, ROUGE-L and NLL of each set, before and after."""
+    """Print leak, ROUGE-L and NLL of each set, before and after."""
     table = Table(title="What the model still recites", title_justify="left")
     table.add_column("passages")
     for heading in ("number", "leak", "ROUGE-L", "NLL (nats/token)", "degenerate"):
@@ -90,7 +90,7 @@ def print_table(console: Console, before: Reports, after: Reports) -> None:
 
 
 def print_continuations(console: Console, before: Reports, after: Reports, each: Mapping[str, int]) -> None:
-    """Continuations side by side: the true text, the model before, the model after."""
+    """Print continuations side by side: the true text, the model before, the model after."""
     table = Table(title="Continuations of the same prompts", title_justify="left", show_lines=True)
     for heading in ("set", "prompt ends", "before", "after"):
         table.add_column(heading, overflow="fold")

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,25 @@ import platformdirs
 import torch
 from rich.console import Console
 
+from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
-from fastforget.config import plain
 from fastforget.data.topics import Corpus, load_corpus
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import (
     check_measured,
-    figures,
-    peak_rss_mb,
     print_continuations,
     print_table,
     write_json,
 )
-from fastforget.jobs.loop import JobResult, JobSettings, run_job, shown_nll
+from fastforget.jobs.loop import JobResult, run_job, shown_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
-from fastforget.jobs.outputs import REPORT, claim_folder
-from fastforget.jobs.unlearn import BROKEN, checked_preset, library_bars, progress, recited, seeded
-from fastforget.models import load, load_tokenizer, save_adapter
+from fastforget.jobs.options import DemoOptions, JobSettings, called_with
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder, outcome
+from fastforget.jobs.running import measure, progress_bar, surroundings
+from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of
-from fastforget.objectives.presets import DEFAULT_PRESET
 
 BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
 ADAPTER_RANK = 16
@@ -57,17 +54,8 @@ class DemoScale:
     layers: int = 2
 
 
-def demo(
-    out: str | os.PathLike[str] = "fastforget-demo",
-    *,
-    preset: str = DEFAULT_PRESET,
-    preset_options: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    cache: str | os.PathLike[str] | None = None,
-    quiet: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+@called_with(DemoOptions)
+def demo(options: DemoOptions) -> dict[str, Any]:
     """Show a small model forget a real text: `fastforget demo` in Python, with the same names and defaults.
 
     The folder `out` gets a LoRA adapter in PEFT's format, report.json, and curves.png where matplotlib is installed.
@@ -85,45 +73,20 @@ def demo(
         FastforgetError: an unknown preset or option of it, a seed out of range, or an output folder that holds
             another adapter.
     """
-    console = Console(quiet=True) if quiet else console or Console()
-    cache = None if cache is None else Path(cache)
-    check_seed(seed)
-    with library_bars(off=quiet), seeded(seed):
-        return run_demo(
-            Path(out),
-            preset=preset,
-            preset_options=preset_options,
-            seed=seed,
-            overwrite=overwrite,
-            cache=cache,
-            console=console,
-        )
+    with surroundings(options.seed, options.quiet):
+        return run_demo(options, DemoScale(), JobSettings())
 
 
-def run_demo(
-    out: Path,
-    *,
-    preset: str = DEFAULT_PRESET,
-    preset_options: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    cache: Path | None = None,
-    scale: DemoScale | None = None,
-    settings: JobSettings | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Memorise (or take from the cache), load in 8 bit, unlearn, measure, save. Returns what report.json holds.
+def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> dict[str, Any]:
+    """Memorise (or take from the cache), load in 8 bit, unlearn, measure, save. Return what report.json holds.
 
     Raises:
-        FastforgetError: an unknown preset or option of it, a seed out of range, an output folder that already holds
-            another adapter, or a base that does not learn its text.
+        FastforgetError: as `demo`, or a base that does not learn its text.
     """
-    terms = checked_preset(preset, preset_options)
-    check_seed(seed)
-    claim_folder(out, overwrite, ours=lambda report: report.get("command") == "demo")
-    console = console or Console()
-    scale = scale or DemoScale()
-    settings = replace(settings or JobSettings(), seed=seed)
+    terms = options.terms()
+    out, seed, console = Path(options.out), options.seed, options.printer()
+    claim_folder(out, options.overwrite, ours=lambda report: report.get("command") == "demo")
+    settings = replace(settings, seed=seed)
     start = time.perf_counter()
     torch.manual_seed(seed)
 
@@ -133,13 +96,14 @@ def run_demo(
         f"Text: Python's language reference, {len(corpus.forget)} passages to forget, {len(corpus.retain)} to keep, "
         f"{len(corpus.unseen)} never trained on."
     )
-    base, trained = base_model(corpus, seed, scale, cache or Path(platformdirs.user_cache_dir("fastforget")), console)
+    cache = Path(platformdirs.user_cache_dir("fastforget") if options.cache is None else options.cache)
+    base, trained = base_model(corpus, seed, scale, cache, console)
     model = load(base, bits=8, lora={"r": ADAPTER_RANK}, device="cpu")
     Backbone(model).check_layers(layers_of(terms))
     tokenizer = load_tokenizer(base)
 
-    before = recited(model, tokenizer, sets, "Before: continuing every passage", console)
-    with progress(f"Unlearning ({preset})", console) as update:
+    before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
+    with progress_bar(f"Unlearning ({options.preset})", console) as update:
         result = run_job(
             model,
             tokenizer,
@@ -149,25 +113,17 @@ def run_demo(
             settings,
             progress=lambda step, total, output: update(step, total, shown_nll(output)),
         )
-    after = recited(model, tokenizer, sets, "After: continuing every passage", console)
+    after = measure(model, tokenizer, sets, "After: continuing every passage", console)
     check_measured(after, BROKEN)
 
     save_adapter(model, tokenizer, out)
     save_centres(terms, out)
     report = {
         "command": "demo",
-        "preset": preset,
-        "preset_options": plain(preset_options or {}),
         "seed": seed,
-        **figures(before, after),
-        "steps": result.steps,
-        "stopped": result.stopped,
-        "unlearn_seconds": round(result.seconds, 1),
+        **outcome(options, before, after, result, start),
         "base_trained_seconds": round(trained, 1),
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_mb": round(peak_rss_mb()),
         "base": str(base),
-        "adapter": str(out.resolve()),
     }
     report = write_json(out / REPORT, report)
     drawn = draw_curves(out / CURVES, result, report)
@@ -180,12 +136,12 @@ def run_demo(
     )
     console.print(f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.")
     console.print(drawn, markup=False)  # the extra's name is in brackets, and no style
-    console.print("Without the adapter the base still knows the text: to ship a model that forgot, merge it.")
+    console.print(MERGE)
     return report
 
 
 def draw_curves(path: Path, result: JobResult, report: dict[str, Any]) -> str:
-    """Draw the job's curves; returns the line that says where they are, or why there are none.
+    """Draw the job's curves; return the line that says where they are, or why there are none.
 
     The picture of an earlier run never stays: it would be taken for this one's.
     """
@@ -204,14 +160,8 @@ def draw_curves(path: Path, result: JobResult, report: dict[str, Any]) -> str:
     return f"Forget and retain NLL over the steps are drawn in {path}."
 
 
-def check_seed(seed: int) -> None:
-    """Raise FastforgetError unless every library that draws takes the seed (scikit-learn takes the fewest)."""
-    if not 0 <= seed < 2**32:
-        raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
-
-
 def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console: Console) -> tuple[Path, float]:
-    """(folder of a base that recites the corpus's forget and retain passages, seconds spent on training it)."""
+    """Return (folder of a base that recites the corpus's forget and retain passages, seconds spent on training it)."""
     folder = cache / f"demo-base-{base_key(corpus, seed, scale)}"
     if (folder / "config.json").is_file():
         return folder, 0.0
@@ -219,7 +169,7 @@ def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console
     model = build_model(corpus.tokenizer, hidden_size=scale.hidden_size, layers=scale.layers, seed=seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"Training a base of {parameters / 1e6:.1f} M parameters until it recites them word for word ...")
-    with progress("Memorising", console) as update:
+    with progress_bar("Memorising", console) as update:
         memorised = memorise(
             model,
             corpus.tokenizer,
@@ -244,7 +194,7 @@ def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console
 
 
 def base_key(corpus: Corpus, seed: int, scale: DemoScale) -> str:
-    """What the trained base depends on: its passages (so also Python's version), their order, its size, its seed."""
+    """Hash what the trained base depends on: passages (so also Python's version), their order, its size, its seed."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((BASE_VERSION, seed, scale)).encode())
     for example in (*corpus.forget, *corpus.retain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -13,61 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforget.backbone import without_dropout
+from fastforget.adapters import save_adapter, task_vector
+from fastforget.backbone import training_flags_restored, without_dropout
 from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
-from fastforget.combine import COMBINE
 from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
+from fastforget.jobs.options import JobSettings
 from fastforget.loss import UnlearnOutput, add_outputs
-from fastforget.models import save_adapter
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import UnlearnStep
-from fastforget.task_vectors import task_vector
 
 WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024
 MAX_GRAD_NORM = 1.0
 Progress = Callable[[int, int, UnlearnOutput], None]  # (step, of how many, its output)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobSettings:
-    """How long and how hard to train; the defaults are those of the demo, chosen by measurement.
-
-    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. `stop_forget_nll` ends the job
-    at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
-    several nats, and driving the NLL far beyond that only ruins the output. `combine` is `UnlearnStep`'s.
-    """
-
-    learning_rate: float = 3e-3
-    epochs: float = 54.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    micro_batch: int | None = None
-    seed: int = 0
-    save_steps: int | None = None
-    stop_forget_nll: float | None = None
-    combine: str = "sum"
-
-    def __post_init__(self) -> None:
-        if self.combine not in COMBINE:
-            raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
-        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise FastforgetError(f"{name.replace('_', '-')} must be positive, not {value}")
-
-    def steps(self, forget_examples: int | None) -> int:
-        """Steps that the job takes unless it stops early; None: a stream, whose length nobody knows."""
-        if self.max_steps is not None:
-            return self.max_steps
-        if forget_examples is None:
-            raise FastforgetError("a streamed forget set has no length to count epochs by: give --max-steps")
-        return max(1, round(self.epochs * math.ceil(forget_examples / self.batch_size)))
 
 
 @dataclass
@@ -98,10 +62,10 @@ def run_job(
 
     Each step takes `batch_size` forget and, where a term wants them, as many retain examples; both sets are shuffled
     and cycled independently. Of streams the reference's cache is off, and only `max_steps` counts. A cluster pull
-    without centres gets its own first, in place, found in the retain set. Terms that need refusals or other prompts'
-    answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most `max_length` tokens
-    (default: the model's context). A task vector is subtracted at the end, and in every checkpoint. With `save_steps`
-    checkpoints go to `out/checkpoint-STEP`.
+    without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
+    prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
+    `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
+    With `save_steps` checkpoints go to `out/checkpoint-STEP`.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -138,10 +102,11 @@ def run_job(
     forget_batches = cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     result = JobResult(stopped=f"all {total} steps taken")
-    modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
-    model.train()
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.enter_context(training_flags_restored(model))
+        afterwards.callback(step.zero_grad)
+        model.train()
         good = snapshot(trainable)
         for number in range(1, total + 1):
             batches = (
@@ -183,22 +148,18 @@ def run_job(
                 save_centres(terms, out / f"checkpoint-{number}")
                 restore(trainable, values)
         subtract(model, terms)
-    finally:
-        step.zero_grad()
-        for module, training in modes:
-            module.training = training
-        result.seconds = time.perf_counter() - start
+    result.seconds = time.perf_counter() - start
     return result
 
 
 def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
-    """The loss and the NLLs of a step by the names that messages give them."""
+    """Return the loss and the NLLs of a step by the names that messages give them."""
     nlls = {name.removesuffix("_nll").replace("_", " ") + " NLL": value for name, value in output.stats.items()}
     return {"loss": output.loss, **nlls}
 
 
 def first_not_finite(numbers: Mapping[str, Tensor]) -> str | None:
-    """What became no finite number, in words ("loss became nan"); None where all are."""
+    """Say what became no finite number ("loss became nan"); None where all are finite."""
     values = ((name, float(number)) for name, number in numbers.items())
     return next((f"{name} became {value}" for name, value in values if not math.isfinite(value)), None)
 
@@ -211,9 +172,9 @@ def what_the_update_broke(
     micro_batch: int | None,
     trainable: Sequence[Tensor],
 ) -> str | None:
-    """What is no finite number since the last update, in words; None where it broke nothing.
+    """Say what is no finite number since the last update; None where it broke nothing.
 
-    Weights that are finite may still be too large to compute with: one more forward of the step's own batch tells.
+    Weights that are finite may still be too large to compute with: one more forward of the step's own batch shows it.
     """
     if not all(bool(parameter.isfinite().all()) for parameter in trainable):
         return "adapter's weights became NaN or infinite"
@@ -226,7 +187,7 @@ def what_the_update_broke(
 def take_back(
     model: Any, terms: Sequence[Term], trainable: Sequence[Tensor], good: Sequence[Tensor], what: str, steps: int
 ) -> NonFiniteLossError:
-    """Put the last good adapter back; returns the error to raise, which says what happened and where."""
+    """Put the last good adapter back; return the error to raise, which says what happened and where."""
     restore(trainable, good)
     subtract(model, terms)
     advice = f"the adapter is as it was after {steps} steps (a lower --learning-rate may help)"
@@ -234,7 +195,7 @@ def take_back(
 
 
 def shown_nll(output: UnlearnOutput) -> str:
-    """A step's NLL in a few words: of the forget batch's answers, or of what stands for them; else its loss."""
+    """Write a step's NLL in a few words: of the forget batch's answers, or of what stands for them; else its loss."""
     if not output.stats:  # its forwards end before the head
         return f"loss {float(output.loss):.3g}"
     name, value = next(iter(output.stats.items()))
@@ -244,7 +205,7 @@ def shown_nll(output: UnlearnOutput) -> str:
 def expected_outputs(
     retain: Sequence[Example] | ExampleStream | None, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, Tensor]] | None:
-    """The retain set once, shuffled, in batches: what cluster centres are found in."""
+    """Yield the retain set once, shuffled, in batches: what cluster centres are computed from."""
     if not retain:
         return None
     if isinstance(retain, ExampleStream):
@@ -254,7 +215,7 @@ def expected_outputs(
 
 
 def check_stopping(terms: Sequence[Term], settings: JobSettings) -> None:
-    """Raise where the job is to stop at a forget NLL that it will not know, or that falls."""
+    """Raise where the job is to stop at a forget NLL that is not computed, or that falls."""
     if settings.stop_forget_nll is None:
         return
     if subtraction(terms) is not None:
@@ -265,14 +226,14 @@ def check_stopping(terms: Sequence[Term], settings: JobSettings) -> None:
 
 
 def subtract(model: Any, terms: Sequence[Term]) -> None:
-    """Turn the adapter round where the terms are those of a task vector."""
+    """Negate the adapter where the terms are those of a task vector."""
     alpha = subtraction(terms)
     if alpha is not None:
         task_vector(model, alpha)
 
 
 def snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the adapter's weights."""
+    """Copy the adapter's weights."""
     return [parameter.detach().clone() for parameter in parameters]
 
 

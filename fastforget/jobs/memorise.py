@@ -38,7 +38,7 @@ class Memorised:
 def build_model(
     tokenizer: PreTrainedTokenizerBase, *, hidden_size: int = 256, layers: int = 2, context: int = 512, seed: int = 0
 ) -> OPTForCausalLM:
-    """A freshly initialised OPT, 2.8 M parameters by default.
+    """Build a freshly initialised OPT, 2.8 M parameters by default.
 
     Two layers learn by heart twice as fast as four. `hidden_size` is a multiple of 64, as bitsandbytes wants it.
     """
@@ -112,7 +112,7 @@ def memorise(
 
 @torch.no_grad()
 def recited_share(model: nn.Module, passages: Sequence[Example], pad_token_id: int, batch_size: int = 16) -> float:
-    """The share of passages that the model is sure of: each token after the prompt has a probability over one half."""
+    """Return the share of passages whose every token after the prompt has a probability over one half."""
     model.eval()
     recited = 0
     for start in range(0, len(passages), batch_size):

@@ -19,7 +19,7 @@ Examples = list[Example] | ExampleStream
 def read_sets(
     sources: Mapping[str, Source | None], tokenizer: Any, options: UnlearnOptions, console: Console
 ) -> tuple[dict[str, Examples], dict[str, list[Example]]]:
-    """The passages of each set, and those at its start, which are measured before and after.
+    """Read the passages of each set; return them, and those at its start, which are measured before and after.
 
     Raises:
         FastforgetError: a source that cannot be read, or a passage in both sets. Streams are not read to their end for

@@ -1,25 +1,64 @@
-"""Task vectors: an adapter fine-tuned on the forget set, subtracted from the weights (arXiv 2212.04089)."""
+"""A trained adapter: saved in PEFT's own format, or subtracted from the weights as a task vector (arXiv 2212.04089)."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastforget.errors import FastforgetError
-from fastforget.models import ADAPTER_NAME
 from fastforget.objectives.task_vector import check_strength
 
+ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 ADDED_TO_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base as it is
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
+
+    Files of the same names in the folder are replaced, others stay.
+
+    Raises:
+        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
+    """
+    check_finite(model)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
+        folder.mkdir(exist_ok=True)
+        # the weights last: a folder counts as an adapter by its config and weights together
+        files = [path for path in {*source.iterdir(), *Path(scratch).iterdir()} if path.is_file()]
+        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+            shutil.move(path, folder / path.name)
+
+
+def check_finite(model: Any) -> None:
+    """Raise FastforgetError where a weight of an adapter is NaN or infinite."""
+    prefix = getattr(model.base_model, "prefix", "lora_")
+    for name, parameter in model.named_parameters():
+        if (parameter.requires_grad or prefix in name) and not bool(parameter.isfinite().all()):
+            raise FastforgetError(
+                f"{name} holds NaN or infinite values, so the adapter is broken and is not saved: load the last good "
+                "one, and train at a lower learning rate"
+            )
 
 
 @torch.no_grad()
 def task_vector(model: Any, alpha: float = 1.0, *, adapter: str | None = None) -> Any:
-    """Turn an adapter that was fine-tuned on the forget set round, in place, so that it subtracts what it learned.
+    """Negate an adapter that was fine-tuned on the forget set, in place, so that it subtracts what it learned.
 
     The weights with the adapter are then W - alpha * s * B A (s is LoRA's scale) where they were W + s * B A: task
     negation, exact, by multiplying B with -alpha. `save_adapter` saves the result as any other adapter. A second call
-    turns it round again.
+    with alpha = 1 takes the first one back.
 
     Args:
         model: a PeftModel with the adapter in it, not merged.
@@ -35,34 +74,34 @@ def task_vector(model: Any, alpha: float = 1.0, *, adapter: str | None = None) -
     """
     check_strength(alpha)
     if not hasattr(model, "peft_config"):
-        raise FastforgetError("task_vector turns an adapter round, and this model has no PEFT adapter")
+        raise FastforgetError("task_vector negates an adapter, and this model has no PEFT adapter")
     name = adapter if adapter is not None else sole_adapter(model)
     if name not in model.peft_config:
         raise FastforgetError(f"the model has no adapter {name!r}: it has {', '.join(model.peft_config)}")
     check_linear(name, model.peft_config[name])
-    found = 0
+    negated = 0
     for module in model.modules():
         if name in getattr(module, "merged_adapters", ()):
             raise FastforgetError(f"adapter {name!r} is merged into the weights: unmerge it first (unmerge_adapter())")
         if name in getattr(module, "lora_B", ()):
             for parameter in module.lora_B[name].parameters():  # with lora_bias also its bias
                 parameter.mul_(-alpha)
-                found += 1
+                negated += 1
         if name in getattr(module, "lora_embedding_B", ()):
             module.lora_embedding_B[name].mul_(-alpha)
-            found += 1
-    if not found:
+            negated += 1
+    if not negated:
         raise FastforgetError(f"adapter {name!r} has no LoRA weights in this model")
     return model
 
 
 def sole_adapter(model: Any) -> str:
-    """The adapter that is meant where none is named: ours, or the only active one."""
+    """Return the name of the adapter that is meant where none is named: ours, or the only active one."""
     if ADAPTER_NAME in model.peft_config:
         return ADAPTER_NAME
     active = list(model.active_adapters)
     if len(active) != 1:
-        raise FastforgetError(f"several adapters are active ({', '.join(active)}): name the one to turn round")
+        raise FastforgetError(f"several adapters are active ({', '.join(active)}): name the one to negate")
     return active[0]
 
 
