@@ -62,6 +62,8 @@ static void label_tile(const FastforgetTile& tile, std::int64_t number) {
     constexpr std::size_t kept = MOMENTS ? sizeof(LabelAccumulators) / sizeof(double) : BASIC_ACCUMULATORS;
     auto found = accumulators_of<LabelAccumulators>(tile, number, kept);
     Block weights;
+    // a mean of offsets from a lazy top would lose its digits to their size
+    const double lazy = MOMENTS || row.float16_writes ? 0.0 : LAZY;
     double fade = 1.0;
     const bool capped = row.capped;
     const float softcap = tile.softcap;
@@ -73,7 +75,7 @@ static void label_tile(const FastforgetTile& tile, std::int64_t number) {
             const float block_largest = largest_of_block(row.z, row.end);
             if (block_largest > largest) largest = block_largest;
         }
-        fade = found.move_top(largest, row.float16_writes ? 0.0 : LAZY);
+        fade = found.move_top(largest, lazy);
     }
     for (std::int64_t start = 0; start < tile.columns; start += BLOCK) {
         row.read(start, found.label_logit);
@@ -84,7 +86,7 @@ static void label_tile(const FastforgetTile& tile, std::int64_t number) {
         row.hide();
         const float largest = largest_of_block(row.z, row.end);
         if (!row.narrow_writes) {
-            const double moved = found.move_top(largest, LAZY);
+            const double moved = found.move_top(largest, lazy);
             if (moved != 1.0 && row.writes) multiply_row(row.written_floats(), start, moved);
             fade *= moved;
         }

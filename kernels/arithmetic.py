@@ -138,11 +138,16 @@ def add(total, rest, value):
 
 @triton.jit
 def merge(mean, deviations, weight, other_mean, other_deviations, other_weight):
-    """Chan's formula: mean and squared deviations of two weighted sets together."""
+    """Chan's formula: mean and squared deviations of two weighted sets together.
+
+    The mean is taken from the heavier set's: from a far lighter one's it would be rounded at the gap's size.
+    """
     together = weight + other_weight
     share = other_weight / tl.where(together > 0.0, together, 1.0)
     gap = other_mean - mean
-    return mean + gap * share, deviations + other_deviations + gap * gap * weight * share
+    from_other = other_mean - gap * (1.0 - share)
+    mean = tl.where(share > 0.5, from_other, mean + gap * share)
+    return mean, deviations + other_deviations + gap * gap * weight * share
 
 
 @triton.jit

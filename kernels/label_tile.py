@@ -103,6 +103,8 @@ def label_tile_kernel(
     at_label = load_logits(product, at_label, padded, bias, scale, softcap, bias_columns, TRANSFORM)
     label_logit = tl.where(label >= 0, at_label, label_logit)
     new_top = moved_top(top, tile_top, write, out.dtype.element_ty)
+    if MOMENTS:  # a mean of offsets from a lazy top would lose its digits to their size
+        new_top = tl.where(tile_top > top, tile_top, top)
     base = finite_or_zero(new_top)
     fade = tl.exp(top - base)  # 0 before the first logit
     total *= fade

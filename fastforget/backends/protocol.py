@@ -7,8 +7,8 @@ that is computed once a sweep (statistics from accumulators, closing formulas) s
 
 Notation: z a row of logits, y its label, "the others" all tokens but y. Logits are made of products h @ W.T by
 `LogitMap`. A *lazy top* m is a logit near the largest of the others so far: it is set by the first tile and moves, to
-the largest so far, only where that lies more than LAZY above it (with float16 rows: always). Where it moves, what was
-accumulated is multiplied with e^(old m - new m), the rows of `grad` included. Before the first logit it is -infinity,
+the largest so far, only where that lies more than LAZY above it (with float16 rows or moments: always). Where it moves,
+what was accumulated is multiplied with e^(old m - new m), the rows of `grad` included. Before the first logit it is -infinity,
 which every exponent takes as 0.
 
 All tensors of a block are of r rows. Accumulators are float32 (Triton) or float64, one row of them for each name; a
@@ -334,7 +334,7 @@ class TilePasses(Protocol):
     def label_tile(self, tile: Tile, product: Tensor, rows: Tensor | None, block: LabelBlock) -> None:
         """Bring the accumulators up to date; write e^(z - top), times the slope, 0 at the label; fade `grad`.
 
-        float16 rows: the top is the running largest, and rows are multiplied with FLOAT16_SCALE.
+        float16 rows or moments: the top is the running largest. float16 rows are multiplied with FLOAT16_SCALE.
         """
 
     def paired_tile(
