@@ -3,178 +3,140 @@
     python -m benchmarks.bench [--only head,losses,step,scaling,rows] [--full]
     python -m benchmarks.bench --readme [FILE]        write the README's table from a results file; default the newest
 
-Writes benchmarks/results/DATE-bench.json, .md and .png after each part, DATE-bench-full with `--full`. Each part is a
-command of its own, with a limit, so that one that fails or hangs costs nobody else its figures. `--full` takes the
-sizes of the acceptance figures, which need minutes a part. The exit code is 1 where a part failed to run; goals that
-were missed are in the tables.
+Writes benchmarks/results/DATE-bench.json, .md and .png after each part, DATE-bench-full with `--full`, which takes the
+sizes of the acceptance figures and minutes a part. Each part measures in processes of its own, with a limit. The exit
+code is 1 where a part failed to run; goals that were missed are in the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_table import markdown, readme_block, with_block
-from benchmarks.proof import iso_date, names_of
-from benchmarks.surroundings import RESULTS, ROOT, commit, machine, versions, without_paths, write_whole
+from benchmarks import head, runs, step
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.tables import MEASURED, figure, plain, ratio, replace_block, table
 
 README = ROOT / "README.md"
-Runner = Callable[[Sequence[str], float], tuple[int, str]]  # (command, seconds) -> (exit code, the end of its output)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One benchmark: its command in both forms, before the option that names its results file; and seconds it may take.
-
-    good: the exit codes of a run that measured; the modules of ours end with 1 where a goal was missed.
-    """
-
-    short: str
-    full: str
-    limit: float
-    option: str = "--json"
-    good: tuple[int, ...] = (0, 1)
-
-
-HEAD = "-m benchmarks.head --device cpu --tokens 1024 --hidden 2048 --vocab 50272"
-# without those that are compiled, which takes too long
-QUICK_PEERS = "floor,floor_tiled,floor_together,ours,ours_torch,eager,torch_lce,torch_lce_chunked,trl"
-QUICK_STEP = "--methods grad_diff --loops loop_selected,ours_first,ours_later,floor --batches 1 --warmup 0 --rounds 3"
-STEP = "-m benchmarks.step --device cpu"
-ROWS = "-m pytest benchmarks/test_rows.py --benchmark-only -q -p no:cacheprovider"
-LOSSES = f"{HEAD} --p flat --ignored 0.5 --losses npo,kl,distance_cluster"
-PARTS = {
-    "head": Part(f"{HEAD} --p flat --ignored 0.5 --rounds 2 --contestants {QUICK_PEERS}", f"{HEAD} --p flat", 300),
-    "losses": Part(
-        f"{LOSSES} --rounds 2 --contestants floor_together,floor_together_known,ours,ours_known,eager", LOSSES, 240
-    ),
-    "step": Part(f"{STEP} {QUICK_STEP}", f"{STEP} --bits 32,8", 300),
-    "scaling": Part("-m benchmarks.scaling --short --rounds 2", "-m benchmarks.scaling", 180),
-    "rows": Part(ROWS, ROWS, 240, option="--benchmark-json", good=(0,)),
+BEGIN, END = "<!-- bench: begin, written by python -m benchmarks.bench --readme -->", "<!-- bench: end -->"
+QUICK = "--rounds 2 --contestants floor_rows,floor_tiled,floor_together,floor_together_known,ours,ours_known,eager"
+# the benchmark, its options in short and in full, and seconds that the short form may take
+PARTS: dict[str, tuple[Callable[[Sequence[str]], int], str, str, int]] = {
+    "head": (head.main, f"nll --p flat --ignored 0.5 {QUICK},ours_torch,torch_lce,torch_lce_chunked,trl", "nll", 300),
+    "losses": (head.main, f"losses {QUICK}", "losses", 240),
+    "step": (step.main, "--methods grad_diff --batches 1 --warmup 0 --rounds 3", "--bits 32,8", 300),
+    "scaling": (head.main, "scaling --short --rounds 2", "scaling --rounds 3", 180),
 }
-FULL_LIMIT = 3600.0
+FULL_LIMIT = 3600
 
 
-def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -> int:
-    """Run the parts asked for; `runner` replaces the real commands. Returns the exit code."""
-    options = parse(arguments)
-    if options.readme is not None:
-        return write_readme(options.readme or newest())
-    target: Path = options.out / f"{options.date}-bench{'-full' if options.full else ''}.json"
-    results = header(options)
-    failed = []
-    with tempfile.TemporaryDirectory(prefix="fastforget-bench-") as folder:
-        for name in options.only:
-            began = time.monotonic()
-            print(f"{name} ...", flush=True)
-            part = run_part(name, Path(folder), options.full, runner or run_command)
-            part["seconds"] = round(time.monotonic() - began, 1)
-            results["parts"][name] = part
-            print(f"{name}: {part['status']}, {part['seconds']:.0f} s", flush=True)
-            failed += [] if part["status"] == "measured" else [name]
-            write_whole(target, json.dumps(without_paths(results), indent=2, ensure_ascii=False) + "\n")
-            write_whole(target.with_suffix(".md"), markdown(results))
-            picture = Path(folder) / "scaling.png"
-            if picture.is_file():
-                shutil.copyfile(picture, target.with_suffix(".png"))
-    print("\n" + markdown(results))
-    return 1 if failed else 0
-
-
-def header(options: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, where, when and with what."""
-    return {
-        "date": options.date,
-        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("FASTFORGET_COMMIT") or commit(),
-        "full": options.full,
-        "machine": machine("cpu"),
-        "versions": versions(),
-        "parts": {},
-    }
-
-
-def run_part(name: str, folder: Path, full: bool, runner: Runner) -> dict[str, Any]:
-    """A part's results, as its module wrote them; or what it said last."""
-    part, file = PARTS[name], folder / f"{name}.json"
-    words = (part.full if full else part.short).split()
-    code, said = runner([sys.executable, *words, part.option, str(file)], FULL_LIMIT if full else part.limit)
-    if not file.is_file() or not file.stat().st_size:
-        return {"status": f"failed: exit code {code}", "said": said}
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if name == "rows":  # of everything else that pytest-benchmark keeps, machine and commit are in our header
-        results = {"benchmarks": [row_of(benchmark) for benchmark in results["benchmarks"]]}
-    status = "measured" if code in part.good else f"failed: exit code {code}; what came before is kept"
-    return {"status": status, "results": results}
-
-
-def row_of(benchmark: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one of pytest-benchmark's."""
-    return {
-        "name": benchmark["name"],
-        "median_ms": 1e3 * benchmark["stats"]["median"],
-        "rounds": benchmark["stats"]["rounds"],
-        **benchmark["extra_info"],
-    }
-
-
-def run_command(command: Sequence[str], seconds: float) -> tuple[int, str]:
-    """Run a command in the repository's root; what it started ends with it."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts asked for; returns the exit code."""
+    parser = runs.parser_of("bench", __doc__)
+    known = (*PARTS, "rows")
+    parser.add_argument("--only", type=runs.names_of("part", known), default=known, help=", ".join(known))
+    parser.add_argument("--full", action="store_true", help="the sizes of the acceptance figures: many minutes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
+    parser.add_argument(
+        "--readme", type=Path, nargs="?", const=Path(), help="write the README's table, measure nothing"
     )
+    options = parser.parse_args(arguments)
+    if options.readme is not None:
+        return write_readme(options.readme if options.readme.name else newest())
+    options.device, options.dry = "cpu", options.tiny
+    target = options.out / f"{options.date}-bench{'-full' if options.full else ''}.json"
+    results = runs.header("Benchmarks on the CPU", [], options)
+    for name in options.only:
+        with tempfile.TemporaryDirectory(prefix="fastforget-bench-") as folder:
+            file = Path(folder) / f"{name}.json"
+            print(f"{name} ...", flush=True)
+            rows = run_passes(file) if name == "rows" else run_part(name, file, options)
+            results["rows"] += [{**row, "name": f"{name}: {row['name']}", "part": name} for row in rows]
+            runs.publish(results, target)
+            if file.with_suffix(".png").is_file():
+                shutil.copyfile(file.with_suffix(".png"), target.with_suffix(".png"))
+    missing = [name for name in options.only if not any(row["part"] == name for row in results["rows"])]
+    runs.conclude(results)
+    print(*(f"{name}: failed to run" for name in missing), sep="\n")
+    return 1 if missing else 0
+
+
+def run_part(name: str, file: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run a benchmark of contestants, and return its rows; a missed goal is no failure."""
+    measure, short, full, limit = PARTS[name]
+    words = (full if options.full else short).split()
+    words += ["--device", "cpu", "--json", str(file), "--limit", str(FULL_LIMIT if options.full else limit)]
     try:
-        said, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its workers too: they are in its session
-        said, _ = process.communicate()
-        return 124, f"{said[-2000:]}\nhad not ended after {seconds:.0f} s"
-    return process.returncode, said[-2000:]
+        measure([*words, *(["--tiny", "--here"] if options.tiny else [])])
+    except Exception:
+        traceback.print_exc()
+    return list(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.is_file() else []
+
+
+def run_passes(file: Path) -> list[dict[str, Any]]:
+    """Run the tile passes under pytest-benchmark; they become one row."""
+    command = f"-m pytest benchmarks/rows.py --benchmark-only -q -p no:cacheprovider --benchmark-json {file}"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, timeout=FULL_LIMIT)
+    if not file.is_file() or not file.stat().st_size:
+        return []
+    found = {}
+    for each in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]:
+        figures = {name.replace("_", " "): str(value) for name, value in each["extra_info"].items()}
+        found[each["name"]] = {"status": MEASURED, "median_ms": 1e3 * each["stats"]["median"], "figures": figures}
+    return [{"name": "tile passes", "contestants": found, "goals": []}]
 
 
 def newest() -> Path:
-    """The newest results file: of full runs, if there are any."""
-    for pattern in ("????-??-??-bench-full.json", "????-??-??-bench.json"):
-        found = sorted(RESULTS.glob(pattern))
-        if found:
-            return found[-1]
-    raise SystemExit("bench: there are no results yet: run python -m benchmarks.bench")
+    """Return the newest results file: of full runs, if there are any."""
+    found = sorted(RESULTS.glob("*-bench.json")) + sorted(RESULTS.glob("*-bench-full.json"))
+    if not found:
+        raise SystemExit("bench: there are no results yet: run python -m benchmarks.bench")
+    return found[-1]
 
 
 def write_readme(source: Path, readme: Path = README) -> int:
     """Put the table of a results file between the README's markers."""
     results = json.loads(source.read_text(encoding="utf-8"))
     try:
-        text = with_block(readme.read_text(encoding="utf-8"), readme_block(results, source.stem))
+        if results.get("form") != runs.FORM:
+            raise ValueError(f"{source.name} was written by an older version: measure again")
+        runs.write_whole(
+            readme, replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, block(results, source.stem))
+        )
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    write_whole(readme, text)
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; bad ones end with exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", type=names_of("part", PARTS), default=tuple(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--full", action="store_true", help="the sizes of the acceptance figures: many minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--date", type=iso_date, default=datetime.date.today().isoformat(), help="default: today")
-    parser.add_argument(
-        "--readme", type=Path, nargs="?", const=False, help="write the README's table, and measure nothing"
-    )
-    return parser.parse_args(arguments)
+def block(results: Mapping[str, Any], stem: str) -> str:
+    """Write the README's table: ours and peers of the head and of training steps, and where the rest is."""
+    machine, files = results["machine"], f"benchmarks/results/{stem}"
+    lines = [
+        f"{results['date']}, {machine['cpu']}, {machine['torch_threads']} torch threads, commit {results['commit']}: "
+        f"[tables]({files}.md), [every figure]({files}.json), [plot]({files}.png).",
+    ]
+    for part in ("head", "losses", "step"):
+        found = []
+        for row in results["rows"]:
+            timed = {name: record for name, record in row["contestants"].items() if "median_ms" in record}
+            for name, record in timed.items() if row["part"] == part else ():
+                times = figure(ratio(row, name, row["ours"]), "{:.2f}")
+                first = plain(row["name"]) if name == next(iter(timed)) else ""
+                peak = figure(record.get("peak_mb"), "{:.0f}")
+                found.append([first, record["about"], f"{record['median_ms']:.0f}", times, peak])
+        lines += ["", *table((part, "", "ms", "× ours", "extra MB"), found)] if found else []
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
