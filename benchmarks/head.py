@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import runs
-from benchmarks.peers import CONTESTANTS, TILES, Problem, taking_part
+from benchmarks import harness
+from benchmarks.peers import CONTESTANTS, TILES, taking_part
 from benchmarks.problem import LOSSES, P, Setting
 from benchmarks.tables import fastest, goal, ratio
 from fastforget.backends import BACKENDS
@@ -56,13 +56,6 @@ ABOUT = (
     "memory beyond the inputs. Errors are against float64: of the loss, of the gradient of a sample of rows "
     "(‖error‖ / ‖gradient‖), and of the worst of them.",
 )
-
-
-def open_problem(setting: Mapping[str, Any]) -> Problem:
-    """Make a setting's inputs and truth: before anybody is measured, for that takes memory."""
-    problem = Problem(Setting(**setting))
-    problem.truth  # noqa: B018
-    return problem
 
 
 def finish(row: dict[str, Any]) -> None:
@@ -159,7 +152,7 @@ def plot(results: Mapping[str, Any]) -> bytes | None:
             axes.grid(alpha=0.3)
     grid[0][0].legend(frameon=False)
     where = results["machine"]
-    figure.suptitle(f"Forward and backward of the mean NLL: {where['cpu']}, {results['date']}")
+    figure.suptitle(f"Forward and backward of the mean NLL: {where['cpu'].partition(';')[0]}, {results['date']}")
     figure.savefig(picture := BytesIO(), format="png")
     return picture.getvalue()
 
@@ -175,14 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return [name for name in names if setting.loss in CONTESTANTS[name].losses]
 
     about = {name: (contestant.about, contestant.role) for name, contestant in CONTESTANTS.items()}
-    benchmark = runs.Benchmark("benchmarks.head", f"The head: {options.part}", ABOUT, about, names_of, finish)
-    results = runs.measure_rows(benchmark, settings_of(options), options)
+    benchmark = harness.Benchmark("benchmarks.peers", f"The head: {options.part}", ABOUT, about, names_of, finish)
+    results = harness.measure_rows(benchmark, settings_of(options), options)
     if options.part == "scaling" and not options.dry:
         results["rows"][-1]["goals"] = scaling_goals(results["rows"])
-        runs.publish(results, options.json)
+        harness.publish(results, options.json)
         if options.json and (picture := plot(results)):
-            runs.write_whole(options.json.with_suffix(".png"), picture)
-    return runs.conclude(results)
+            harness.write_whole(options.json.with_suffix(".png"), picture)
+    return harness.conclude(results)
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
@@ -202,16 +195,16 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options, and fill in what follows from others; bad ones end with exit code 2."""
-    parser = runs.parser_of("head", __doc__)
+    parser = harness.parser_of("head", __doc__)
     parser.add_argument("part", nargs="?", choices=PARTS, default="nll")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--tokens", type=int, help="N; default 8192 on a GPU, else 1024")
     parser.add_argument("--hidden", type=int, help="D, with --vocab, in place of the default shapes")
     parser.add_argument("--vocab", type=int, help="V")
     parser.add_argument("--ignored", type=shares, help="shares of the tokens, e.g. 0,0.5")
-    parser.add_argument("--p", type=runs.names_of("p", P), help=f"of {', '.join(P)}")
-    parser.add_argument("--losses", type=runs.names_of("loss", LOSSES), help=f"of {', '.join(LOSSES)}")
-    parser.add_argument("--contestants", type=runs.names_of("contestant", CONTESTANTS), help=", ".join(CONTESTANTS))
+    parser.add_argument("--p", type=harness.names_of("p", P), help=f"of {', '.join(P)}")
+    parser.add_argument("--losses", type=harness.names_of("loss", LOSSES), help=f"of {', '.join(LOSSES)}")
+    parser.add_argument("--contestants", type=harness.names_of("contestant", CONTESTANTS), help=", ".join(CONTESTANTS))
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help="of ours; default auto, or triton to interpret")
     parser.add_argument("--interpret", action="store_true", help="run the Triton kernels in Triton's interpreter")
     parser.add_argument("--short", action="store_true", help="scaling: three points a line, smaller states")

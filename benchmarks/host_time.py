@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
-from benchmarks.harness import ROOT, commit, machine
+from benchmarks.harness import ROOT, commit, write_whole
 from benchmarks.peers import TILE
-from benchmarks.runs import write_whole
 from benchmarks.tables import replace_block, table
-from fastforget import backends
+from fastforget import backends, doctor
 from fastforget.backends import sweep
 
 COUNT, WIDTH, VOCABULARY, TILES = 64, 64, 512, 32
@@ -87,10 +86,8 @@ def report(calls: int) -> str:
     if torch.cuda.is_available():
         rows.append(cells("triton", "all, to the last launch", call_of("triton", "cuda"), calls))
     headings = ("backend", "what runs", "ms a call", "forward", "backward", "torch ops", "µs a tile more")
-    about = (
-        f"`python -m benchmarks.host_time`, {machine()['cpu']}, torch {torch.__version__}, commit {commit()}. Asked "
-    )
-    about += "of what is stubbed: at most 0.4 ms a call and 20 µs a tile."
+    where = f"{dict(doctor.report())['cpu']}, torch {torch.__version__}, commit {commit()}"
+    about = f"`python -m benchmarks.host_time`, {where}. Asked of what is stubbed: ≤ 0.4 ms a call, ≤ 20 µs a tile."
     return "\n".join([about, "", *table(headings, rows)])
 
 

@@ -26,40 +26,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastforget as ff
-from benchmarks.harness import Say, Step
+from benchmarks.harness import Record, Step
 from benchmarks.peers import floor
 from benchmarks.problem import IGNORE_INDEX, Inputs, Setting
 
 PAD = 1  # OPT's
-# init_std: transformers' 0.02 leaves attention so uniform that an adapter on it changes nothing
-OPT: dict[str, Any] = {"model_type": "opt", "vocab_size": 50272, "num_attention_heads": 8, "init_std": 0.05}
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_attention_heads": 8,
-    "tie_word_embeddings": False,
-}
 SIDES = ("forget", "retain")
 Batches = Mapping[str, Mapping[str, Tensor]]  # both sides, and "mismatch": forget prompts with retain answers
 Backward = Callable[[Batches], Tensor]  # adds gradients; returns the whole loss, detached
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": OPT | {"hidden_size": 512, "num_hidden_layers": 6, "ffn_dim": 2048, "word_embed_proj_dim": 512},
-    "opt-1.3b": OPT
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "ffn_dim": 8192,
-        "word_embed_proj_dim": 2048,
-    },
-    "tiny": OPT
-    | {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 128, "word_embed_proj_dim": 64, "vocab_size": 320},
-    "deep": LLAMA | {"hidden_size": 512, "num_hidden_layers": 24, "intermediate_size": 2048, "vocab_size": 16384},
-    "wide": LLAMA | {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 1024},
-    "tiny-wide": LLAMA | {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 600},
-    "llama-3.1-8b": LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 8},
+def opt(width: int, layers: int, heads: int = 8, vocabulary: int = 50272) -> dict[str, Any]:
+    """Make an OPT's config; transformers' own init_std leaves attention too uniform for an adapter to do anything."""
+    common = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
+    own = {"ffn_dim": 4 * width, "word_embed_proj_dim": width, "max_position_embeddings": 512, "init_std": 0.05}
+    return {"model_type": "opt", **common, **own}
+
+
+def llama(width: int, layers: int, ffn: int, heads: int = 8, vocabulary: int = 128256) -> dict[str, Any]:
+    """Make a Llama's config."""
+    common = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
+    own = {"intermediate_size": ffn, "num_key_value_heads": min(heads, 8), "tie_word_embeddings": False}
+    return {"model_type": "llama", **common, **own}
+
+
+SHAPES = {
+    "small": opt(512, 6),
+    "opt-1.3b": opt(2048, 24, heads=32),
+    "tiny": opt(64, 2, heads=4, vocabulary=320),
+    "deep": llama(512, 24, 2048, vocabulary=16384),
+    "wide": llama(256, 2, 1024, heads=4),
+    "tiny-wide": llama(64, 2, 128, heads=4, vocabulary=600),
+    "llama-3.1-8b": llama(4096, 32, 14336, heads=32),
 }
 LARGE = ("opt-1.3b", "llama-3.1-8b")  # of which a float64 copy is a burden
 
@@ -90,7 +88,7 @@ class StepSetting:
         return f"{self.method}: {model}, {self.bits} bit, {batch}, {self.device}"
 
 
-def make_base(say: Say, given: Mapping[str, Any]) -> None:
+def make_base(given: Mapping[str, Any]) -> Record:
     """Save a model with random weights: time and memory do not depend on what it has learned; a task."""
     import transformers
 
@@ -102,6 +100,7 @@ def make_base(say: Say, given: Mapping[str, Any]) -> None:
     with torch.device(setting.device if large else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if large else torch.float32)
     model.save_pretrained(setting.folder)
+    return {}
 
 
 def load_policy(setting: StepSetting) -> Any:
@@ -224,9 +223,7 @@ def products_of(setting: StepSetting, model: Any) -> list[Step]:
     count = setting.sequences * round(setting.length * setting.labelled)
     dtype = str(model.get_output_embeddings().weight.dtype).removeprefix("torch.")
     for loss in ("nll", "kl", "nll")[: 2 + (setting.method == "mismatch")]:
-        problem = Inputs(
-            Setting(loss, count, shape["hidden_size"], shape["vocab_size"], dtype=dtype, device=setting.device)
-        )
+        given = Setting(loss, count, shape["hidden_size"], shape["vocab_size"], dtype=dtype, device=setting.device)
         # the reference's embedding is cached in later epochs
-        found.append(floor(problem, "together" if setting.device == "cpu" else "unchunked", known=True))
+        found.append(floor(Inputs(given), "together" if setting.device == "cpu" else "unchunked", known=True))
     return found

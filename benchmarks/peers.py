@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import fastforget as ff
 from benchmarks.harness import Answer, NotMeasured, Step
-from benchmarks.problem import IGNORE_INDEX, LOSSES, MARGIN, Inputs, Setting, distances
+from benchmarks.problem import IGNORE_INDEX, LOSSES, MARGIN, Inputs, Setting
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
 
@@ -55,31 +56,52 @@ class Contestant:
     known: bool = False
 
 
+ALL, CPU, GPU = tuple(LOSSES), ("cpu",), ("cuda",)
 CONTESTANTS: dict[str, Contestant] = {}  # those whose first call takes longest come last, where time may have run out
+LossOf = Callable[..., Callable[[], Tensor]]  # (inputs, *options) -> a function that computes the loss
 
 
-def floor(problem: Inputs, kind: str, known: bool = False) -> Step:
+def register(name: str, about: str, *options: Any, **fields: Any) -> Callable[[LossOf], LossOf]:
+    """Make a contestant of what computes a loss; a step then computes its gradient, too."""
+
+    def decorate(loss_of: LossOf) -> LossOf:
+        def build(inputs: Inputs) -> Step:
+            loss = loss_of(inputs, *options)
+
+            def step() -> Answer:
+                value = loss()
+                return value.detach(), torch.autograd.grad(value, inputs.hidden)[0]
+
+            return step
+
+        CONTESTANTS[name] = Contestant(build, about, **fields)
+        return loss_of
+
+    return decorate
+
+
+def floor(inputs: Inputs, kind: str, known: bool = False) -> Step:
     """Multiply what cannot be left out, and nothing else.
 
     kind: "unchunked"; "rows", chunks of whole rows; "tiled", the same with logits in tiles of columns; "together", all
     products of one tile, then of the next. known: the reference's embedding is, which saves the fourth product of a KL.
     """
-    divergence, together, vocabulary = problem.setting.loss == "kl", kind == "together", len(problem.weight)
-    kept = problem.hidden.detach()[problem.positions]
-    inputs = [kept, problem.reference[problem.positions]] if divergence else [kept]
+    divergence, together, vocabulary = inputs.setting.loss == "kl", kind == "together", len(inputs.weight)
+    kept = inputs.hidden.detach()[inputs.positions]
+    sides = [kept, inputs.reference[inputs.positions]] if divergence else [kept]
     rows, columns = len(kept), vocabulary
     if together:
         rows = even(rows, TILE_ROWS)
         columns = even(vocabulary, max(64, min(COLUMNS, TILE_BYTES // (4 * rows))))
     elif kind != "unchunked":
-        rows = even(rows, max(1, CHUNK_BYTES // (4 * len(inputs) * vocabulary)))
+        rows = even(rows, max(1, CHUNK_BYTES // (4 * len(sides) * vocabulary)))
         columns = COLUMNS if kind == "tiled" else vocabulary
     buffers = columns if together else vocabulary
-    logits = [kept.new_empty(rows, buffers, dtype=torch.float32) for _ in inputs]
-    mm_into(kept[:rows], problem.weight[:buffers].T, logits[0])
-    written = torch.softmax(logits[0], dim=1).to(problem.dtype)
+    logits = [kept.new_empty(rows, buffers, dtype=torch.float32) for _ in sides]
+    mm_into(kept[:rows], inputs.weight[:buffers].T, logits[0])
+    written = torch.softmax(logits[0], dim=1).to(inputs.dtype)
     gradients = [torch.empty_like(kept, dtype=torch.float32) for _ in range(2 if divergence and not known else 1)]
-    tiles = problem.weight.split(columns)
+    tiles = inputs.weight.split(columns)
 
     def step() -> None:
         for start in range(0, len(kept), rows):
@@ -87,12 +109,12 @@ def floor(problem: Inputs, kind: str, known: bool = False) -> Step:
             count = part.stop - start
             for place, tile in enumerate(tiles):
                 first = 0 if together else place * columns
-                for states, buffer in zip(inputs, logits, strict=True):
+                for states, buffer in zip(sides, logits, strict=True):
                     mm_into(states[part], tile.T, buffer[:count, first : first + len(tile)])
                 for gradient in gradients if together else ():
                     mm_into(written[:count, : len(tile)], tile, gradient[part], add=place > 0)
             for gradient in () if together else gradients:
-                mm_into(written[:count], problem.weight, gradient[part])
+                mm_into(written[:count], inputs.weight, gradient[part])
 
     return step
 
@@ -115,6 +137,20 @@ def mm_into(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None
         torch.mm(left, right, **options)
 
 
+HOW = {
+    "unchunked": "each at once",
+    "rows": "in chunks of whole rows",
+    "tiled": "in chunks of rows, logits in tiles of columns",
+    "together": "all of a tile after each other, as ours",
+}
+for kind, how in HOW.items():
+    common: dict[str, Any] = {"role": "floor", "devices": ("cuda", "cpu") if kind == "unchunked" else CPU}
+    CONTESTANTS[f"floor_{kind}"] = Contestant(partial(floor, kind=kind), f"bare products, {how}", losses=ALL, **common)
+    CONTESTANTS[f"floor_{kind}_known"] = Contestant(
+        partial(floor, kind=kind, known=True), f"three bare products, {how}", losses=("kl",), known=True, **common
+    )
+
+
 def library(name: str) -> Any:
     """Import a module of a peer; where it or something that it needs is not there, NotMeasured says so."""
     try:
@@ -125,166 +161,145 @@ def library(name: str) -> Any:
         raise NotMeasured(f"not installed{needed}") from None
 
 
-def stepping(problem: Inputs, loss_of: Callable[[], Tensor]) -> Step:
-    """Make a step from a function that computes the loss."""
-
-    def step() -> Answer:
-        loss = loss_of()
-        (gradient,) = torch.autograd.grad(loss, problem.hidden)
-        return loss.detach(), gradient
-
-    return step
-
-
-def ours(problem: Inputs, backend: str | None = None) -> Step:
+@register("ours_torch", "fastforget, backend torch", "torch", role="ours", losses=ALL, devices=CPU)
+@register("ours", "fastforget", role="ours", losses=ALL)
+def ours(inputs: Inputs, backend: str | None = None) -> Callable[[], Tensor]:
     """Call `ff.token_stats` or `ff.divergence`, with the setting's backend unless one is named."""
-    head, positions = ff.LMHead(problem.weight), problem.positions
-    where: dict[str, Any] = {"positions": positions, "backend": backend or problem.setting.backend}
+    head, positions = ff.LMHead(inputs.weight), inputs.positions
+    where: dict[str, Any] = {"positions": positions, "backend": backend or inputs.setting.backend}
     targets: dict[str, Any] = {}
-    if "distance" in problem.fields:
-        targets = {"anchor": problem.reference, "centres": problem.centres, "metric": "cosine", "margin": MARGIN}
+    if "distance" in inputs.fields:
+        targets = {"anchor": inputs.reference, "centres": inputs.centres, "metric": "cosine", "margin": MARGIN}
 
     def loss() -> Tensor:
-        if problem.setting.loss == "kl":
-            fields = {"kl": ff.divergence(problem.hidden, problem.reference, head, **where)[positions]}
+        if inputs.setting.loss == "kl":
+            fields = {"kl": ff.divergence(inputs.hidden, inputs.reference, head, **where)[positions]}
         else:
-            stats = ff.token_stats(problem.hidden, head, problem.labels, **where, **targets)
-            fields = {name: getattr(stats, name)[positions] for name in problem.fields}
-        return problem.formula(problem, fields)
+            stats = ff.token_stats(inputs.hidden, head, inputs.labels, **where, **targets)
+            fields = {name: getattr(stats, name)[positions] for name in inputs.fields}
+        return inputs.formula(inputs, fields)
 
-    return stepping(problem, loss)
+    return loss
 
 
-def ours_known(problem: Inputs) -> Step:
+@register("ours_known", "the same, the reference's embedding cached", role="ours", losses=("kl",), known=True)
+def ours_known(inputs: Inputs) -> Callable[[], Tensor]:
     """Compute the divergence with what the reference cache holds from the first epoch on, in the model's dtype."""
-    head, positions, labels = ff.LMHead(problem.weight), problem.positions, problem.kept_labels
-    backend = backend_of(problem.setting.backend, problem.device)
-    names = ("others_embedding", "others_argmax")
+    head, labels, positions = ff.LMHead(inputs.weight), inputs.kept_labels, inputs.positions
+    backend, names = backend_of(inputs.setting.backend, inputs.device), ("others_embedding", "others_argmax")
     with torch.no_grad():
-        found = backend.token_stats(problem.reference, labels, head, names, positions=positions)
-    known = KnownReference(found["others_embedding"].to(problem.dtype), found["others_argmax"])
+        found = backend.token_stats(inputs.reference, labels, head, names, positions=positions)
+    known = KnownReference(found["others_embedding"].to(inputs.dtype), found["others_argmax"])
 
     def loss() -> Tensor:
-        kl, _ = backend.divergence(
-            problem.hidden, problem.reference, head, "forward_kl", labels=labels, positions=positions, known=known
-        )
-        return problem.formula(problem, {"kl": kl})
+        sides = (inputs.hidden, inputs.reference)
+        kl, _ = backend.divergence(*sides, head, "forward_kl", labels=labels, positions=positions, known=known)
+        return inputs.formula(inputs, {"kl": kl})
 
-    return stepping(problem, loss)
-
-
-def ours_tiled(problem: Inputs, tile: str) -> Step:
-    """Call ours with tiles of another shape."""
-    step = ours(problem)
-
-    def tiled() -> Answer | None:
-        with mock.patch.dict(os.environ, {TILE: tile}):
-            return step()
-
-    return tiled
+    return loss
 
 
-def eager_loss(problem: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make the loss on all logits, as transformers computes it: the head in its own dtype, then float32."""
-
-    def cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.cross_entropy((hidden @ weight.T).float(), problem.labels, ignore_index=IGNORE_INDEX)
-
-    def by_fields(hidden: Tensor, weight: Tensor) -> Tensor:
-        positions = problem.positions
-        log_p = torch.log_softmax((hidden @ weight.T).float(), dim=1)
-        fields = {"logp": log_p.gather(1, problem.labels.clamp(min=0)[:, None])[positions, 0]}
-        if "kl" in problem.fields:
-            with torch.no_grad():
-                log_q = torch.log_softmax((problem.reference @ weight.T).float(), dim=1)
-            fields["kl"] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)[positions]
-        if "distance" in problem.fields:
-            anchors = problem.reference[positions].float()
-            fields |= distances(hidden[positions].float(), anchors, problem.centres.float())
-        return problem.formula(problem, fields)
-
-    return cross_entropy if problem.setting.loss == "nll" else by_fields
+@register("liger", "Liger", devices=GPU)
+def liger(inputs: Inputs) -> Callable[[], Tensor]:
+    """Call LinkedIn's fused linear cross-entropy: gradients in the forward pass, in chunks of N D / V tokens."""
+    loss = library("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    return lambda: loss(inputs.weight, inputs.hidden, inputs.labels)
 
 
-def eager(problem: Inputs) -> Step:
-    """Hold all logits at once."""
-    setting, loss = problem.setting, eager_loss(problem)
+@register("trl", "TRL's fused head")
+def trl(inputs: Inputs) -> Callable[[], Tensor]:
+    """Call TRL's fused head as its `add_fused_lm_head` does: kept tokens with Triton, otherwise all of them."""
+    function = library("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    width = int(getattr(library("trl.trainer.utils"), "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768))
+
+    def loss() -> Tensor:
+        kept, on_gpu = inputs.labels != IGNORE_INDEX, inputs.hidden.is_cuda
+        hidden = inputs.hidden[kept] if on_gpu else inputs.hidden
+        labels = inputs.labels[kept] if on_gpu else inputs.labels.clamp(min=0)
+        logp = function.apply(hidden, inputs.weight, None, labels, 1.0, width, None, 1.0, ("log_probs",))[0]
+        return -logp.mean() if on_gpu else -logp.masked_fill(~kept, 0.0).sum() / kept.sum()
+
+    return loss
+
+
+@register("trl_divergence", "TRL's fused divergence", losses=("kl",))
+def trl_divergence(inputs: Inputs) -> Callable[[], Tensor]:
+    """Call TRL's fused divergence as its distillation trainer does: KL(teacher || student) of the kept tokens."""
+    function = library("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+    def loss() -> Tensor:
+        kept, weight = inputs.labels != IGNORE_INDEX, inputs.weight
+        return function.apply(inputs.hidden[kept], weight, None, inputs.reference[kept], weight, None, 0.0)[0].mean()
+
+    return loss
+
+
+@register("quack", "QuACK", devices=GPU)
+def quack(inputs: Inputs) -> Callable[[], Tensor]:
+    """Call QuACK's chunked linear cross-entropy, with the chunk that it defaults to."""
+    function = library("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda: function(inputs.hidden, inputs.weight, inputs.labels, ignore_index=IGNORE_INDEX)
+
+
+@register("compile", "torch.compile of eager", True, losses=ALL, slow_start=True)
+@register("eager", "all logits, then float32, as transformers does", losses=ALL)
+def eager(inputs: Inputs, compiled: bool = False) -> Callable[[], Tensor]:
+    """Hold all logits, as transformers computes the loss: the head in its own dtype, then float32."""
+    setting, reference = inputs.setting, inputs.reference if "logp" != inputs.fields[-1] else None
     if setting.device == "cpu" and 4 * setting.tokens * setting.vocabulary > EAGER_BYTES:
         raise NotMeasured("not measured: its logits are too large")
-    return stepping(problem, lambda: loss(problem.hidden, problem.weight))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = (hidden @ weight.T).float()
+        if setting.loss == "nll":
+            return F.cross_entropy(logits, inputs.labels, ignore_index=IGNORE_INDEX)
+        with torch.no_grad():
+            others = (reference @ weight.T).float() if setting.loss == "kl" and reference is not None else None
+        return inputs.formula(inputs, inputs.fields_of(hidden, logits, others, inputs.positions))
+
+    if compiled:
+        torch.compiler.reset()  # each setting is compiled for its own shape, as a training run's is
+        loss = torch.compile(loss, dynamic=False)
+    return lambda: loss(inputs.hidden, inputs.weight)
 
 
-def compiled(problem: Inputs) -> Step:
-    """Hand eager to `torch.compile`."""
-    torch.compiler.reset()  # each setting is compiled for its own shape, as a training run's is
-    loss = torch.compile(eager_loss(problem), dynamic=False)
-    return stepping(problem, lambda: loss(problem.hidden, problem.weight))
-
-
-def torch_linear_cross_entropy(problem: Inputs, chunked: bool) -> Step:
+@register("torch_lce_chunked", "F.linear_cross_entropy, chunked", True)
+@register("torch_lce", "F.linear_cross_entropy", False)
+def torch_linear_cross_entropy(inputs: Inputs, chunked: bool) -> Callable[[], Tensor]:
     """Call `F.linear_cross_entropy`, plain or with the chunks that torch picks."""
     function = getattr(F, "linear_cross_entropy", None)
     chunks = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or (chunked and chunks is None):
         raise NotMeasured(f"not in torch {torch.__version__}")
     options = {"options": chunks()} if chunked and chunks is not None else {}
-    return stepping(problem, lambda: function(problem.hidden, problem.weight, problem.labels, **options))
+    return lambda: function(inputs.hidden, inputs.weight, inputs.labels, **options)
 
 
-def cut_cross_entropy(problem: Inputs, impl: str) -> Step:
+@register("cce_compile", "cut-cross-entropy, torch_compile", "torch_compile", devices=CPU, slow_start=True)
+@register("cce_exact", "cut-cross-entropy, no filter", "cce_exact", devices=GPU)
+@register("cce", "cut-cross-entropy", "cce", devices=GPU)
+def cut_cross_entropy(inputs: Inputs, impl: str) -> Callable[[], Tensor]:
     """Call Apple's. Its default filter drops tiles of small gradients; "cce_exact" does not."""
     module = library("cut_cross_entropy")
     options: dict[str, Any] = {"impl": impl, "ignore_index": IGNORE_INDEX}
     if impl == "cce_exact" and getattr(module.LinearCrossEntropyImpl, "CCE_EXACT", None) is None:
         options |= {"impl": "cce", "filter_eps": None}  # 25.1.1 has no name for it
-    inputs = (problem.hidden, problem.weight, problem.labels)
-    return stepping(problem, lambda: module.linear_cross_entropy(*inputs, **options))
+    return lambda: module.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, **options)
 
 
-def liger(problem: Inputs) -> Step:
-    """Call LinkedIn's fused linear cross-entropy: gradients in the forward pass, in chunks of N D / V tokens."""
-    loss = library("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
-    return stepping(problem, lambda: loss(problem.weight, problem.hidden, problem.labels))
+def tiled(inputs: Inputs, tile: str) -> Callable[[], Tensor]:
+    """Call ours with tiles of another shape."""
+    loss = ours(inputs)
+
+    def tiled_loss() -> Tensor:
+        with mock.patch.dict(os.environ, {TILE: tile}):
+            return loss()
+
+    return tiled_loss
 
 
-def quack(problem: Inputs) -> Step:
-    """Call QuACK's chunked linear cross-entropy, with the chunk that it defaults to."""
-    function = library("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    inputs = (problem.hidden, problem.weight, problem.labels)
-    return stepping(problem, lambda: function(*inputs, ignore_index=IGNORE_INDEX))
-
-
-def trl(problem: Inputs) -> Step:
-    """Call TRL's fused head as its `add_fused_lm_head` does: kept tokens with Triton, otherwise all of them."""
-    function = library("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    width = int(getattr(library("trl.trainer.utils"), "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768))
-
-    def loss() -> Tensor:
-        kept = problem.labels != IGNORE_INDEX
-        on_gpu = problem.hidden.is_cuda
-        hidden = problem.hidden[kept] if on_gpu else problem.hidden
-        labels = problem.labels[kept] if on_gpu else problem.labels.clamp(min=0)
-        logp = function.apply(hidden, problem.weight, None, labels, 1.0, width, None, 1.0, ("log_probs",))[0]
-        return -logp.mean() if on_gpu else -logp.masked_fill(~kept, 0.0).sum() / kept.sum()
-
-    return stepping(problem, loss)
-
-
-def trl_divergence(problem: Inputs) -> Step:
-    """Call TRL's fused divergence as its distillation trainer does: KL(teacher || student) of the kept tokens."""
-    function = library("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-
-    def loss() -> Tensor:
-        kept = problem.labels != IGNORE_INDEX
-        teacher = problem.reference[kept]
-        return function.apply(problem.hidden[kept], problem.weight, None, teacher, problem.weight, None, 0.0)[0].mean()
-
-    return stepping(problem, loss)
-
-
-def register(name: str, about: str, build: Callable[..., Step], *arguments: Any, **fields: Any) -> None:
-    """Add a contestant whose step is `build(problem, *arguments)`."""
-    CONTESTANTS[name] = Contestant(lambda problem: build(problem, *arguments), about, **fields)
+for shape in TILES:
+    register(f"tile_{shape}", f"fastforget, {TILE}={shape}", shape, role="tile")(tiled)
 
 
 def taking_part(setting: Setting) -> list[str]:
@@ -306,6 +321,10 @@ class Problem(Inputs):
 
     whole_peak = False
 
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__(Setting(**given))
+        self.truth  # noqa: B018  # before anybody is measured: it takes memory
+
     def step_of(self, name: str, dry: bool) -> Step:
         """Build a contestant's step; NotMeasured where it cannot take part."""
         contestant, setting = CONTESTANTS[name], self.setting
@@ -316,39 +335,3 @@ class Problem(Inputs):
         if dry and contestant.slow_start:
             raise NotMeasured("not measured: compiles for too long for a dry run")
         return contestant.build(self)
-
-
-ALL, CPU, GPU = tuple(LOSSES), ("cpu",), ("cuda",)
-HOW = {
-    "unchunked": "each at once",
-    "rows": "in chunks of whole rows",
-    "tiled": "in chunks of rows, logits in tiles of columns",
-    "together": "all of a tile after each other, as ours",
-}
-for kind, how in HOW.items():
-    where = ("cuda", "cpu") if kind == "unchunked" else CPU
-    register(f"floor_{kind}", f"bare products, {how}", floor, kind, role="floor", losses=ALL, devices=where)
-    register(
-        f"floor_{kind}_known", f"three bare products, {how}", floor, kind, True,
-        role="floor", losses=("kl",), devices=where, known=True,
-    )  # fmt: skip
-register("ours", "fastforget", ours, role="ours", losses=ALL)
-register(
-    "ours_known", "the same, the reference's embedding cached", ours_known, role="ours", losses=("kl",), known=True
-)
-register("ours_torch", "fastforget, backend torch", ours, "torch", role="ours", losses=ALL, devices=CPU)
-register("liger", "Liger", liger, devices=GPU)
-register("trl", "TRL's fused head", trl)
-register("trl_divergence", "TRL's fused divergence", trl_divergence, losses=("kl",))
-register("quack", "QuACK", quack, devices=GPU)
-register("eager", "all logits, then float32, as transformers does", eager, losses=ALL)
-register("compile", "torch.compile of eager", compiled, losses=ALL, slow_start=True)
-register("torch_lce", "F.linear_cross_entropy", torch_linear_cross_entropy, False)
-register("torch_lce_chunked", "F.linear_cross_entropy, chunked", torch_linear_cross_entropy, True)
-register("cce", "cut-cross-entropy", cut_cross_entropy, "cce", devices=GPU)
-register("cce_exact", "cut-cross-entropy, no filter", cut_cross_entropy, "cce_exact", devices=GPU)
-register(
-    "cce_compile", "cut-cross-entropy, torch_compile", cut_cross_entropy, "torch_compile", devices=CPU, slow_start=True
-)
-for tile in TILES:
-    register(f"tile_{tile}", f"fastforget, {TILE}={tile}", ours_tiled, tile, role="tile", losses=ALL)

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 import fastforget as ff
-from benchmarks import harness, loops, runs
-from benchmarks.harness import OUT_OF_TIME, Record, Say
+from benchmarks import harness, loops
+from benchmarks.harness import OUT_OF_TIME, Record
 from benchmarks.tables import MEASURED, NOT_MEASURED, goal
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
@@ -105,7 +105,7 @@ def measured(report: Mapping[str, Any]) -> Record:
     }
 
 
-def make_memorised(say: Say, folder: str, scale: Mapping[str, int]) -> None:
+def make_memorised(folder: str, scale: Mapping[str, int]) -> Record:
     """Train a model until it recites the answers of a text's rows; save it, and the rows as a user has them; a task."""
     from fastforget.data.sources import Source, read_source
     from fastforget.data.topics import load_corpus
@@ -128,9 +128,10 @@ def make_memorised(say: Say, folder: str, scale: Mapping[str, int]) -> None:
     model = build_model(tokenizer, hidden_size=scale["hidden"], layers=2, seed=0)
     memorise(model, tokenizer, known, seed=0)
     save_base(model, tokenizer, Path(folder) / "base")
+    return {}
 
 
-def converge(say: Say, preset: str, folder: str, scale: Mapping[str, int]) -> None:
+def converge(preset: str, folder: str, scale: Mapping[str, int]) -> Record:
     """Run one job with the defaults, on one thread: sums are then the same whatever else runs; a task."""
     torch.set_num_threads(1)
     name, options = options_of(preset)
@@ -139,10 +140,10 @@ def converge(say: Say, preset: str, folder: str, scale: Mapping[str, int]) -> No
     with tempfile.TemporaryDirectory(prefix="fastforget-preset-") as out:
         adapter = Path(out) / "adapter"
         report = ff.unlearn(base, forget, adapter, retain=retain, preset=name, preset_options=options, **common)
-    say(preset, measured(report))
+    return measured(report)
 
 
-def step_memory(say: Say, preset: str, given: Mapping[str, Any]) -> None:
+def step_memory(preset: str, given: Mapping[str, Any]) -> Record:
     """Measure the peak of a second step beyond the loaded model; a task.
 
     Only what tensors occupy is in it, not what the heap keeps of freed ones: glibc is told to give every larger tensor
@@ -166,7 +167,7 @@ def step_memory(say: Say, preset: str, given: Mapping[str, Any]) -> None:
     harness.free_memory("cpu")
     loaded = harness.memory_mb("cpu")
     run()
-    say(preset, {"status": MEASURED, **harness.peak(run, "cpu", loaded)})
+    return {"status": MEASURED, **harness.peak(run, "cpu", loaded)}
 
 
 def verdict(report: Mapping[str, float]) -> str:
@@ -226,11 +227,13 @@ def row_of(suite: str, names: Sequence[str], everything: Mapping[str, Mapping[st
 
 
 def main(
-    arguments: Sequence[str] | None = None, runner: runs.Runner = runs.isolated, demo: Callable[..., Record] = run_demo
+    arguments: Sequence[str] | None = None,
+    runner: harness.Runner = harness.isolated,
+    demo: Callable[..., Record] = run_demo,
 ) -> int:
     """Run the suites asked for; `runner` and `demo` replace processes and command. Returns the exit code."""
     options = parse(arguments)
-    results = runs.header("Every preset", ABOUT, options) | {"records": {}}
+    results = harness.header("Every preset", ABOUT, options) | {"records": {}}
     each = [f"{preset}, seed 0" for preset in options.presets]
     planned = {"presets": each, "convergence": each, "memory": list(dict.fromkeys([f"{BASELINE}, seed 0", *each]))}
     planned["seeds"] = [f"{DEFAULT_PRESET}, seed {seed}" for seed in options.seeds]
@@ -242,20 +245,17 @@ def main(
         preset, _, seed = name.partition(", seed ")
         record: Record = {"status": OUT_OF_TIME}
         left = min(LONGEST, until - time.monotonic())
-        try:
-            if left > 0 and suite == "memory":
-                record = runner(step_memory, preset, asdict(replace(STEP, folder=folder)), seconds=left)[preset]
-            elif left > 0 and suite == "convergence":
-                record = runner(converge, preset, folder, SMALL, seconds=left)[preset]
-            elif left > 0:
-                record = demo(preset, int(seed), Path(folder))
-        except runs.Died as death:
-            record = {"status": f"failed: {death}"}
+        if left > 0 and suite == "memory":
+            record = runner(step_memory, preset, asdict(replace(STEP, folder=folder)), seconds=left)
+        elif left > 0 and suite == "convergence":
+            record = runner(converge, preset, folder, SMALL, seconds=left)
+        elif left > 0:
+            record = demo(preset, int(seed), Path(folder))
         records.setdefault(suite, {})[name] = record | {"commit": results["commit"]}
         print(f"{suite}, {name}: {record['status']}", flush=True)
         names = {each: dict.fromkeys([*planned.get(each, ()), *records.get(each, ())]) for each in SUITES}
         results["rows"] = [row_of(each, list(runs_of), records) for each, runs_of in names.items() if runs_of]
-        runs.publish(results, options.json)
+        harness.publish(results, options.json)
 
     for suite, names in planned.items():
         with tempfile.TemporaryDirectory(prefix="fastforget-presets-") as folder:
@@ -265,17 +265,16 @@ def main(
                 runner(make_memorised, folder, SMALL, seconds=LONGEST)
             with ThreadPoolExecutor(options.jobs if suite == "convergence" else 1) as pool:
                 list(pool.map(lambda name: measure(suite, name, folder), names))  # noqa: B023  # it ends here
-    return runs.conclude(results)
+    return harness.conclude(results)
 
 
-def keep_earlier(results: runs.Results, options: argparse.Namespace, planned: dict[str, list[str]]) -> None:
+def keep_earlier(results: harness.Results, options: argparse.Namespace, planned: dict[str, list[str]]) -> None:
     """Take over runs that the date's file holds, where they are not planned; with --resume, what was measured, too."""
     if not options.json.exists():
         return
     earlier = json.loads(options.json.read_text(encoding="utf-8"))
-    for name in ("machine", "versions"):
-        if earlier[name] != results[name]:
-            raise SystemExit(f"{options.json} was measured with another {name}: give another --date or --out")
+    if earlier["machine"] != results["machine"]:
+        raise SystemExit(f"{options.json} was measured elsewhere, or with other versions: give another --date or --out")
     for suite, records in earlier["records"].items():
         names = planned.get(suite, [])
         done = [name for name in records if options.resume and records[name]["status"] == MEASURED]
@@ -285,12 +284,13 @@ def keep_earlier(results: runs.Results, options: argparse.Namespace, planned: di
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options; bad ones end with exit code 2."""
-    parser = runs.parser_of("presets", __doc__)
-    parser.add_argument("--only", type=runs.names_of("suite", SUITES), default=SUITES, help="suites, comma-separated")
+    parser = harness.parser_of("presets", __doc__)
+    parser.add_argument(
+        "--only", type=harness.names_of("suite", SUITES), default=SUITES, help="suites, comma-separated"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--presets", type=presets, default=ALL, help=f"default: {', '.join(ALL)}")
     parser.add_argument("--jobs", type=int, default=1, help="of convergence at once, one thread each")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results; default %(default)s")
     parser.add_argument("--resume", action="store_true", help="keep what was measured; what failed is tried again")
     options = parser.parse_args(arguments)
     options.dry, options.json = False, options.json or options.out / f"{options.date}-presets.json"

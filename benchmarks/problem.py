@@ -108,21 +108,32 @@ class Inputs:
     def exact_fields(self, states: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Compute float64 fields of all kept tokens, a few at a time, without gradients."""
         with torch.no_grad():
-            parts = [self.fields_at(states, rows, names) for rows in self.positions.split(ORACLE_ROWS)]
+            parts = [self.fields_at(states, rows) for rows in self.positions.split(ORACLE_ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
-    def fields_at(self, states: Tensor, rows: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Compute float64 fields of a few rows of states, by their definitions."""
-        state = states[rows].double()
-        fields: dict[str, Tensor] = {}
-        if {"logp", "kl"} & set(names):
-            log_p = torch.log_softmax(state @ self.exact_weight.T, dim=1)
-            fields["logp"] = log_p.gather(1, self.labels[rows][:, None])[:, 0]
-        if "kl" in names:
-            log_q = torch.log_softmax(self.reference[rows].double() @ self.exact_weight.T, dim=1)
-            fields["kl"] = (log_q.exp() * (log_q - log_p)).sum(dim=1)
-        if "distance" in names:
-            fields |= distances(state, self.reference[rows].double(), self.centres.double())
+    def fields_at(self, states: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Compute float64 fields of a few rows of states."""
+        logits = states[rows].double() @ self.exact_weight.T
+        others = self.reference[rows].double() @ self.exact_weight.T if self.setting.loss == "kl" else None
+        return self.fields_of(states, logits, others, rows, torch.arange(len(rows), device=self.device))
+
+    def fields_of(
+        self, states: Tensor, logits: Tensor, others: Tensor | None, rows: Tensor, places: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the loss's fields of the tokens `rows`, by their definitions, from all logits and the reference's.
+
+        places: where the rows stand in the logits, (n, V), and others, (n, V); default: at `rows`.
+        """
+        where, dtype = rows if places is None else places, logits.dtype
+        log_p = torch.log_softmax(logits, dim=1)
+        fields = {"logp": log_p[where, self.labels[rows]]}
+        if others is not None:
+            log_q = torch.log_softmax(others, dim=1)
+            fields["kl"] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)[where]
+        if "distance" in self.fields:
+            state, anchor = (F.normalize(each[rows].to(dtype), dim=1) for each in (states, self.reference))
+            fields["distance"] = (1.0 - (state * anchor).sum(dim=1)).clamp(max=MARGIN)  # cosine, at most the margin
+            fields["pull"] = (1.0 - state @ F.normalize(self.centres.to(dtype), dim=1).T).amin(dim=1)
         return fields
 
     @functools.cached_property
@@ -133,7 +144,7 @@ class Inputs:
         places = places.round().long()
         rows = self.positions[places]
         states = self.hidden.detach().clone().double().requires_grad_()
-        sampled = self.fields_at(states, rows, self.fields)
+        sampled = self.fields_at(states, rows)
         merged = {name: fields[name].index_put((places,), sampled[name]) for name in self.fields}
         loss = self.formula(self, merged)
         (gradient,) = torch.autograd.grad(loss, states)
@@ -160,14 +171,6 @@ class Inputs:
             "gradient of ignored tokens": bool((ignored == 0).all()),
         }
         return {**found, "flags": [name for name, near in right.items() if not near]}
-
-
-def distances(states: Tensor, anchors: Tensor, centres: Tensor) -> dict[str, Tensor]:
-    """Compute the cosine distance of each state from its anchor, at most the margin, and from the nearest centre."""
-    directions = F.normalize(states, dim=1)
-    distance = 1.0 - (directions * F.normalize(anchors, dim=1)).sum(dim=1)
-    pull = 1.0 - directions @ F.normalize(centres, dim=1).T
-    return {"distance": distance.clamp(max=MARGIN), "pull": pull.amin(dim=1)}
 
 
 def nll(inputs: Inputs, fields: Fields) -> Tensor:

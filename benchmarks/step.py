@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 
 import fastforget as ff
-from benchmarks import harness, loops, runs
+from benchmarks import harness, loops
 from benchmarks.harness import Answer, Record, Step
 from benchmarks.loops import Backward, Batches, StepSetting
-from benchmarks.runs import here, isolated
 from benchmarks.tables import goal, ratio
 from fastforget.backends import pick
 
@@ -51,6 +50,8 @@ LOOPS = {  # name -> what it is, its role
     "backbone": ("backbone alone", "floor"),
     "full": ("UnlearnStep, a full step of grad_diff", "ours"),
 }
+RMU_LOOPS = ("full", "ours_first", "ours_later")
+RMU_SIZE: dict[str, Any] = {"shape": "deep", "sequences": 4, "length": 64, "labelled": 1.0, "batches": 1}
 LATER_FASTER, FIRST_FASTER, MEMORY, EARLY = 2.5, 1.8, 0.35, 0.4  # what was asked of ours
 SIMILAR_ERROR = 2.0  # a loop may err by so many times what the peer errs, against float64 ...
 ULPS = 16 * 2.0**-24  # ... and, where the peer happens to be exact, by this share of the gradient or loss
@@ -90,10 +91,9 @@ class Problem:
 
     whole_peak = True
 
-    def __init__(self, setting: StepSetting) -> None:
-        self.setting, self.device_name = setting, setting.device
-        self.model = loops.load_policy(setting)
-        self.batches = loops.epoch(setting)
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        setting = self.setting = StepSetting(**given)
+        self.device_name, self.model, self.batches = setting.device, loops.load_policy(setting), loops.epoch(setting)
         loops.perturb(self.model, setting.seed, ADAPTER_STD)
 
     @functools.cached_property
@@ -165,11 +165,6 @@ class Problem:
         return {"value_error": found[0].item(), "worst_row": found[1:].max().item(), "flags": flags[:3]}
 
 
-def open_problem(setting: Mapping[str, Any]) -> Problem:
-    """Load a setting's model."""
-    return Problem(StepSetting(**setting))
-
-
 def finish(row: dict[str, Any]) -> None:
     """State what was asked: later and first epochs against both forms of the loop, memory against the smaller one."""
     records, setting = row["contestants"], row["setting"]
@@ -177,9 +172,7 @@ def finish(row: dict[str, Any]) -> None:
     row["notes"] = [f"ours by `{pick('auto', torch.device(setting['device']))}`; load average {load:.1f}"]
     if setting["method"] == "rmu":
         row["ours"] = "full"
-        row["goals"] = [
-            goal(f"{name} / full", ratio(row, name, "full"), "≤", EARLY) for name in records if name != "full"
-        ]
+        row["goals"] = [goal(f"{name} / full", ratio(row, name, "full"), "≤", EARLY) for name in RMU_LOOPS[1:]]
         return
     row["ours"] = "ours_later"
     for peer in ("loop", "loop_selected"):
@@ -196,19 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
 
     def names_of(setting: StepSetting) -> list[str]:
-        own = (
-            ["full", "ours_first", "ours_later"]
-            if setting.method == "rmu"
-            else [name for name in LOOPS if name != "full"]
-        )
+        own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
         return [name for name in own if name in (options.loops or LOOPS)]
 
-    benchmark = runs.Benchmark("benchmarks.step", "Training steps", ABOUT, LOOPS, names_of, finish)
+    benchmark = harness.Benchmark("benchmarks.step", "Training steps", ABOUT, LOOPS, names_of, finish)
     with tempfile.TemporaryDirectory(prefix="fastforget-step-") as folder:
         settings = settings_of(options, folder)
         for setting in {each.folder: each for each in settings}.values():
-            (here if options.here else isolated)(loops.make_base, asdict(setting), seconds=harness.A_DAY)
-        return runs.conclude(runs.measure_rows(benchmark, settings, options))
+            harness.isolated(loops.make_base, asdict(setting), seconds=harness.A_DAY)
+        return harness.conclude(harness.measure_rows(benchmark, settings, options))
 
 
 def settings_of(options: argparse.Namespace, folder: str) -> list[StepSetting]:
@@ -217,23 +206,22 @@ def settings_of(options: argparse.Namespace, folder: str) -> list[StepSetting]:
     common = {name: getattr(options, name) for name in names} | {"ragged": options.tiny}  # padding is compared, too
     found = []
     for shape, size, method in itertools.product(options.shape, options.bits, options.methods):
-        setting = StepSetting(method, shape, size, folder=f"{folder}/{shape}", **common)
+        setting = StepSetting(method, shape, int(size), folder=f"{folder}/{shape}", **common)
         if method == "rmu" and not options.tiny:
-            setting = replace(
-                setting, shape="deep", folder=f"{folder}/deep", sequences=4, length=64, labelled=1.0, batches=1
-            )
+            setting = replace(setting, folder=f"{folder}/deep", **RMU_SIZE)
         found.append(setting)
     return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options, and fill in what follows from others; bad ones end with exit code 2."""
-    parser = runs.parser_of("step", __doc__)
+    parser = harness.parser_of("step", __doc__)
+    bits = harness.names_of("number of bits", ("32", "16", "8", "4"))
     shapes = [name for name in loops.SHAPES if not name.startswith("tiny")]
-    parser.add_argument("--shape", type=runs.names_of("shape", shapes), default=("small",), help=", ".join(shapes))
-    parser.add_argument("--bits", type=bits, default=(32,), help="of the base: 32, 16, 8 or 4; comma-separated")
-    parser.add_argument("--methods", type=runs.names_of("method", TERMS), default=("mismatch", "grad_diff"))
-    parser.add_argument("--loops", type=runs.names_of("loop", LOOPS), help=f"default: all of {', '.join(LOOPS)}")
+    parser.add_argument("--shape", type=harness.names_of("shape", shapes), default=("small",), help=", ".join(shapes))
+    parser.add_argument("--bits", type=bits, default=("32",), help="of the base: 32, 16, 8 or 4; comma-separated")
+    parser.add_argument("--methods", type=harness.names_of("method", TERMS), default=("mismatch", "grad_diff"))
+    parser.add_argument("--loops", type=harness.names_of("loop", LOOPS), help=f"default: all of {', '.join(LOOPS)}")
     parser.add_argument("--sequences", type=int, help="of each side; default 8")
     parser.add_argument("--length", type=int, help="tokens of a sequence; default 128")
     parser.add_argument("--labelled", type=float, default=0.4, help="share of the tokens; default 0.4")
@@ -245,11 +233,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.sequences = options.sequences or (3 if options.tiny else 8)
     options.length = options.length or (24 if options.tiny else 128)
     return options
-
-
-def bits(text: str) -> tuple[int, ...]:
-    """Read comma-separated numbers of bits."""
-    return tuple(int(name) for name in runs.names_of("number of bits", ("32", "16", "8", "4"))(text))
 
 
 if __name__ == "__main__":

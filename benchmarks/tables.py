@@ -7,11 +7,10 @@ A row: {"name", "contestants": {name: record}, "ours": the name that others are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
-Record = Mapping[str, Any]
 
 MEASURED, NOT_MEASURED = "measured", "not measured"
 DRY = "**A dry run: it shows that everything runs, and holds no figure of speed.**"
@@ -19,12 +18,10 @@ DRY = "**A dry run: it shows that everything runs, and holds no figure of speed.
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Write a whole results file: where it was measured, and a section for each row."""
-    machine = results["machine"]
+    machine = "; ".join(f"{name} {finding}" for name, finding in results["machine"].items())
     parts = [
         f"# {results['title']}, {results['date']}",
-        f"{machine['device']}; {machine['cpu']} ({machine['instruction_sets']}), {machine['cores']} cores, "
-        f"{machine['torch_threads']} torch threads; commit {results['commit'] or 'unknown'}.",
-        ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+        f"{machine}; commit {results['commit'] or 'unknown'}.",
         *results["about"],
         *([DRY] if results["dry_run"] else []),
         *(section(row) for row in results["rows"]),
@@ -32,54 +29,42 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def section(row: Row, level: str = "##") -> str:
+def section(row: Row) -> str:
     """Write a row: its contestants, then its notes and goals."""
     lines = [f"* {line}" for line in (*row.get("notes", ()), *map(goal_line, row["goals"]))]
-    return "\n\n".join(
-        [f"{level} {plain(row['name'])}", "\n".join(contestants(row)), *(["\n".join(lines)] if lines else [])]
-    )
+    parts = [f"## {plain(row['name'])}", "\n".join(contestants(row)), "\n".join(lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def contestants(row: Row) -> list[str]:
     """Write the table of a row's contestants, without the columns in which nobody has anything."""
-    records = row["contestants"]
-    own = dict.fromkeys(heading for record in records.values() for heading in record.get("figures", ()))
-    columns: dict[str, Callable[[str, Record], str]] = {
-        "": lambda name, record: record.get("about", ""),
-        "status": lambda name, record: "" if record["status"] == MEASURED else record["status"],
-        "ms": lambda name, record: figure(record.get("median_ms"), "{:.2f}"),
-        "× floor": lambda name, record: figure(ratio(row, name, record.get("floor")), "{:.2f}"),
-        f"× {row.get('ours')}": lambda name, record: figure(ratio(row, name, row.get("ours")), "{:.2f}"),
-        "extra MB": lambda name, record: figure(record.get("peak_mb"), "{:.0f}"),
-        "value error": lambda name, record: figure(record.get("value_error"), "{:.1e}"),
-        "gradient error": lambda name, record: figure(record.get("gradient_error"), "{:.1e}"),
-        "worst row": lambda name, record: figure(record.get("worst_row"), "{:.1e}"),
-        "wrong": lambda name, record: f"**{'; '.join(record['flags'])}**" if record.get("flags") else "",
-    }
-    columns |= {
-        heading: lambda name, record, heading=heading: record.get("figures", {}).get(heading, "") for heading in own
-    }
-    cells = {heading: [plain(cell(*item)) for item in records.items()] for heading, cell in columns.items()}
-    shown = {heading: values for heading, values in cells.items() if any(values)}
-    return table(["contestant", *shown], zip([f"`{plain(name)}`" for name in records], *shown.values(), strict=True))
+    records, forms = row["contestants"], {"extra MB": ("peak_mb", "{:.0f}"), "value error": ("value_error", "{:.1e}")}
+    forms |= {"gradient error": ("gradient_error", "{:.1e}"), "worst row": ("worst_row", "{:.1e}")}
+    lines = []
+    for name, record in records.items():
+        cells = {"contestant": f"`{name}`", "": record.get("about", "")}
+        cells["status"] = "" if record["status"] == MEASURED else record["status"]
+        cells["ms"] = figure(record.get("median_ms"), "{:.2f}")
+        cells["× floor"] = figure(ratio(row, name, record.get("floor")), "{:.2f}")
+        cells["× ours"] = figure(ratio(row, name, row.get("ours")), "{:.2f}")
+        cells |= {heading: figure(record.get(key), form) for heading, (key, form) in forms.items()}
+        cells["wrong"] = f"**{'; '.join(record['flags'])}**" if record.get("flags") else ""
+        lines.append(cells | record.get("figures", {}))
+    headings = dict.fromkeys(heading for cells in lines for heading in cells)
+    shown = [heading for heading in headings if any(cells.get(heading) for cells in lines)]
+    return table(shown, [[plain(cells.get(heading, "")) for heading in shown] for cells in lines])
 
 
 def fastest(row: Row, role: str, names: Iterable[str] | None = None) -> str | None:
     """Return who of a role, or of `names` alone, has the smallest median; None where nobody was timed."""
-    records = row["contestants"]
-    chosen = [name for name in (records if names is None else names) if records.get(name, {}).get("role") == role]
-    times = {name: time for name in chosen if (time := time_of(row, name)) is not None}
+    records = {name: record for name, record in row["contestants"].items() if names is None or name in names}
+    times = {name: each["median_ms"] for name, each in records.items() if each["role"] == role and "median_ms" in each}
     return min(times, key=lambda name: times[name], default=None)
-
-
-def time_of(row: Row, name: str | None) -> float | None:
-    """Return a contestant's median in ms."""
-    return row["contestants"].get(name, {}).get("median_ms")
 
 
 def ratio(row: Row, name: str | None, over: str | None) -> float | None:
     """Divide two medians; None where one of them was not measured."""
-    upper, lower = time_of(row, name), time_of(row, over)
+    upper, lower = (row["contestants"].get(each, {}).get("median_ms") for each in (name, over))
     return None if upper is None or not lower else upper / lower
 
 
@@ -96,9 +81,9 @@ def goal_line(goal: Mapping[str, Any]) -> str:
     return f"{goal['goal']}: {value}, asked {goal['relation']} {goal['limit']:.3f}{verdict}"
 
 
-def figure(value: float | None, form: str, without: str = "") -> str:
+def figure(value: float | None, form: str) -> str:
     """Write a number that may be missing."""
-    return without if value is None else form.format(value)
+    return "" if value is None else form.format(value)
 
 
 def plain(text: str) -> str:

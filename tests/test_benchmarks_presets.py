@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from benchmarks import presets
+from benchmarks.harness import here
 from benchmarks.presets import ALL, DEFAULT_PRESET, main, run_demo, verdict
-from benchmarks.runs import Died, here
 from benchmarks.tables import MEASURED
 from fastforget.objectives.presets import PRESETS
 
@@ -34,20 +34,17 @@ GOOD = {"status": MEASURED, "report": REPORT, "peak_mb": 150.0, "rise_mb": 140.0
 
 @pytest.fixture
 def proof(tmp_path):
-    """Runs main() with stand-ins that give GOOD, changed by what `answers` holds for a preset, or that raise it."""
+    """Runs main() with stand-ins that give GOOD, changed by what `answers` holds for a preset."""
 
     def run(*arguments, **answers):
         asked = []
 
         def answer(preset, suite):
             asked.append((suite, preset))
-            change = answers.get(preset.partition(" ")[0], {})
-            if isinstance(change, BaseException):
-                raise change
-            return GOOD | change
+            return GOOD | answers.get(preset.partition(" ")[0], {})
 
         def runner(task, first, *rest, seconds):
-            return {first: answer(first, task.__name__)} if task in (presets.converge, presets.step_memory) else {}
+            return answer(first, task.__name__) if task in (presets.converge, presets.step_memory) else {}
 
         code = main(
             [*arguments, "--out", str(tmp_path), "--date", "2026-12-01"],
@@ -81,9 +78,9 @@ def test_a_step_that_holds_the_logits_is_seen(monkeypatch, tmp_path):
     setting = dataclasses.replace(presets.STEP, shape="tiny-wide", sequences=2, length=9, folder=str(tmp_path))
     monkeypatch.setattr(presets, "STEP", setting)
     given = dataclasses.asdict(setting)
-    here(presets.loops.make_base, given, seconds=60)
+    presets.loops.make_base(given)
     for preset in ("dpo", "distance_cluster k=2", "jensun"):
-        record = here(presets.step_memory, preset, given, seconds=60)[preset]
+        record = presets.step_memory(preset, given)
         assert record["status"] == MEASURED and record["rise_mb"] < 60
     right = presets.loops.ours
 
@@ -92,7 +89,7 @@ def test_a_step_that_holds_the_logits_is_seen(monkeypatch, tmp_path):
         return lambda batches: (len(bytearray(b"x") * 64_000_000), backward(batches))[1]
 
     monkeypatch.setattr(presets.loops, "ours", wasteful)
-    assert here(presets.step_memory, "grad_diff", given, seconds=60)["grad_diff"]["rise_mb"] >= 60
+    assert presets.step_memory("grad_diff", given)["rise_mb"] >= 60
 
 
 @pytest.mark.parametrize(
@@ -118,7 +115,7 @@ def test_everything_is_measured_once_and_what_is_missed_is_told(proof, results, 
     assert code == 0 and {name.partition(" ")[0] for name in ALL} == set(PRESETS)
     assert len(asked) == 3 + 3 * len(ALL) and {row["name"] for row in results()["rows"]} == set(presets.SUITES)
     default = {DEFAULT_PRESET: {"report": REPORT | {"forget_leak_after": 0.25}, "peak_mb": 196.0}}
-    code, _ = proof("--seeds", "1", npo=Died("ended with code -9", "npo", {}), **default)
+    code, _ = proof("--seeds", "1", npo={"status": "failed: ended with code -9", "report": None}, **default)
     printed = capsys.readouterr().out
     assert code == 1
     for line in (
@@ -128,7 +125,7 @@ def test_everything_is_measured_once_and_what_is_missed_is_told(proof, results, 
         "convergence: grad_ascent, seed 0: wrong: forgets, keeps the rest",
     ):
         assert line in printed
-    assert "| `grad_diff, seed 0` |  | forgets, keeps the rest | 0.080 → 2.500 | 100.0% → 0.0% |" in printed
+    assert "| `grad_diff, seed 0` |  | 150 | forgets, keeps the rest | 0.080 → 2.500 | 100.0% → 0.0% |" in printed
 
 
 def test_resume_keeps_what_was_measured_and_tries_failures_again(proof, results, monkeypatch):
@@ -139,8 +136,8 @@ def test_resume_keeps_what_was_measured_and_tries_failures_again(proof, results,
     assert proof(*only, "npo")[1] == [(0, "npo")] and set(results()["records"]["presets"]) == {
         f"{name}, seed 0" for name in ("npo", "simnpo", "grad_diff")
     }, "runs that were not asked for are kept"
-    monkeypatch.setattr(presets.runs, "versions", lambda: {"torch": "another"})
-    with pytest.raises(SystemExit, match="measured with another versions"):
+    monkeypatch.setattr(presets.harness, "PEERS", ())
+    with pytest.raises(SystemExit, match="measured elsewhere, or with other versions"):
         proof(*only, "npo")
 
 

@@ -4,15 +4,17 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import bench, loops, runs, step
+from benchmarks import bench, harness, head, loops, step
 from benchmarks.harness import RAN
 from benchmarks.loops import StepSetting, epoch
 from benchmarks.tables import MEASURED
 
-DRY = ["--device", "cpu", "--tiny", "--here"]
+DRY = ["--device", "cpu", "--tiny"]
 
 
 def rows_of(path):
@@ -93,11 +95,9 @@ def test_batches():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_loop_that_holds_all_logits_has_the_higher_peak(tmp_path):
     setting = dataclasses.asdict(StepSetting(shape="tiny", sequences=16, length=256, folder=str(tmp_path)))
-    runs.here(loops.make_base, setting, seconds=60)
-    found = {
-        name: runs.here(runs.measure_peak, name, "benchmarks.step", setting, seconds=60)[name]["peak_mb"]
-        for name in ("loop", "ours_later")
-    }
+    loops.make_base(setting)
+    tasks = {name: harness.measure_peak("benchmarks.step", name, setting) for name in ("loop", "ours_later")}
+    found = {name: record["peak_mb"] for name, record in tasks.items()}
     if None in found.values():
         pytest.skip("this kernel lets no process forget its peak")
     assert found["loop"] > found["ours_later"] + 2 * 16 * 256 * 320 * 4 / 1e6
@@ -118,29 +118,34 @@ def test_goals_are_set_against_both_loops():
 
 
 def test_bench(tmp_path, monkeypatch, capsys):
-    timed = {"status": MEASURED, "median_ms": 10.0, "about": "fastforget", "role": "ours", "peak_mb": 80.0}
-    passes = {"name": "tile passes", "contestants": {"test_tile_pass[x]": timed}, "goals": []}
-    monkeypatch.setattr(bench, "run_passes", lambda file: [passes])
-    arguments = ["--out", str(tmp_path), "--date", "2026-01-02"]
-    assert bench.main([*arguments, "--tiny"]) == 0
-    source = tmp_path / "2026-01-02-bench.json"
-    assert {row["part"] for row in rows_of(source)} == {*bench.PARTS, "rows"}
-    results = json.loads(source.read_text())
-    row = {"name": "nll | N", "part": "head", "ours": "ours", "goals": []}
-    row["contestants"] = {"ours": timed, "trl": {"status": "not installed", "about": "TRL", "role": "peer"}}
-    source.write_text(json.dumps(results | {"rows": [row]}))
-    readme = tmp_path / "README.md"
+    commands = []
+    wrong = {"step": 1, "rows": 4}
+
+    def run(command, cwd, timeout):
+        commands.append(command)
+        file = next(Path(word) for word in command if word.endswith(".json"))
+        part = file.stem.split("-")[3]
+        timed = {"status": MEASURED, "median_ms": 10.0, "about": "fastforget", "role": "ours", "peak_mb": 80.0}
+        records = {"ours": timed, "trl": {"status": "not installed", "about": "TRL", "role": "peer"}}
+        results = {"form": harness.FORM, "date": "D", "commit": "C", "machine": {"cpu": "X", "torch threads": "2"}}
+        file.write_text(
+            json.dumps(results | {"rows": [{"name": f"{part} | N", "ours": "ours", "contestants": records}]})
+        )
+        return SimpleNamespace(returncode=wrong.get(part, 0))
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    arguments, readme = ["--out", str(tmp_path), "--date", "2026-01-02"], tmp_path / "README.md"
+    assert bench.main(arguments) == 1 and "rows: failed to run" in capsys.readouterr().out, "a missed goal is none"
+    assert bench.main([*arguments, "--only", "head", "--full"]) == 0 and len(commands) == 6
+    for words in commands[:4]:
+        module, options = words[2], words[3:]
+        assert {"benchmarks.head": head, "benchmarks.step": step}[module].parse(options).limit < harness.A_DAY
     readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
-    assert bench.write_readme(source, readme) == 0
+    assert bench.write_readme(tmp_path, readme) == 0
     written = readme.read_text()
-    assert "| nll / N | fastforget | 10 | 1.00 | 80 |" in written and "old" not in written and "TRL" not in written
+    assert "| step / N | fastforget | 10 | 1.00 | 80 |" in written and "old" not in written and "TRL" not in written
+    assert "2026-01-02-head-full.md" in written and written.endswith(f"{bench.END}\nafter\n")
     readme.write_text("no markers\n")
-    assert bench.write_readme(source, readme) == 2 and "needs these two lines" in capsys.readouterr().err
-    source.write_text(json.dumps({"rows": []}))
-    assert bench.write_readme(source, readme) == 2 and "measure again" in capsys.readouterr().err
-
-    def fails(words):
-        raise RuntimeError("no luck")
-
-    monkeypatch.setitem(bench.PARTS, "head", (fails, *bench.PARTS["head"][1:]))
-    assert bench.main([*arguments, "--only", "head,rows"]) == 1 and "head: failed to run" in capsys.readouterr().out
+    assert bench.write_readme(tmp_path, readme) == 2 and "needs these two lines" in capsys.readouterr().err
+    (tmp_path / "2026-01-02-step.json").write_text('{"rows": []}')
+    assert bench.write_readme(tmp_path, readme) == 2 and "no results of step" in capsys.readouterr().err
