@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,45 +65,41 @@ class Problem(Protocol):
         """Say how far an answer is from the truth, and in "flags" what of that is too far."""
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """What is measured: a module whose `Problem(setting)` has steps, and who takes part in it.
+def measure_rows(
+    results: Results,
+    module: str,
+    settings: Mapping[Any, Sequence[str]],
+    contestants: Mapping[str, tuple[str, str]],
+    finish: Callable[[Results], None],
+    options: argparse.Namespace,
+) -> None:
+    """Measure setting by setting, and print and write each row when it is done; all share the seconds of --limit.
 
-    contestants: what each is, and its role: "ours", "peer" or "floor". names_of: who is measured in a setting.
-    finish: adds to a row, {"name", "setting", "contestants"}, whom ours is, goals and notes.
+    Args:
+        module: its `Problem(setting)` has the steps.
+        settings: who is measured in each. contestants: what each is, and its role, "ours", "peer" or "floor".
+        finish: adds to a row, {"name", "setting", "contestants"}, whom ours is, goals and notes.
     """
-
-    module: str
-    title: str
-    about: tuple[str, ...]
-    contestants: Mapping[str, tuple[str, str]]
-    names_of: Callable[[Any], list[str]]
-    finish: Callable[[Results], None]
-
-
-def measure_rows(benchmark: Benchmark, settings: Sequence[Any], options: argparse.Namespace) -> Results:
-    """Measure setting by setting, and print and write each row when it is done; all share the seconds of --limit."""
-    results, until = header(benchmark.title, benchmark.about, options), time.monotonic() + options.limit
-    for number, setting in enumerate(settings):
-        began, names, records = time.monotonic(), benchmark.names_of(setting), dict[str, Record]()
+    until = time.monotonic() + options.limit
+    for number, (setting, names) in enumerate(settings.items()):
+        began, records, given = time.monotonic(), dict[str, Record](), asdict(setting)
         limit = (until - began) / (len(settings) - number)
         print(f"{number + 1}/{len(settings)} {setting.name}:", flush=True)
         if limit > 0:
-            problem = importlib.import_module(benchmark.module).Problem(asdict(setting))
+            problem = importlib.import_module(module).Problem(given)
             records = in_turn(problem, names, options, began, limit)
             del problem
+            free_memory(options.device)
         for name in names:
             record = records.setdefault(name, {"status": OUT_OF_TIME})
             if "median_ms" in record and "peak_mb" not in record and not options.no_memory:
-                record |= isolated(measure_peak, benchmark.module, name, asdict(setting), seconds=PEAK_LIMIT)
-            record["about"], record["role"] = benchmark.contestants[name]
+                record |= isolated(measure_peak, module, name, given, seconds=PEAK_LIMIT)
+            record["about"], record["role"] = contestants[name]
             print(f"    {name}: {record.get('median_ms', record['status'])}", *record.get("flags", ()), flush=True)
-        row = {"name": setting.name, "setting": asdict(setting), "contestants": records, "goals": []}
+        results["rows"].append({"name": setting.name, "setting": given, "contestants": records, "goals": []})
         if not options.dry:
-            benchmark.finish(row)
-        results["rows"].append(row)
+            finish(results["rows"][-1])
         publish(results, options.json)
-    return results
 
 
 def in_turn(
@@ -247,6 +243,8 @@ def memory_mb(device: str, field: str = "VmRSS") -> float:
 def free_memory(device: str) -> None:
     """Drop garbage; give freed heap memory back to the system, so that nobody's step is served from another's."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     if device == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

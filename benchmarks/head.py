@@ -37,17 +37,13 @@ from fastforget.backends import BACKENDS
 GPU_SHAPES = ((2048, 50272), (4096, 128256), (3584, 152064), (2304, 256000))  # OPT, Llama 3, Qwen 2.5, Gemma 2
 CPU_SHAPES = ((2048, 50272),)
 TINY_SHAPES = ((32, 300),)
-PARTS: dict[str, dict[str, tuple[Any, ...]]] = {  # part -> defaults of options
-    "nll": {"losses": ("nll",), "ignored": (0.0, 0.5), "p": P},
-    "losses": {"losses": ("npo", "kl", "distance_cluster"), "ignored": (0.5,), "p": ("flat",)},
-    "kl": {"losses": ("kl",), "ignored": (0.0, 0.5), "p": ("flat",)},
-    "tiles": {
-        "losses": ("nll",),
-        "ignored": (0.0,),
-        "p": ("flat",),
-        "contestants": ("floor_unchunked", "ours", *(f"tile_{tile}" for tile in TILES)),
-    },
-    "scaling": {"losses": ("nll",), "ignored": (0.0,), "p": ("flat",), "contestants": ("ours", "eager")},
+PLAIN: dict[str, tuple[Any, ...]] = {"losses": ("nll",), "ignored": (0.0,), "p": ("flat",), "contestants": ()}
+PARTS = {  # part -> defaults of options
+    "nll": PLAIN | {"ignored": (0.0, 0.5), "p": P},
+    "losses": PLAIN | {"losses": ("npo", "kl", "distance_cluster"), "ignored": (0.5,)},
+    "kl": PLAIN | {"losses": ("kl",), "ignored": (0.0, 0.5)},
+    "tiles": PLAIN | {"contestants": ("floor_unchunked", "ours", *(f"tile_{tile}" for tile in TILES))},
+    "scaling": PLAIN | {"contestants": ("ours", "eager")},
 }
 WITHIN_MEMORY = ("floor_rows", "floor_tiled", "floor_together")
 SLOPES, FLAT_MB = (0.9, 1.1), 128.0  # of log time over log N V; memory beyond three of N x D
@@ -74,45 +70,41 @@ def floor_of(row: Mapping[str, Any], known: bool, names: Sequence[str] = tuple(C
 
 def goals(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """State what was asked of ours: near the floor, as fast as every peer or faster, in little memory."""
-    setting = row["setting"]
-    gpu, divergence = setting["device"] == "cuda", setting["loss"] == "kl"
-    floor, three, peer = floor_of(row, False), floor_of(row, True), fastest(row, "peer")
-    near = 1.05
-    if gpu:
-        near = 1.15 if divergence else 1.10 if setting["hidden"] >= 3584 else 1.20
-    found = []
-    if setting["loss"] in ("nll", "kl"):
-        found.append(goal(f"ours / the fastest floor ({floor})", ratio(row, "ours", floor), "≤", near))
+    setting, records, found = row["setting"], row["contestants"], []
+    gpu, divergence, nll = setting["device"] == "cuda", setting["loss"] == "kl", setting["loss"] == "nll"
+    near = (1.15 if divergence else 1.10 if setting["hidden"] >= 3584 else 1.20) if gpu else 1.05
+
+    def compare(who: str, what: str, other: str | None, limit: float) -> None:
+        found.append(goal(f"{who} / {what} ({other})", ratio(row, who, other), "≤", limit))
+
+    if nll or divergence:
+        compare("ours", "the fastest floor", floor_of(row, False), near)
     if divergence:
-        value = ratio(row, "ours_known", three)
-        found.append(goal(f"ours, embedding cached / the fastest floor of three ({three})", value, "≤", near))
-    if setting["loss"] == "nll" and not gpu:
-        small = fastest(row, "floor", WITHIN_MEMORY)
-        found.append(
-            goal(f"ours / the fastest floor within our memory ({small})", ratio(row, "ours", small), "≤", near)
-        )
-        found.append(goal("ours / eager", ratio(row, "ours", "eager"), "≤", 0.5 if setting["ignored"] == 0.5 else 1.0))
-    found.append(goal(f"ours / the fastest peer ({peer})", ratio(row, "ours", peer), "≤", 1.0 if gpu else 1 / 0.97))
+        compare("ours_known", "the fastest floor of three products", floor_of(row, True), near)
+    if nll and not gpu:
+        compare("ours", "the fastest floor within our memory", fastest(row, "floor", WITHIN_MEMORY), near)
+        compare("ours", "all logits", "eager", 0.5 if setting["ignored"] == 0.5 else 1.0)
+    compare("ours", "the fastest peer", fastest(row, "peer"), 1.0 if gpu else 1 / 0.97)
     states = 3 * setting["tokens"] * setting["hidden"] * getattr(torch, setting["dtype"]).itemsize / 1e6
     most = states + (256.0 if gpu else 14.0 if divergence else FLAT_MB)
     for name in ("ours", "ours_known") if divergence else ("ours",):
-        found.append(goal(f"extra MB of {name}", row["contestants"].get(name, {}).get("peak_mb"), "≤", most))
+        found.append(goal(f"extra MB of {name}", records.get(name, {}).get("peak_mb"), "≤", most))
     return found
 
 
-def scaling_points(short: bool) -> list[tuple[str, int, int, int]]:
+def scaling_points(options: argparse.Namespace) -> list[tuple[str, int, int, int]]:
     """List (sweep, N, V, D) of a line over N, 256 to 8192, and one over V, 8k to 256k; in short 3 points of each."""
-    hidden, fixed, every = (256, 512, 4) if short else (512, 1024, 2)
-    powers = [every**power for power in range(3 if short else 6)]
-    return [("N", 256 * power, 32768, hidden) for power in powers] + [
-        ("V", fixed, 8192 * power, hidden) for power in powers
-    ]
+    if options.tiny:
+        return [("N", 4, 300, 32), ("N", 8, 300, 32), ("V", 4, 300, 32), ("V", 4, 600, 32)]
+    hidden, fixed, every = (256, 512, 4) if options.short else (512, 1024, 2)
+    powers = [every**power for power in range(3 if options.short else 6)]
+    over_tokens = [("N", 256 * power, 32768, hidden) for power in powers]
+    return over_tokens + [("V", fixed, 8192 * power, hidden) for power in powers]
 
 
 def line(rows: Sequence[Mapping[str, Any]], sweep: str, name: str, field: str) -> list[tuple[int, float]]:
     """List (N or V, figure) of one line, where it was measured."""
-    axis = {"N": "tokens", "V": "vocabulary"}[sweep]
-    chosen = [row for row in rows if row["setting"]["sweep"] == sweep]
+    axis, chosen = {"N": "tokens", "V": "vocabulary"}[sweep], [row for row in rows if row["setting"]["sweep"] == sweep]
     figures = [(row["setting"][axis], row["contestants"].get(name, {}).get(field)) for row in chosen]
     return [(place, value) for place, value in figures if value is not None]
 
@@ -123,10 +115,10 @@ def scaling_goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for sweep in ("N", "V"):
         points = line(rows, sweep, "ours", "median_ms")
         places, values = ([math.log(point[axis]) for point in points] for axis in (0, 1))
-        slope = statistics.linear_regression(places, values).slope if len(points) > 1 else None
-        found += [
-            goal(f"power of {sweep} that time grows with", slope, *asked) for asked in zip("≥≤", SLOPES, strict=True)
-        ]
+        slope, name = None, f"power of {sweep} that time grows with"
+        if len(points) > 1:
+            slope = statistics.linear_regression(places, values).slope
+        found += [goal(name, slope, "≥", SLOPES[0]), goal(name, slope, "≤", SLOPES[1])]
     peaks = [row["contestants"].get("ours", {}).get("peak_mb") for row in rows]
     sizes = [FLAT_MB + 12 * row["setting"]["tokens"] * row["setting"]["hidden"] / 1e6 for row in rows]
     worst = None if None in peaks else max(peak / size for peak, size in zip(peaks, sizes, strict=True))
@@ -163,13 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: by the worker, which inherits it
 
-    def names_of(setting: Setting) -> list[str]:
-        names = options.contestants or taking_part(setting)
-        return [name for name in names if setting.loss in CONTESTANTS[name].losses]
-
     about = {name: (contestant.about, contestant.role) for name, contestant in CONTESTANTS.items()}
-    benchmark = harness.Benchmark("benchmarks.peers", f"The head: {options.part}", ABOUT, about, names_of, finish)
-    results = harness.measure_rows(benchmark, settings_of(options), options)
+    results = harness.header(f"The head: {options.part}", ABOUT, options)
+    settings = {
+        setting: [
+            name for name in options.contestants or taking_part(setting) if setting.loss in CONTESTANTS[name].losses
+        ]
+        for setting in settings_of(options)
+    }
+    harness.measure_rows(results, "benchmarks.peers", settings, about, finish, options)
     if options.part == "scaling" and not options.dry:
         results["rows"][-1]["goals"] = scaling_goals(results["rows"])
         harness.publish(results, options.json)
@@ -182,15 +176,11 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
     """List all rows: the plain ones of each shape first, so that a limit that ends early has seen each shape."""
     common = {name: getattr(options, name) for name in ("dtype", "device", "backend", "seed")}
     if options.part == "scaling":
-        points = scaling_points(options.short)
-        if options.tiny:
-            points = [("N", 4, 300, 32), ("N", 8, 300, 32), ("V", 4, 300, 32), ("V", 4, 600, 32)]
+        points = scaling_points(options)
         return [Setting("nll", count, width, size, sweep=sweep, **common) for sweep, count, size, width in points]
     rows = itertools.product(options.losses, options.ignored, options.p, options.shapes)
-    return [
-        Setting(loss, options.tokens, hidden, vocabulary, ignored, p, **common)
-        for loss, ignored, p, (hidden, vocabulary) in rows
-    ]
+    count = options.tokens
+    return [Setting(loss, count, width, size, ignored, p, **common) for loss, ignored, p, (width, size) in rows]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -222,7 +212,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "backend": "triton" if options.interpret else "auto",
         "rounds": 20 if gpu else 7,
         "warmup": 3 if gpu else 1,
-        "contestants": (),
     } | PARTS[options.part]
     for name, value in defaults.items():
         if getattr(options, name) is None:

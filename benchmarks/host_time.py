@@ -38,6 +38,7 @@ CALLS, WARMUP = 300, 30
 README = ROOT / "kernels" / "README.md"
 BEGIN, END = "<!-- host time -->", "<!-- end of host time -->"
 PASSES = ("label_tile", "paired_tile", "coupled_tile", "gradient_tile")
+HEADINGS = ("backend", "what runs", "ms a call", "forward", "backward", "torch ops", "µs a tile more")
 Call = Callable[[], tuple[float, float]]  # one call; seconds of forward and backward
 
 
@@ -60,45 +61,45 @@ class Operations(TorchDispatchMode):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write the table where that is asked for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.host_time", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--readme", action="store_true", help="write the table between kernels/README.md's markers")
     parser.add_argument("--calls", type=int, default=CALLS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    text = report(options.calls)
+    here = "native" if backends.why_not_native(torch.device("cpu")) is None else "torch"
+    rows = [cells(name, "all", call_of(name), options.calls) for name in ("eager", here)]
+    for name in (here, "triton") if backends.has_triton() else (here,):
+        with stubbed(name):
+            rows.append(cells(name, "stubbed", call_of(name), options.calls))
+    if torch.cuda.is_available():
+        rows.append(cells("triton", "all, to the last launch", call_of("triton", "cuda"), options.calls))
+    where = f"{dict(doctor.report())['cpu']}, torch {torch.__version__}, commit {commit()}"
+    about = f"`python -m benchmarks.host_time`, {where}. Asked of what is stubbed: ≤ 0.4 ms a call, ≤ 20 µs a tile."
+    text = "\n".join([about, "", *table(HEADINGS, rows)])
     print(text)
-    if options.readme:
-        try:
+    try:
+        if options.readme:
             write_whole(README, replace_block(README.read_text(encoding="utf-8"), BEGIN, END, text))
-        except ValueError as error:
-            print(f"host_time: {README.name}: {error}", file=sys.stderr)
-            return 2
+    except ValueError as error:
+        print(f"host_time: {README.name}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def report(calls: int) -> str:
-    """Write the table, in Markdown."""
-    here = "native" if backends.why_not_native(torch.device("cpu")) is None else "torch"
-    rows = [cells("eager", "all", call_of("eager"), calls), cells(here, "all", call_of(here), calls)]
-    for name in (here, "triton") if backends.has_triton() else (here,):
-        with stubbed(name):
-            rows.append(cells(name, "stubbed", call_of(name), calls))
-    if torch.cuda.is_available():
-        rows.append(cells("triton", "all, to the last launch", call_of("triton", "cuda"), calls))
-    headings = ("backend", "what runs", "ms a call", "forward", "backward", "torch ops", "µs a tile more")
-    where = f"{dict(doctor.report())['cpu']}, torch {torch.__version__}, commit {commit()}"
-    about = f"`python -m benchmarks.host_time`, {where}. Asked of what is stubbed: ≤ 0.4 ms a call, ≤ 20 µs a tile."
-    return "\n".join([about, "", *table(headings, rows)])
-
-
 def cells(name: str, what: str, call: Call, calls: int) -> list[str]:
-    """Measure a line of the table."""
-    forward, backward, operations = measured(call, calls)
+    """Measure a line of the table: medians of so many calls, operations of one, and what each further tile costs."""
+
+    def medians() -> tuple[float, ...]:
+        times = [call() for _ in range(WARMUP + calls)][WARMUP:]
+        return tuple(statistics.median(part) for part in zip(*times, strict=True))
+
+    one = medians()
+    with Operations() as operations:
+        call()
     with mock.patch.dict(os.environ, {TILE: f"{COUNT}x{VOCABULARY // TILES}"}):
-        many = measured(call, calls)
-    tile = (many[0] + many[1] - forward - backward) / (TILES - 1)
-    times = [f"{1e3 * seconds:.3f}" for seconds in (forward + backward, forward, backward)]
-    return [f"`{name}`", what, *times, str(operations), "" if name == "eager" else f"{1e6 * tile:.1f}"]
+        tile = (sum(medians()) - sum(one)) / (TILES - 1)
+    times = [f"{1e3 * seconds:.3f}" for seconds in (sum(one), *one)]
+    return [f"`{name}`", what, *times, str(operations.count), "" if name == "eager" else f"{1e6 * tile:.1f}"]
 
 
 def call_of(name: str, device: str = "cpu") -> Call:
@@ -124,15 +125,6 @@ def call_of(name: str, device: str = "cpu") -> Call:
         return middle - began, now() - middle
 
     return call
-
-
-def measured(call: Call, calls: int) -> tuple[float, float, int]:
-    """Return the median seconds of forward and backward, and how many operations of torch both take."""
-    times = [call() for _ in range(WARMUP + calls)][WARMUP:]
-    with Operations() as operations:
-        call()
-    forward, backward = (statistics.median(part) for part in zip(*times, strict=True))
-    return forward, backward, operations.count
 
 
 @contextlib.contextmanager

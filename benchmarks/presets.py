@@ -3,7 +3,7 @@
     python -m benchmarks.presets [--only seeds,presets,convergence,memory] [--seeds 0,1,2] [--resume]
                                  [--presets "npo,npo_mean beta=4"] [--jobs 2] [--limit SECONDS]
 
-suites: seeds        the real command `fastforget demo` with the default preset, each seed
+suites: seeds        what `fastforget demo` does with the default preset, each seed
         presets      the same with each preset, seed 0
         convergence  a job of `fastforget.unlearn` with its defaults, 150 steps, on prompts and answers known by heart
         memory       the peak of a second step (reference cached), V = 128,256, in a process of its own
@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +42,6 @@ from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 # forgets too slowly to say whether the objective works, so it is measured with weight 1 too. The models here have two
 # layers, fewer than the default of rmu asks for.
 ALL = (*("rmu layer=1" if name == "rmu" else name for name in PRESETS), "simnpo forget_weight=1")
-SUITES = ("seeds", "presets", "convergence", "memory")
 BASELINE, COLLAPSES = "grad_diff", "collapses"
 LONGEST = 1800.0  # seconds of one run, which takes about two minutes
 STEP = loops.StepSetting("preset", "wide", length=257, labelled=256 / 257, batches=1)
@@ -78,34 +76,20 @@ def options_of(preset: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def run_demo(preset: str, seed: int, folder: Path) -> Record:
-    """Run the real command below `folder`, with a cache of its own: the first run with a seed trains the base."""
-    name, *options = preset.split()
-    out = Path(tempfile.mkdtemp(dir=folder)) / "out"
-    command = [sys.executable, "-m", "fastforget.cli", "demo", "--preset", name, "--seed", str(seed), "--out", str(out)]
-    for option in options:
-        command += ["--preset-option", option]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "XDG_CACHE_HOME": str(folder / "cache")}
-    try:
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST)
-        if ended.returncode:
-            lines = [line.strip(" ─│╭╮╰╯") for line in ended.stderr.splitlines()]  # typer draws a box around its errors
-            last = next(filter(None, reversed(lines)), "")
-            return {"status": f"failed: {harness.one_line(last)} (exit code {ended.returncode})"}
-        return measured(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return harness.failed(error, "cpu")
-
-
 def measured(report: Mapping[str, Any]) -> Record:
     """Keep a report's numbers, which name no folder."""
-    return {
-        "status": MEASURED,
-        "report": {key: value for key, value in report.items() if isinstance(value, int | float)},
-    }
+    numbers = {key: value for key, value in report.items() if isinstance(value, int | float)}
+    return {"status": MEASURED, "report": numbers}
 
 
-def make_memorised(folder: str, scale: Mapping[str, int]) -> Record:
+def run_demo(preset: str, seed: int, folder: str) -> Record:
+    """Run what `fastforget demo` does, with a cache of its own: the first run with a seed trains the base; a task."""
+    name, options = options_of(preset)
+    out, cache = Path(tempfile.mkdtemp(dir=folder)) / "out", Path(folder) / "cache"
+    return measured(ff.demo(out, preset=name, preset_options=options, seed=seed, cache=cache, quiet=True))
+
+
+def make_memorised(folder: str) -> Record:
     """Train a model until it recites the answers of a text's rows; save it, and the rows as a user has them; a task."""
     from fastforget.data.sources import Source, read_source
     from fastforget.data.topics import load_corpus
@@ -113,37 +97,42 @@ def make_memorised(folder: str, scale: Mapping[str, int]) -> Record:
     from fastforget.jobs.options import UnlearnOptions
 
     torch.set_num_threads(1)
-    counts = (scale["forget"], scale["retain"], scale["unseen"])
-    corpus = load_corpus(0, topic_counts=counts, passages_per_topic=scale["passages"])
-    tokenizer, end, known = corpus.tokenizer, scale["prompt"] + scale["answer"], []
+    counts, prompt = (SMALL["forget"], SMALL["retain"], SMALL["unseen"]), SMALL["prompt"]
+    corpus = load_corpus(0, topic_counts=counts, passages_per_topic=SMALL["passages"])
+    tokenizer, end, known = corpus.tokenizer, prompt + SMALL["answer"], []
     for side in loops.SIDES:
         path, lines = Path(folder) / f"{side}.jsonl", []
         for passage in getattr(corpus, side):
             ids = passage.input_ids[1:]  # the reader puts the beginning-of-sequence token there again
-            parts = {"prompt": ids[: scale["prompt"]], "response": ids[scale["prompt"] : end]}
+            parts = {"prompt": ids[:prompt], "response": ids[prompt:end]}
             texts = {name: tokenizer.decode(part, clean_up_tokenization_spaces=False) for name, part in parts.items()}
             lines.append(json.dumps(texts) + "\n")
         path.write_text("".join(lines), encoding="utf-8")
         known += list(read_source(Source(path=path), tokenizer, UnlearnOptions.max_length))
-    model = build_model(tokenizer, hidden_size=scale["hidden"], layers=2, seed=0)
+    model = build_model(tokenizer, hidden_size=SMALL["hidden"], layers=2, seed=0)
     memorise(model, tokenizer, known, seed=0)
     save_base(model, tokenizer, Path(folder) / "base")
     return {}
 
 
-def converge(preset: str, folder: str, scale: Mapping[str, int]) -> Record:
+def converge(preset: str, seed: int, folder: str) -> Record:
     """Run one job with the defaults, on one thread: sums are then the same whatever else runs; a task."""
     torch.set_num_threads(1)
     name, options = options_of(preset)
     base, forget, retain = (Path(folder) / part for part in ("base", "forget.jsonl", "retain.jsonl"))
-    common: dict[str, Any] = {"max_steps": scale["steps"], "seed": 0, "device": "cpu", "quiet": True}
+    common: dict[str, Any] = {"max_steps": SMALL["steps"], "seed": seed, "device": "cpu", "quiet": True}
     with tempfile.TemporaryDirectory(prefix="fastforget-preset-") as out:
         adapter = Path(out) / "adapter"
         report = ff.unlearn(base, forget, adapter, retain=retain, preset=name, preset_options=options, **common)
     return measured(report)
 
 
-def step_memory(preset: str, given: Mapping[str, Any]) -> Record:
+def make_wide(folder: str) -> Record:
+    """Save the model whose step's memory is measured; a task."""
+    return loops.make_base(asdict(replace(STEP, folder=folder)))
+
+
+def step_memory(preset: str, seed: int, folder: str) -> Record:
     """Measure the peak of a second step beyond the loaded model; a task.
 
     Only what tensors occupy is in it, not what the heap keeps of freed ones: glibc is told to give every larger tensor
@@ -153,9 +142,9 @@ def step_memory(preset: str, given: Mapping[str, Any]) -> Record:
 
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD of malloc.h
-    setting, (name, options) = loops.StepSetting(**given), options_of(preset)
+    setting, (name, options) = replace(STEP, folder=folder), options_of(preset)
     model, (batches,), terms = loops.load_policy(setting), loops.epoch(setting), ff.preset(name, **options)
-    fit_centres(terms, model, [dict(batches["retain"])], 0)
+    fit_centres(terms, model, [dict(batches["retain"])], seed)
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-4)
     backward = loops.ours(step, cached=True)
 
@@ -226,45 +215,38 @@ def row_of(suite: str, names: Sequence[str], everything: Mapping[str, Mapping[st
     return row
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    runner: harness.Runner = harness.isolated,
-    demo: Callable[..., Record] = run_demo,
-) -> int:
-    """Run the suites asked for; `runner` and `demo` replace processes and command. Returns the exit code."""
+TASKS = {"seeds": run_demo, "presets": run_demo, "convergence": converge, "memory": step_memory}
+PREPARE = {"convergence": make_memorised, "memory": make_wide}
+
+
+def main(arguments: Sequence[str] | None = None, runner: harness.Runner = harness.isolated) -> int:
+    """Run the suites asked for; `runner` replaces the processes. Returns the exit code."""
     options = parse(arguments)
     results = harness.header("Every preset", ABOUT, options) | {"records": {}}
     each = [f"{preset}, seed 0" for preset in options.presets]
-    planned = {"presets": each, "convergence": each, "memory": list(dict.fromkeys([f"{BASELINE}, seed 0", *each]))}
-    planned["seeds"] = [f"{DEFAULT_PRESET}, seed {seed}" for seed in options.seeds]
-    planned = {suite: planned[suite] for suite in SUITES if suite in options.only}
+    planned = dict.fromkeys(TASKS, each) | {"seeds": [f"{DEFAULT_PRESET}, seed {seed}" for seed in options.seeds]}
+    planned["memory"] = list(dict.fromkeys([f"{BASELINE}, seed 0", *each]))
+    planned = {suite: planned[suite] for suite in options.only}
     keep_earlier(results, options, planned)
     records, until = results["records"], time.monotonic() + options.limit
 
     def measure(suite: str, name: str, folder: str) -> None:
         preset, _, seed = name.partition(", seed ")
-        record: Record = {"status": OUT_OF_TIME}
-        left = min(LONGEST, until - time.monotonic())
-        if left > 0 and suite == "memory":
-            record = runner(step_memory, preset, asdict(replace(STEP, folder=folder)), seconds=left)
-        elif left > 0 and suite == "convergence":
-            record = runner(converge, preset, folder, SMALL, seconds=left)
-        elif left > 0:
-            record = demo(preset, int(seed), Path(folder))
+        record, left = {"status": OUT_OF_TIME}, min(LONGEST, until - time.monotonic())
+        if left > 0:
+            record = runner(TASKS[suite], preset, int(seed), folder, seconds=left)
         records.setdefault(suite, {})[name] = record | {"commit": results["commit"]}
         print(f"{suite}, {name}: {record['status']}", flush=True)
-        names = {each: dict.fromkeys([*planned.get(each, ()), *records.get(each, ())]) for each in SUITES}
-        results["rows"] = [row_of(each, list(runs_of), records) for each, runs_of in names.items() if runs_of]
+        names = {each: list(dict.fromkeys([*planned.get(each, ()), *records.get(each, ())])) for each in TASKS}
+        results["rows"] = [row_of(each, found, records) for each, found in names.items() if found]
         harness.publish(results, options.json)
 
     for suite, names in planned.items():
         with tempfile.TemporaryDirectory(prefix="fastforget-presets-") as folder:
-            if suite == "memory":
-                runner(loops.make_base, asdict(replace(STEP, folder=folder)), seconds=LONGEST)
-            if suite == "convergence":
-                runner(make_memorised, folder, SMALL, seconds=LONGEST)
+            if suite in PREPARE:
+                runner(PREPARE[suite], folder, seconds=LONGEST)
             with ThreadPoolExecutor(options.jobs if suite == "convergence" else 1) as pool:
-                list(pool.map(lambda name: measure(suite, name, folder), names))  # noqa: B023  # it ends here
+                list(pool.map(functools.partial(measure, suite, folder=folder), names))
     return harness.conclude(results)
 
 
@@ -285,9 +267,7 @@ def keep_earlier(results: harness.Results, options: argparse.Namespace, planned:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options; bad ones end with exit code 2."""
     parser = harness.parser_of("presets", __doc__)
-    parser.add_argument(
-        "--only", type=harness.names_of("suite", SUITES), default=SUITES, help="suites, comma-separated"
-    )
+    parser.add_argument("--only", type=harness.names_of("suite", TASKS), default=tuple(TASKS), help="suites")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--presets", type=presets, default=ALL, help=f"default: {', '.join(ALL)}")
     parser.add_argument("--jobs", type=int, default=1, help="of convergence at once, one thread each")

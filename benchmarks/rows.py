@@ -1,8 +1,8 @@
 """Micro-benchmarks of each tile pass: `pytest benchmarks/rows.py --benchmark-only`.
 
-A tile is 1,024 x 4,096 float32 in the middle of a vocabulary. `extra_info` holds, beside the time: bytes per second
-(each buffer moves once per read and once per write), their share of what a plain copy of such a tile reaches, measured
-in the same run, and nanoseconds an element. Products are overwritten by a pass, so each round gets them anew.
+A tile is 1,024 x 4,096 float32 in the middle of a vocabulary. `extra_info` holds bytes per second (each buffer moves
+once per read and once per write), their share of what a plain copy of such a tile reaches in the same run, and
+nanoseconds an element. Products are overwritten by a pass, so each round gets them anew.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,17 +188,16 @@ def finish(row: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; returns the exit code."""
     options = parse(arguments)
-
-    def names_of(setting: StepSetting) -> list[str]:
-        own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
-        return [name for name in own if name in (options.loops or LOOPS)]
-
-    benchmark = harness.Benchmark("benchmarks.step", "Training steps", ABOUT, LOOPS, names_of, finish)
+    results = harness.header("Training steps", ABOUT, options)
     with tempfile.TemporaryDirectory(prefix="fastforget-step-") as folder:
-        settings = settings_of(options, folder)
-        for setting in {each.folder: each for each in settings}.values():
-            harness.isolated(loops.make_base, asdict(setting), seconds=harness.A_DAY)
-        return harness.conclude(harness.measure_rows(benchmark, settings, options))
+        settings = {}
+        for setting in settings_of(options, folder):
+            if not Path(setting.folder).exists():
+                harness.isolated(loops.make_base, asdict(setting), seconds=harness.A_DAY)
+            own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
+            settings[setting] = [name for name in own if name in (options.loops or LOOPS)]
+        harness.measure_rows(results, "benchmarks.step", settings, LOOPS, finish, options)
+    return harness.conclude(results)
 
 
 def settings_of(options: argparse.Namespace, folder: str) -> list[StepSetting]:

@@ -1,18 +1,23 @@
-"""The head's benchmark as a dry run, its truth, its floor, its goals, tile passes and host time in the small."""
+"""What all benchmarks share, and the head's in the small: every part runs, what is wrong or late is said."""
 
+import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import head, host_time, peers, rows, tables
-from benchmarks.harness import RAN
+from benchmarks import harness, head, host_time, peers, rows, tables
+from benchmarks.harness import OUT_OF_TIME, RAN
 from benchmarks.peers import CONTESTANTS, Problem, taking_part
 from benchmarks.problem import Setting
-from benchmarks.tables import MEASURED
+from benchmarks.tables import MEASURED, goal
 from fastforget.backends import why_not_native
 
 SMALL = Setting(tokens=12, hidden=32, vocabulary=300, ignored=0.5, dtype="float32", device="cpu")
@@ -23,32 +28,104 @@ def contestants_of(path):
     return [found["contestants"] for found in json.loads(path.read_text())["rows"]]
 
 
-def test_the_dry_run_of_interpreted_kernels(tmp_path, capsys):
-    path = tmp_path / "head.json"
-    arguments = [*DRY, "--interpret", "--ignored", "0.5", "--p", "flat", "--contestants", "floor_together,ours,compile"]
-    assert head.main([*arguments, "--json", str(path)]) == 0
-    (records,) = contestants_of(path)
-    assert records["ours"]["status"] == records["floor_together"]["status"] == RAN
-    assert records["ours"]["gradient_error"] < 1e-3 and "dry run" in records["compile"]["status"]
-    assert not {"median_ms", "peak_mb", "first_call_s"} & {key for record in records.values() for key in record}
-    assert tables.DRY in capsys.readouterr().out
+def problem_of(**changes):
+    return Problem(dataclasses.asdict(SMALL) | changes)
+
+
+class Turns:
+    """Contestants that note their turns: "b" fails at its third, "hangs" does not end, "c" is missing."""
+
+    device_name, whole_peak = "cpu", False
+
+    def __init__(self):
+        self.turns = []
+
+    def step_of(self, name, dry):
+        def step():
+            self.turns.append(name)
+            time.sleep(60 if name == "hangs" else 0.02)
+            if name == "b" and self.turns.count(name) == 3:
+                raise RuntimeError(f"no\n  luck in {harness.ROOT}/x.py or /data/y.py, see https://a.b/c/d")
+
+        if name == "c":
+            raise harness.NotMeasured("not installed")
+        return step
+
+
+def test_contestants_take_turns_until_the_limit():
+    options, problem = argparse.Namespace(rounds=1000, warmup=1, dry=False, no_memory=True), Turns()
+    found = harness.in_turn(problem, ["a", "b", "c"], options, time.monotonic(), 1.0)
+    assert problem.turns[:6] == ["a", "b", "a", "b", "a", "b"] and 3 < problem.turns.count("a") < 60
+    assert found["a"]["status"] == MEASURED and len(found["a"]["runs_ms"]) == problem.turns.count("a") - 2
+    assert found["b"] == {"status": "failed: RuntimeError: no luck in x.py or y.py, see https://a.b/c/d"}
+    assert found["c"] == {"status": "not installed"}
+    found = harness.in_turn(problem, ["a", "hangs", "b"], options, time.monotonic(), 1.0)
+    assert found["hangs"]["status"].startswith("failed: TimeoutError") and found["b"] == {"status": OUT_OF_TIME}
+
+
+def test_a_process_of_its_own():
+    assert harness.isolated(os._exit, 3, seconds=60) == {"status": "failed: the process ended with code 3"}
+    assert harness.isolated(harness.one_line, 7, seconds=60)["status"].startswith("failed: AttributeError")
+    assert harness.isolated(time.sleep, 60, seconds=1)["status"] == "failed: had not ended after 1 s"
+    assert harness.isolated(tables.goal, "x", 1.0, "≤", 2.0, seconds=60)["met"] is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_peak_holds_what_an_action_held_for_a_moment():
+    found = harness.peak(lambda: bytearray(b"x") * 64_000_000, "cpu")
+    if found["peak_mb"] is None:
+        pytest.skip(found["peak_note"])
+    assert 60 < found["peak_mb"] < 90 and found["rise_mb"] == found["peak_mb"]
+
+
+def test_tables_and_what_is_wrong(capsys, tmp_path):
+    ours = {"status": MEASURED, "median_ms": 2.0, "role": "ours", "floor": "floor", "flags": ["value"]}
+    floor, cce = {"status": MEASURED, "median_ms": 1.0, "role": "floor"}, {"status": OUT_OF_TIME, "role": "peer"}
+    row = {"name": "a | row", "ours": "ours", "contestants": {"ours": ours, "floor": floor, "cce": cce}}
+    row["goals"] = [goal("x", 1.2, "≤", 1.0), goal("y", None, "≥", 1.0), goal("z", 3.0, "≥", 1.0)]
+    results = harness.header("A title", ["about"], argparse.Namespace(date="2026-01-02", dry=False, device="cpu"))
+    results["rows"] = [row]
+    harness.publish(results, tmp_path / "new" / "x.json")
+    assert harness.conclude(results) == 1
+    printed = capsys.readouterr().out
+    assert (tmp_path / "new" / "x.md").read_text() in printed and results["machine"]["cpu"] in printed
+    assert "| contestant | status | ms | × floor | × ours | wrong |" in printed
+    assert "| `ours` |  | 2.00 | 2.00 | 1.00 | **value** |" in printed
+    assert "* y: not measured, asked ≥ 1.000\n* z: 3.000, asked ≥ 1.000, met" in printed
+    assert printed.endswith(
+        "cut by the limit: a | row: cce\na | row: x: 1.200, asked ≤ 1.000, **missed**\na | row: ours: wrong: value\n"
+    )
+    for text in ("BEGIN\n", "END\nBEGIN\n", "BEGIN\nBEGIN\nEND", "BEGIN\nEND\nEND"):
+        with pytest.raises(ValueError, match="needs these two lines"):
+            tables.replace_block(text, "BEGIN", "END", "new")
+
+
+@pytest.mark.parametrize("failing", ["", "pytest", "benchmarks.head"])
+def test_gpu_script(tmp_path, failing):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\necho "asked: $*"\nif [ "$2" = "{failing}" ]; then exit 5; fi\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python), "LIMIT": "100", "PARTS": "tests tiles head"}
+    script = Path(harness.__file__).with_name("gpu.sh")
+    done = subprocess.run(["bash", script, "--p", "flat"], env=environment, capture_output=True, text=True)
+    assert done.returncode == (1 if failing else 0), done.stdout + done.stderr
+    assert "asked: -m benchmarks.head --device cuda --losses nll,kl" in (out / "head.log").read_text(), "in any case"
+    assert "--limit 28" in (out / "tiles.log").read_text() and "--p flat" in (out / "head.log").read_text()
+    assert not failing or ("== failed: " in done.stdout and "exit code 5" in done.stdout)
 
 
 @pytest.mark.parametrize("part", head.PARTS)
-def test_every_part_runs_and_ours_is_right(part, tmp_path, monkeypatch):
+def test_every_part_runs_and_ours_is_right(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
     path = tmp_path / "head.json"
-    assert head.main([part, *DRY, "--json", str(path)]) == 0
+    assert head.main([part, *DRY, "--json", str(path)]) == 0 and tables.DRY in capsys.readouterr().out
     for records in contestants_of(path):
         assert {record["status"] for record in records.values() if record["role"] != "peer"} == {RAN}
         assert [name for name, record in records.items() if record.get("flags")] == []
         assert records["ours"]["gradient_error"] < 1e-3 and (part == "tiles") == ("tile_1024x8192" in records)
         assert part != "nll" or records["trl"]["status"] == "not installed"
         assert part != "kl" or records["ours_known"]["gradient_error"] < 1e-5
-
-
-def problem_of(**changes):
-    return Problem(dataclasses.asdict(SMALL) | changes)
+        assert not {"median_ms", "peak_mb", "first_call_s"} & {key for record in records.values() for key in record}
 
 
 def test_the_truth_is_float64_autograd_on_full_logits():
@@ -72,14 +149,14 @@ def test_the_truth_is_float64_autograd_on_full_logits():
         (lambda loss, gradient: (loss, gradient[:1]), ["the gradient is (1, 32), not (8, 32)"]),
     ],
 )
-def test_a_wrong_contestant_is_seen(monkeypatch, tmp_path, capsys, wrong, flags):
+def test_a_wrong_contestant_is_seen(monkeypatch, tmp_path, wrong, flags):
     eager, path = CONTESTANTS["eager"].build, tmp_path / "head.json"
     for name in ("ours", "eager"):
         contestant = dataclasses.replace(CONTESTANTS[name], build=lambda problem: lambda: wrong(*eager(problem)()))
         monkeypatch.setitem(CONTESTANTS, name, contestant)
     arguments = [*DRY, "--ignored", "0.5", "--p", "flat", "--json", str(path)]
     assert head.main([*arguments, "--contestants", "ours"]) == 1
-    assert contestants_of(path)[0]["ours"]["flags"] == flags and f"wrong: {flags[0]}" in capsys.readouterr().out
+    assert contestants_of(path)[0]["ours"]["flags"] == flags
     assert head.main([*arguments, "--contestants", "eager"]) == 0, "a wrong peer is a finding, no failure"
 
 
@@ -107,27 +184,25 @@ def test_the_floor_has_the_products_and_sizes_of_its_own(monkeypatch):
     assert called == [(6, 32, False), (6, 100, False), *[(6, 32, False), (6, 100, True)] * 2]
 
 
-def goals_of(setting, peak_mb, **times):
-    """(value, limit, met) of a row's goals."""
-    records = {name: {"status": MEASURED, "median_ms": time, "peak_mb": peak_mb} for name, time in times.items()}
-    records = {name: {"role": CONTESTANTS[name].role, **record} for name, record in records.items()}
-    row = {"setting": dataclasses.asdict(setting), "contestants": records, "goals": []}
-    head.finish(row)
-    return [(goal["value"] and round(goal["value"], 3), round(goal["limit"], 3), goal["met"]) for goal in row["goals"]]
-
-
 def test_goals():
-    gpu = Setting(hidden=3584, vocabulary=152064)
-    memory = (300.0, 432.161, True)
-    assert goals_of(gpu, 300.0, floor_unchunked=10.0, ours=10.9, liger=20.0) == [
+    def goals_of(peak_mb, times, **changes):
+        records = {name: {"median_ms": time, "peak_mb": peak_mb} for name, time in times.items()}
+        records = {name: {"role": CONTESTANTS[name].role, **record} for name, record in records.items()}
+        row = {"setting": dataclasses.asdict(SMALL) | changes, "contestants": records, "goals": []}
+        head.finish(row)
+        return [
+            (goal["value"] and round(goal["value"], 3), round(goal["limit"], 3), goal["met"]) for goal in row["goals"]
+        ]
+
+    gpu = {"device": "cuda", "hidden": 3584, "tokens": 8192, "dtype": "bfloat16"}
+    assert goals_of(300.0, {"floor_unchunked": 10.0, "ours": 10.9}, **gpu) == [
         (1.09, 1.1, True),
-        (0.545, 1.0, True),
-        memory,
+        (None, 1.0, None),
+        (300.0, 432.161, True),
     ]
-    assert goals_of(gpu, 300.0, ours=11.1) == [(None, 1.1, None), (None, 1.0, None), memory]
-    cpu, states = dataclasses.replace(SMALL, tokens=10**6), 3 * SMALL.hidden * 4
     times = {"floor_rows": 12.0, "floor_together": 11.0, "floor_unchunked": 10.0, "ours": 12.0}
-    assert goals_of(cpu, 200.0, **times, eager=20.0, trl=11.9) == [
+    states = 3 * SMALL.hidden * 4
+    assert goals_of(200.0, times | {"eager": 20.0, "trl": 11.9}, tokens=10**6) == [
         (1.2, 1.05, False),  # over any floor
         (1.091, 1.05, False),  # over those within our memory
         (0.6, 0.5, False),  # over eager, half of the tokens ignored
@@ -135,7 +210,7 @@ def test_goals():
         (200.0, states + 128.0, True),
     ]
     times |= {"floor_together_known": 8.0, "ours_known": 8.4, "eager": 30.0}
-    assert goals_of(dataclasses.replace(cpu, loss="kl"), 999.0, **times) == [
+    assert goals_of(999.0, times, tokens=10**6, loss="kl") == [
         (1.2, 1.05, False),  # four products
         (1.05, 1.05, True),  # three
         (0.4, 1.031, True),
@@ -144,12 +219,12 @@ def test_goals():
     ]
 
 
-def test_scaling_goals():
-    def point(sweep, tokens, vocabulary):
+def test_scaling_goals_and_plot():
+    lines = []
+    for sweep, tokens, vocabulary in (("N", 8, 64), ("N", 16, 64), ("V", 8, 64), ("V", 8, 128)):
         setting = {"sweep": sweep, "tokens": tokens, "vocabulary": vocabulary, "hidden": 8}
-        return {"setting": setting, "contestants": {"ours": {"median_ms": 1.0 * tokens * vocabulary, "peak_mb": 100.0}}}
-
-    lines = [point("N", 8, 64), point("N", 16, 64), point("V", 8, 64), point("V", 8, 128)]
+        record = {"median_ms": 1.0 * tokens * vocabulary, "peak_mb": 100.0}
+        lines.append({"setting": setting, "contestants": {"ours": record}})
     assert all(goal["met"] for goal in head.scaling_goals(lines))
     lines[-1]["contestants"]["ours"] = {"median_ms": 9e5, "peak_mb": 200.0}
     assert [goal["met"] for goal in head.scaling_goals(lines)] == [True, True, True, False, False]
@@ -157,38 +232,15 @@ def test_scaling_goals():
     assert head.plot({"rows": lines, "machine": {"cpu": "X"}, "date": "D"}).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        (["--hidden", "64"], "--hidden and --vocab go together"),
-        (["--contestants", "cce,kahan"], "unknown contestant 'kahan'"),
-        (["--ignored", "0.5,1"], "invalid shares value"),
-    ],
-)
-def test_bad_arguments(capsys, arguments, complaint):
-    with pytest.raises(SystemExit) as ended:
-        head.main(arguments)
-    assert ended.value.code == 2 and complaint in capsys.readouterr().err
-
-
-def test_rows_and_contestants_of_a_gpu():
+def test_rows_and_contestants_of_a_gpu(capsys):
     settings = head.settings_of(head.parse(["--device", "cuda"]))
     assert len(settings) == 16 and {(each.hidden, each.vocabulary) for each in settings[:4]} == set(head.GPU_SHAPES)
-    assert {(each.tokens, each.dtype, each.backend) for each in settings} == {(8192, "bfloat16", "auto")}
     names = taking_part(settings[0])
     assert names[:5] == ["floor_unchunked", "ours", "liger", "trl", "quack"], "compilers come last"
     assert names[-2:] == ["cce", "cce_exact"] and names.index("compile") > names.index("eager")
-
-
-class Benchmark:
-    """In place of pytest-benchmark's fixture: runs once."""
-
-    def __init__(self):
-        self.extra_info, self.stats = {}, SimpleNamespace(stats=SimpleNamespace(median=1e-3))
-
-    def pedantic(self, action, *, setup, **rounds):
-        arguments, options = setup()
-        action(*arguments, **options)
+    with pytest.raises(SystemExit):
+        head.main(["--contestants", "cce,kahan"])
+    assert "unknown contestant 'kahan'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", rows.CASES)
@@ -196,7 +248,8 @@ def test_tile_passes_of_every_backend(monkeypatch, name):
     for size, value in {"ROWS": 2, "COLUMNS": 128, "STATES": 3, "HIDDEN": 8}.items():
         monkeypatch.setattr(rows, size, value)
     for backend in ("torch", "native") if why_not_native(torch.device("cpu")) is None else ("torch",):
-        benchmark = Benchmark()
+        benchmark = SimpleNamespace(extra_info={}, stats=SimpleNamespace(stats=SimpleNamespace(median=1e-3)))
+        benchmark.pedantic = lambda action, *, setup, **rounds: action(*setup()[0])
         rows.test_tile_pass(benchmark, backend, name)
         assert benchmark.extra_info["nanoseconds_per_element"] > 0
 
