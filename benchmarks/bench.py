@@ -1,7 +1,7 @@
 """`make bench`: a short form of every benchmark on the CPU, dated tables and a plot, and the README's tables from them.
 
     python -m benchmarks.bench [--only head,losses,step,scaling,rows] [--full]
-    python -m benchmarks.bench --readme [PART ...]        write the README's tables from the newest results
+    python -m benchmarks.bench --readme       write the README's tables from the newest results of head, losses and step
 
 Writes benchmarks/results/DATE-PART.json, .md and .png, DATE-PART-full with `--full`, which takes the sizes of the
 acceptance figures and minutes a part. The exit code is 1 where a part failed to run; missed goals are in the tables.

@@ -70,14 +70,6 @@ def test_a_process_of_its_own():
     assert harness.isolated(tables.goal, "x", 1.0, "≤", 2.0, seconds=60)["met"] is True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_peak_holds_what_an_action_held_for_a_moment():
-    found = harness.peak(lambda: bytearray(b"x") * 64_000_000, "cpu")
-    if found["peak_mb"] is None:
-        pytest.skip(found["peak_note"])
-    assert 60 < found["peak_mb"] < 90 and found["rise_mb"] == found["peak_mb"]
-
-
 def test_tables_and_what_is_wrong(capsys, tmp_path):
     ours = {"status": MEASURED, "median_ms": 2.0, "role": "ours", "floor": "floor", "flags": ["value"]}
     floor, cce = {"status": MEASURED, "median_ms": 1.0, "role": "floor"}, {"status": OUT_OF_TIME, "role": "peer"}
@@ -88,16 +80,13 @@ def test_tables_and_what_is_wrong(capsys, tmp_path):
     harness.publish(results, tmp_path / "new" / "x.json")
     assert harness.conclude(results) == 1
     printed = capsys.readouterr().out
-    assert (tmp_path / "new" / "x.md").read_text() in printed and results["machine"]["cpu"] in printed
+    assert (tmp_path / "new" / "x.md").read_text() in printed
     assert "| contestant | status | ms | × floor | × ours | wrong |" in printed
     assert "| `ours` |  | 2.00 | 2.00 | 1.00 | **value** |" in printed
     assert "* y: not measured, asked ≥ 1.000\n* z: 3.000, asked ≥ 1.000, met" in printed
     assert printed.endswith(
         "cut by the limit: a | row: cce\na | row: x: 1.200, asked ≤ 1.000, **missed**\na | row: ours: wrong: value\n"
     )
-    for text in ("BEGIN\n", "END\nBEGIN\n", "BEGIN\nBEGIN\nEND", "BEGIN\nEND\nEND"):
-        with pytest.raises(ValueError, match="needs these two lines"):
-            tables.replace_block(text, "BEGIN", "END", "new")
 
 
 @pytest.mark.parametrize("failing", ["", "pytest", "benchmarks.head"])
@@ -118,7 +107,8 @@ def test_gpu_script(tmp_path, failing):
 def test_every_part_runs_and_ours_is_right(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
     path = tmp_path / "head.json"
-    assert head.main([part, *DRY, "--json", str(path)]) == 0 and tables.DRY in capsys.readouterr().out
+    interpreted = ["--interpret"] if part == "kl" and not torch.cuda.is_available() else []
+    assert head.main([part, *DRY, *interpreted, "--json", str(path)]) == 0 and tables.DRY in capsys.readouterr().out
     for records in contestants_of(path):
         assert {record["status"] for record in records.values() if record["role"] != "peer"} == {RAN}
         assert [name for name, record in records.items() if record.get("flags")] == []
@@ -139,24 +129,23 @@ def test_the_truth_is_float64_autograd_on_full_logits():
     assert kept.tolist() == problem.positions.tolist() and len(kept) == 6
 
 
-@pytest.mark.parametrize(
-    "wrong, flags",
-    [
-        (lambda loss, gradient: (loss, gradient * 1.01), ["gradient"]),
-        (lambda loss, gradient: (loss * 1.01, gradient), ["value"]),
-        (lambda loss, gradient: (loss, gradient * float("nan")), ["gradient", "gradient of ignored tokens"]),
-        (lambda loss, gradient: (loss, gradient + 1e-9), ["gradient of ignored tokens"]),
-        (lambda loss, gradient: (loss, gradient[:1]), ["the gradient is (1, 32), not (8, 32)"]),
-    ],
-)
-def test_a_wrong_contestant_is_seen(monkeypatch, tmp_path, wrong, flags):
+WRONG = {
+    "gradient": lambda loss, gradient: (loss, gradient * 1.01),
+    "value": lambda loss, gradient: (loss * float("nan"), gradient),
+    "gradient of ignored tokens": lambda loss, gradient: (loss, gradient + 1e-9),
+    "the gradient is (1, 32), not (8, 32)": lambda loss, gradient: (loss, gradient[:1]),
+}
+
+
+@pytest.mark.parametrize("flag, wrong", WRONG.items())
+def test_a_wrong_contestant_is_seen(monkeypatch, tmp_path, wrong, flag):
     eager, path = CONTESTANTS["eager"].build, tmp_path / "head.json"
     for name in ("ours", "eager"):
         contestant = dataclasses.replace(CONTESTANTS[name], build=lambda problem: lambda: wrong(*eager(problem)()))
         monkeypatch.setitem(CONTESTANTS, name, contestant)
     arguments = [*DRY, "--ignored", "0.5", "--p", "flat", "--json", str(path)]
     assert head.main([*arguments, "--contestants", "ours"]) == 1
-    assert contestants_of(path)[0]["ours"]["flags"] == flags
+    assert contestants_of(path)[0]["ours"]["flags"] == [flag]
     assert head.main([*arguments, "--contestants", "eager"]) == 0, "a wrong peer is a finding, no failure"
 
 
@@ -185,46 +174,28 @@ def test_the_floor_has_the_products_and_sizes_of_its_own(monkeypatch):
 
 
 def test_goals():
-    def goals_of(peak_mb, times, **changes):
-        records = {name: {"median_ms": time, "peak_mb": peak_mb} for name, time in times.items()}
-        records = {name: {"role": CONTESTANTS[name].role, **record} for name, record in records.items()}
+    def goals_of(times, **changes):
+        records = {name: {"role": CONTESTANTS[name].role, "median_ms": time} for name, time in times.items()}
+        records["ours"]["peak_mb"] = 300.0
         row = {"setting": dataclasses.asdict(SMALL) | changes, "contestants": records, "goals": []}
         head.finish(row)
-        return [
-            (goal["value"] and round(goal["value"], 3), round(goal["limit"], 3), goal["met"]) for goal in row["goals"]
-        ]
+        return [(round(goal["value"] or 0.0, 3), round(goal["limit"], 2), goal["met"]) for goal in row["goals"]]
 
     gpu = {"device": "cuda", "hidden": 3584, "tokens": 8192, "dtype": "bfloat16"}
-    assert goals_of(300.0, {"floor_unchunked": 10.0, "ours": 10.9}, **gpu) == [
-        (1.09, 1.1, True),
-        (None, 1.0, None),
-        (300.0, 432.161, True),
-    ]
-    times = {"floor_rows": 12.0, "floor_together": 11.0, "floor_unchunked": 10.0, "ours": 12.0}
-    states = 3 * SMALL.hidden * 4
-    assert goals_of(200.0, times | {"eager": 20.0, "trl": 11.9}, tokens=10**6) == [
-        (1.2, 1.05, False),  # over any floor
-        (1.091, 1.05, False),  # over those within our memory
-        (0.6, 0.5, False),  # over eager, half of the tokens ignored
-        (1.008, 1.031, True),  # over the fastest peer
-        (200.0, states + 128.0, True),
-    ]
-    times |= {"floor_together_known": 8.0, "ours_known": 8.4, "eager": 30.0}
-    assert goals_of(999.0, times, tokens=10**6, loss="kl") == [
-        (1.2, 1.05, False),  # four products
-        (1.05, 1.05, True),  # three
-        (0.4, 1.031, True),
-        (999.0, states + 14.0, False),  # of ours, and with the embedding cached
-        (999.0, states + 14.0, False),
-    ]
+    found = goals_of({"floor_unchunked": 10.0, "ours": 10.9}, **gpu)
+    assert found == [(1.09, 1.1, True), (0.0, 1.0, None), (300.0, 432.16, True)]
+    times = {"floor_rows": 12.0, "floor_together": 11.0, "floor_unchunked": 10.0, "ours": 12.0, "eager": 20.0}
+    found = goals_of(times | {"trl": 11.9})  # over any floor, those within our memory, eager, the fastest peer; MB
+    assert found[:4] == [(1.2, 1.05, False), (1.091, 1.05, False), (0.6, 0.5, False), (1.008, 1.03, True)]
+    found = goals_of(times | {"floor_together_known": 8.0, "ours_known": 8.4}, loss="kl")  # four products, three
+    assert found[:2] == [(1.2, 1.05, False), (1.05, 1.05, True)] and found[3] == (300.0, 14.0, False)
 
 
 def test_scaling_goals_and_plot():
     lines = []
-    for sweep, tokens, vocabulary in (("N", 8, 64), ("N", 16, 64), ("V", 8, 64), ("V", 8, 128)):
-        setting = {"sweep": sweep, "tokens": tokens, "vocabulary": vocabulary, "hidden": 8}
-        record = {"median_ms": 1.0 * tokens * vocabulary, "peak_mb": 100.0}
-        lines.append({"setting": setting, "contestants": {"ours": record}})
+    for sweep, count, size in (("N", 8, 64), ("N", 16, 64), ("V", 8, 64), ("V", 8, 128)):
+        setting = {"sweep": sweep, "tokens": count, "vocabulary": size, "hidden": 8}
+        lines += [{"setting": setting, "contestants": {"ours": {"median_ms": 1.0 * count * size, "peak_mb": 100.0}}}]
     assert all(goal["met"] for goal in head.scaling_goals(lines))
     lines[-1]["contestants"]["ours"] = {"median_ms": 9e5, "peak_mb": 200.0}
     assert [goal["met"] for goal in head.scaling_goals(lines)] == [True, True, True, False, False]
@@ -232,15 +203,12 @@ def test_scaling_goals_and_plot():
     assert head.plot({"rows": lines, "machine": {"cpu": "X"}, "date": "D"}).startswith(b"\x89PNG")
 
 
-def test_rows_and_contestants_of_a_gpu(capsys):
+def test_rows_and_contestants_of_a_gpu():
     settings = head.settings_of(head.parse(["--device", "cuda"]))
     assert len(settings) == 16 and {(each.hidden, each.vocabulary) for each in settings[:4]} == set(head.GPU_SHAPES)
     names = taking_part(settings[0])
     assert names[:5] == ["floor_unchunked", "ours", "liger", "trl", "quack"], "compilers come last"
     assert names[-2:] == ["cce", "cce_exact"] and names.index("compile") > names.index("eager")
-    with pytest.raises(SystemExit):
-        head.main(["--contestants", "cce,kahan"])
-    assert "unknown contestant 'kahan'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", rows.CASES)
@@ -258,18 +226,7 @@ def test_host_time(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     monkeypatch.setattr(host_time, "README", readme)
     monkeypatch.setattr(host_time, "WARMUP", 1)
-    readme.write_text("no markers\n")
-    assert host_time.main(["--readme", "--calls", "2"]) == 2
     readme.write_text(f"before\n{host_time.BEGIN}\nold\n{host_time.END}\nafter\n")
     assert host_time.main(["--readme", "--calls", "2"]) == 0
     written = readme.read_text()
     assert "| `triton` | stubbed |" in written and "old" not in written and written.endswith("after\n")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(tmp_path):
-    path = tmp_path / "head.json"
-    names = "floor_unchunked,ours,ours_known,eager"
-    assert head.main(["losses", "--device", "cuda", "--tiny", "--contestants", names, "--json", str(path)]) == 0
-    assert {record["status"] for records in contestants_of(path) for record in records.values()} == {RAN}
