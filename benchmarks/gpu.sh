@@ -16,100 +16,37 @@ set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=${OUT:-$PWD/.device/out}
-LIMIT=${LIMIT:-300}
-PARTS=${PARTS:-tests tiles head}
-PYTHON=${PYTHON:-python3}
-TEST_WORKERS=${TEST_WORKERS:-4}
-TESTS_LIMIT=110 TILES_LIMIT=40 HEAD_LIMIT=150 SANITIZER_LIMIT=80
-
-mkdir -p "$OUT"
+OUT=${OUT:-$PWD/.device/out} LIMIT=${LIMIT:-300} PARTS=${PARTS:-tests tiles head} PYTHON=${PYTHON:-python3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$OUT" "$scratch/joined" "$scratch/packages"
 failed=()
 
-# most SECONDS: so many, or what is left of LIMIT
-most() {
-    local left=$((LIMIT - SECONDS - 5))
-    echo $((left < 1 ? 1 : left < $1 ? left : $1))
-}
-
-# part NAME SECONDS COMMAND...: runs it with its output in $OUT/NAME.log too, and remembers a failure
+# part NAME SECONDS COMMAND...: runs it for so long or what is left of LIMIT, with its output in $OUT/NAME.log too; a
+# %LIMIT% in the command becomes the seconds in which it should end by itself
 part() {
-    local name=$1 seconds code=0
-    seconds=$(most "$2")
+    local name=$1 most=$2 left=$((LIMIT - SECONDS - 5)) code=0
     shift 2
-    echo "== $name, at most $seconds s"
-    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$OUT/$name.log" || code=$?
+    most=$((left < 1 ? 1 : left < most ? left : most))
+    echo "== $name, at most $most s"
+    timeout --kill-after=5 "$most" "${@/\%LIMIT\%/$((most > 24 ? most - 12 : most))}" 2>&1 | tee "$OUT/$name.log" || code=$?
     ((code == 0)) || failed+=("$name (exit code $code)")
 }
 
-install_wheels() {
-    local wheels=(.device/wheels*/*.whl) piece
-    mkdir -p "$scratch/joined"
-    for piece in .device/wheels*/*.whl.part*; do
-        cat "$piece" >>"$scratch/joined/$(basename "${piece%.part*}")"
-    done
-    wheels+=("$scratch"/joined/*.whl)
-    ((${#wheels[@]} == 0)) && return
+wheels=(.device/wheels*/*.whl)
+for piece in .device/wheels*/*.whl.part*; do
+    cat "$piece" >>"$scratch/joined/$(basename "${piece%.part*}")"
+done
+wheels+=("$scratch"/joined/*.whl)
+if ((${#wheels[@]})); then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
         --target "$scratch/site" "${wheels[@]}" || failed+=("the wheels")
-    # where nvidia-cutlass-dsl keeps what QuACK imports: its .pth file, which says so, counts in site-packages alone
-    for piece in "$scratch"/site/nvidia_cutlass_dsl/*_packages; do
-        packages="$packages:$piece"
-    done
-}
-
-surroundings() {
-    nvidia-smi || true
-    "$PYTHON" -c 'from fastforget import doctor; print(*map(": ".join, doctor.report()), sep="\n")'
-    "$PYTHON" -m pip list --format=freeze >"$OUT/packages.txt" || true
-}
-
-gpu_tests() {
-    local files
-    # the other test files may need packages that this machine lacks
-    mapfile -t files < <(grep -rlE 'mark\.gpu\b|kernel_device' tests --include='test_*.py')
-    if ((${#files[@]} == 0)); then
-        echo "no test is marked gpu"
-        return 1
-    fi
-    part tests "$TESTS_LIMIT" "$PYTHON" -m pytest -m gpu -n "$TEST_WORKERS" -p no:cacheprovider -p benchmarks.tell_failures \
-        -q --tb=short --junitxml="$OUT/tests.xml" "${files[@]}"
-}
-
-tile_shapes() {
-    part tiles "$TILES_LIMIT" "$PYTHON" -m benchmarks.tiles --device cuda --json "$OUT/tiles.json" \
-        --budget $((TILES_LIMIT - 12))
-}
-
-sanitizer() {
-    if ! command -v compute-sanitizer >/dev/null; then
-        echo "== sanitizer: there is no compute-sanitizer here" | tee "$OUT/sanitizer.log"
-        return
-    fi
-    # without the caching allocator each tensor is an allocation of its own, whose bounds are checked
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer "$SANITIZER_LIMIT" \
-        compute-sanitizer --tool memcheck --error-exitcode 3 \
-        "$PYTHON" -m benchmarks.head --device cuda --tiny --here --no-memory --ignored 0.5 --p flat \
-        --losses nll,kl,distance_cluster --contestants ours,ours_known
-    if [[ ${failed[-1]:-} == sanitizer* ]] && grep -q "Device not supported" "$OUT/sanitizer.log"; then
-        echo "compute-sanitizer cannot work on this machine: not counted as a failure"
-        unset 'failed[-1]'
-    fi
-}
-
-head_benchmark() {
-    local seconds
-    seconds=$(most "$HEAD_LIMIT")
-    # a row's limit leaves every shape its turn; what compiles for long comes last in it, and is then said to be missing
-    part head "$HEAD_LIMIT" "$PYTHON" -m benchmarks.head --device cuda --json "$OUT/head.json" --rounds 8 --warmup 2 \
-        --losses nll,kl --ignored 0 --p flat --limit 26 --budget $((seconds > 20 ? seconds - 10 : seconds)) "$@"
-}
-
+fi
 packages=""
-install_wheels
-mkdir -p "$scratch/packages"
+# where nvidia-cutlass-dsl keeps what QuACK imports: its .pth file, which says so, counts in site-packages alone
+for piece in "$scratch"/site/nvidia_cutlass_dsl/*_packages; do
+    packages="$packages:$piece"
+done
 ln -s "$PWD/kernels" "$scratch/packages/fastforget_kernels" # where it is not installed, as pyproject.toml maps it
 export PYTHONPATH="$PWD:$scratch/packages:$scratch/site$packages${PYTHONPATH:+:$PYTHONPATH}"
 export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1 TRITON_INTERPRET=0 HF_HUB_OFFLINE=1
@@ -117,19 +54,29 @@ if [[ -f .device/commit ]]; then
     FASTFORGET_COMMIT=$(<.device/commit)
     export FASTFORGET_COMMIT
 fi
+nvidia-smi || true
+"$PYTHON" -c 'from fastforget import doctor; print(*map(": ".join, doctor.report()), sep="\n")' || failed+=("doctor")
+"$PYTHON" -m pip list --format=freeze >"$OUT/packages.txt" || true
 
-surroundings 2>&1 | tee "$OUT/surroundings.log" || failed+=("surroundings")
+head=("$PYTHON" -m benchmarks.head --device cuda)
 for name in $PARTS; do
     case $name in
-        tests) gpu_tests ;;
-        tiles) tile_shapes ;;
-        sanitizer) sanitizer ;;
-        head) head_benchmark "$@" ;;
-        *)
-            echo "unknown part $name"
-            false
+        tests) # of the other test files some need packages that this machine lacks
+            mapfile -t files < <(grep -rlE 'mark\.gpu\b|kernel_device' tests --include='test_*.py')
+            part tests 110 "$PYTHON" -m pytest -m gpu -n "${TEST_WORKERS:-4}" -p no:cacheprovider \
+                -p benchmarks.tell_failures -q --tb=short --junitxml="$OUT/tests.xml" "${files[@]}"
             ;;
-    esac || failed+=("$name")
+        tiles) part tiles 40 "${head[@]}" tiles --json "$OUT/tiles.json" --rounds 5 --warmup 1 --no-memory --limit %LIMIT% ;;
+        # what compiles for long comes last in a row, and is then said to be missing
+        head) part head 150 "${head[@]}" --losses nll,kl --ignored 0 --p flat --json "$OUT/head.json" --rounds 8 \
+            --warmup 2 --limit %LIMIT% "$@" ;;
+        sanitizer) # without the caching allocator each tensor is an allocation of its own, whose bounds are checked
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 80 compute-sanitizer --tool memcheck --error-exitcode 3 \
+                "${head[@]}" --tiny --no-memory --ignored 0.5 --p flat --losses nll,kl,distance_cluster \
+                --contestants ours,ours_known
+            ;;
+        *) failed+=("unknown part $name") ;;
+    esac
 done
 
 if ((${#failed[@]})); then

@@ -3,192 +3,236 @@
     python -m benchmarks.step --device cpu --json FILE                     an OPT of 6 layers, built from config
     python -m benchmarks.step --device cpu --bits 8
     python -m benchmarks.step --device cuda --shape opt-1.3b,llama-3.1-8b --bits 8
-    python -m benchmarks.step --device cpu --tiny                          a dry run: no figure of speed
-    python -m benchmarks.step --table FILE                                 the tables of a results file
+    python -m benchmarks.step --methods rmu                                forwards that end at layer 7 of 24
+    python -m benchmarks.step --tiny                                       a dry run: no figure of speed
 
-The loops are those of `step_loops`, which says how they were made comparable. Loops take turns in one process, each
-peak is measured in a process of its own, and that all compute the same is checked in a third. The exit code is 1 where
-ours failed, computes something else or missed a goal, else 0.
+`loops` says which loops are measured, and how they were made comparable. They take turns in one process, on one model;
+each peak is measured in a process of its own. `rmu` compares that preset, in the first epoch and later, with a full
+step of `grad_diff`. The exit code is 1 where ours failed, computes something else or missed a goal, else 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
-import json
+import copy
+import functools
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import step_measure
-from benchmarks.head import header, whole
-from benchmarks.head_measure import Effort, Record, facts
-from benchmarks.head_worker import Died, Worker
-from benchmarks.proof import iso_date, names_of
-from benchmarks.step_loops import LOOPS, METHODS
-from benchmarks.step_problem import SHAPES, StepSetting
-from benchmarks.step_table import goal_line, goals, markdown
-from benchmarks.surroundings import without_paths, write_whole
+import fastforget as ff
+from benchmarks import harness, loops
+from benchmarks.harness import Answer, Record, Step
+from benchmarks.loops import Backward, Batches, StepSetting
+from benchmarks.tables import goal, ratio
 from fastforget.backends import pick
 
-Task = Callable[..., None]
-Runner = Callable[..., dict[str, Record]]  # (task, its arguments..., seconds=) -> records
+LEARNING_RATE = 1e-4
+ADAPTER_STD = 0.2  # of LoRA's B when losses are compared: at its initial 0 the KL and most gradients are 0
+TERMS = {
+    "mismatch": lambda: [ff.NegatedCE(), ff.RandomMismatch(), ff.KL()],
+    "grad_diff": lambda: [ff.NegatedCE(), ff.KL()],
+    "rmu": lambda: ff.preset("rmu", layer=7),
+}
+LOOPS = {  # name -> what it is, its role
+    "loop": ("the method's loop", "peer"),
+    "loop_selected": ("the same, label tokens selected before the KL", "peer"),
+    "ours_first": ("UnlearnStep, first epoch", "ours"),
+    "ours_later": ("UnlearnStep, later epochs", "ours"),
+    "floor": ("backbone and bare products", "floor"),
+    "backbone": ("backbone alone", "floor"),
+    "full": ("UnlearnStep, a full step of grad_diff", "ours"),
+}
+RMU_LOOPS = ("full", "ours_first", "ours_later")
+RMU_SIZE: dict[str, Any] = {"shape": "deep", "sequences": 4, "length": 64, "labelled": 1.0, "batches": 1}
+LATER_FASTER, FIRST_FASTER, MEMORY, EARLY = 2.5, 1.8, 0.35, 0.4  # what was asked of ours
+SIMILAR_ERROR = 2.0  # a loop may err by so many times what the peer errs, against float64 ...
+ULPS = 16 * 2.0**-24  # ... and, where the peer happens to be exact, by this share of the gradient or loss
+# ||difference|| / ||gradient|| of one weight from the peer's, without a float64 to compare with: what is rounded to
+# float32, or to 16 bit, in each of many layers
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+ABOUT = (
+    "Backward, optimizer's step and zero_grad; medians of loops in turn. Extra MB: peaks of processes of their own, "
+    "beyond what each held after imports and loading the same base. Floors are no loops: the model's forwards and "
+    "backwards up to its head, and with them the bare products with the head that a frozen one cannot leave out. The "
+    "errors are of the loss, and of the worst gradient of a LoRA weight, from a float64 copy of the loop (of large or "
+    "quantised models: from the loop itself).",
+)
+
+
+def answer_of(backward: Backward, model: Any, batches: Batches) -> Answer:
+    """Return the loss, and the gradients of all weights (weights, longest) in float64; no step is taken."""
+    loss = backward(batches)
+    found = [weight.grad.double().flatten().cpu() for weight in model.parameters() if weight.grad is not None]
+    model.zero_grad()
+    return loss.double().cpu(), torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+
+def distances(answer: Answer, truth: Answer) -> Tensor:
+    """Compute (1 + weights,): the loss's distance, and each gradient's, relative to its length."""
+    loss = (answer[0] - truth[0]).abs() / truth[0].abs().clamp(min=1.0)
+    gradients = (answer[1] - truth[1]).norm(dim=1) / truth[1].norm(dim=1).clamp(min=1e-30)
+    return torch.cat([loss[None], gradients])
+
+
+class Problem:
+    """A model with its adapter moved away from its start, the peers' reference, batches, and the truth.
+
+    Where float64 is affordable it is the truth, and a loop may err as much as float32 makes the peer err; otherwise the
+    peer is. A loop's reference, cache and optimizer count as its memory.
+    """
+
+    whole_peak = True
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        setting = self.setting = StepSetting(**given)
+        self.device_name, self.model, self.batches = setting.device, loops.load_policy(setting), loops.epoch(setting)
+        loops.perturb(self.model, setting.seed, ADAPTER_STD)
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The second model, or a deep copy with its adapter at its start."""
+        if self.setting.method == "mismatch":
+            return loops.load_policy(self.setting).requires_grad_(False)
+        reference = copy.deepcopy(self.model)
+        loops.perturb(reference, self.setting.seed, std=0.0)
+        return reference.requires_grad_(False)
+
+    @functools.cached_property
+    def truth(self) -> tuple[Answer, Tensor]:
+        """The loss and gradients, and how far (1 + weights,) a loop may be from them."""
+        peer = self.backward_of("loop", self.model, self.reference)[0]
+        theirs = answer_of(peer, self.model, self.batches[0])
+        if self.setting.bits != 32 or self.setting.shape in loops.LARGE:
+            largest = LARGEST_DIFFERENCE[next(self.model.parameters()).dtype]
+            return theirs, torch.full((1 + len(theirs[1]),), largest)
+        wide = copy.deepcopy(self.model).double()
+        exact, _ = self.backward_of("loop", wide, copy.deepcopy(self.reference).double())
+        truth = answer_of(exact, wide, self.batches[0])
+        return truth, SIMILAR_ERROR * distances(theirs, truth) + ULPS
+
+    def backward_of(self, name: str, model: Any, reference: Any) -> tuple[Backward, torch.optim.Optimizer]:
+        """Build a loop around a model, and its optimizer."""
+        mismatch = self.setting.method == "mismatch"
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=LEARNING_RATE)
+        if name in ("floor", "backbone"):
+            products = loops.products_of(self.setting, model) if name == "floor" else ()
+            return loops.bare(model, mismatch, products), optimizer
+        if LOOPS[name][1] == "peer":
+            select = name == "loop_selected"
+            return loops.materialised(model, reference, mismatch=mismatch, select=select), optimizer
+        terms = ff.preset("grad_diff") if name == "full" else TERMS[self.setting.method]()
+        step = ff.UnlearnStep(model, optimizer, terms=terms)
+        return loops.ours(step, cached=name != "ours_first"), step
+
+    def step_of(self, name: str, dry: bool) -> Step:
+        """Build a step: its first call fills our cache, and returns what all loops must agree on; later ones train."""
+        peer = LOOPS[name][1] == "peer"
+        backward, optimizer = self.backward_of(name, self.model, self.reference if peer else None)
+        turns = itertools.count()
+
+        def step() -> Answer | None:
+            turn = next(turns)
+            if turn:
+                backward(self.batches[turn % len(self.batches)])
+                optimizer.step()
+                optimizer.zero_grad()
+                return None
+            for each in self.batches:
+                backward(each)
+            self.model.zero_grad()
+            answer = answer_of(backward, self.model, self.batches[0])
+            return None if LOOPS[name][1] == "floor" or self.setting.method == "rmu" else answer
+
+        return step
+
+    def errors(self, answer: Answer) -> Record:
+        """Say how far a loop's loss and gradients are from the truth, and in "flags" what of that is too far."""
+        truth, limits = self.truth
+        if answer[1].shape != truth[1].shape:
+            return {"flags": [f"gradients {tuple(answer[1].shape)}, not {tuple(truth[1].shape)}"]}
+        found = distances(answer, truth)
+        wrong = [place for place, near in enumerate(found <= limits) if not near]  # NaN is too far, too
+        flags = [f"gradient of weight {place - 1}" if place else "loss" for place in wrong]
+        # where one weight is wrong, most are
+        return {"value_error": found[0].item(), "worst_row": found[1:].max().item(), "flags": flags[:3]}
+
+
+def finish(row: dict[str, Any]) -> None:
+    """State what was asked: later and first epochs against both forms of the loop, memory against the smaller one."""
+    records, setting = row["contestants"], row["setting"]
+    load = os.getloadavg()[0]  # of the last minute, our own included
+    row["notes"] = [f"ours by `{pick('auto', torch.device(setting['device']))}`; load average {load:.1f}"]
+    if setting["method"] == "rmu":
+        row["ours"] = "full"
+        row["goals"] = [goal(f"{name} / full", ratio(row, name, "full"), "≤", EARLY) for name in RMU_LOOPS[1:]]
+        return
+    row["ours"] = "ours_later"
+    for peer in ("loop", "loop_selected"):
+        row["goals"].append(goal(f"{peer} / ours, later epochs", ratio(row, peer, "ours_later"), "≥", LATER_FASTER))
+        row["goals"].append(goal(f"{peer} / ours, first epoch", ratio(row, peer, "ours_first"), "≥", FIRST_FASTER))
+    peaks = [record["peak_mb"] for record in records.values() if record["role"] == "peer" and record.get("peak_mb")]
+    value, smallest = records.get("ours_later", {}).get("peak_mb"), min(peaks, default=None)
+    share = value / smallest if value and smallest else None
+    row["goals"].append(goal("peak memory, ours / loop", share, "≤", MEMORY))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; returns the exit code."""
     options = parse(arguments)
-    if options.table:
-        print(markdown(json.loads(options.table.read_text(encoding="utf-8"))))
-        return 0
-    runner = here if options.here else isolated
-    effort = Effort(options.rounds, options.warmup, options.limit, not options.no_memory, options.dry)
-    results = header(options, facts(options.device))
-    settings = settings_of(options)
-    for setting in settings:
-        with tempfile.TemporaryDirectory(prefix="fastforget-step-") as folder:
-            base = Path(folder) / "base"
-            try:
-                runner(step_measure.make_base, setting, base, seconds=options.limit)
-            except Died as death:
-                print(f"step: the model could not be built: {death}", file=sys.stderr)
-                return 1
-            for method in options.methods:
-                print(f"{method}, {setting.name}: ", end="", flush=True)
-                row = measure_row(runner, setting, base, method, options.loops, effort)
-                results["rows"].append(row)
-                print(row["contestants"].get("ours_later", {}).get("status", "done"), flush=True)
-                if options.json:
-                    text = json.dumps(without_paths(results), indent=2, ensure_ascii=False)
-                    write_whole(options.json, text + "\n")
-                    write_whole(options.json.with_suffix(".md"), markdown(results))
-    print("\n" + markdown(results))
-    problems = [f"{row['name']}: {problem}" for row in results["rows"] for problem in problems_of(row)]
-    print("\n".join(problems) or "Ours ran, computes the same, and missed no goal that was set.")
-    return 1 if problems else 0
+    results = harness.header("Training steps", ABOUT, options)
+    with tempfile.TemporaryDirectory(prefix="fastforget-step-") as folder:
+        settings = {}
+        for setting in settings_of(options, folder):
+            if not Path(setting.folder).exists():
+                harness.isolated(loops.make_base, asdict(setting), seconds=harness.A_DAY)
+            own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
+            settings[setting] = [name for name in own if name in (options.loops or LOOPS)]
+        harness.measure_rows(results, "benchmarks.step", settings, LOOPS, finish, options)
+    return harness.conclude(results)
 
 
-def measure_row(
-    runner: Runner, setting: StepSetting, base: Path, method: str, loops: Sequence[str], effort: Effort
-) -> dict[str, Any]:
-    """One method: its loops' seconds and peaks, and the check."""
-    records: dict[str, Record] = {name: {"status": "failed: nothing came back"} for name in loops}
-    try:
-        # twice the limit: the first calls and the last round are not interrupted
-        records |= runner(step_measure.time_loops, setting, base, method, loops, effort, seconds=2 * effort.limit)
-    except Died as death:
-        records |= {name: {"status": f"failed: {death}"} for name in loops}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the last minute, our own included
-    for name in step_measure.names_of_peaks(effort, records):
-        try:
-            records[name] |= runner(step_measure.peak_of, setting, base, method, name, seconds=effort.limit)[name]
-        except Died as death:
-            records[name] |= {"peak_mb": None, "peak_note": f"failed: {death}"}
-    try:
-        checked = runner(step_measure.check, setting, base, method, seconds=effort.limit)["check"]
-    except Died as death:
-        checked = {"flags": [f"the check failed: {death}"]}
-    row: dict[str, Any] = {
-        "name": f"{method}: {setting.name}",
-        "method": method,
-        "about": METHODS[method],
-        "setting": dataclasses.asdict(setting),
-        "load_average": load,
-        "backend": pick("auto", torch.device(setting.device)),
-        "contestants": records,
-        "check": checked,
-    }
-    row["goals"] = [] if effort.dry else goals(row)
-    return row
-
-
-def problems_of(row: dict[str, Any]) -> list[str]:
-    """What is wrong with ours in a row, a line each."""
-    found = [
-        f"{name}: {record['status']}"
-        for name, record in row["contestants"].items()
-        if LOOPS[name].role == "ours" and record["status"].startswith("failed")
-    ]
-    found += [f"does not compute the same: {flag}" for flag in row["check"]["flags"]]
-    return found + [goal_line(goal) for goal in row["goals"] if goal["met"] is False]
-
-
-def isolated(task: Task, *arguments: Any, seconds: float) -> dict[str, Record]:
-    """Run a task in a process of its own."""
-    worker = Worker()
-    try:
-        return worker.run(task, *arguments, seconds=seconds)
-    finally:
-        worker.stop()
-
-
-def here(task: Task, *arguments: Any, seconds: float) -> dict[str, Record]:
-    """Run a task in this process: for debuggers and tests."""
-    records: dict[str, Record] = {}
-
-    def say(name: str, record: Record | None) -> None:
-        if record is not None:
-            records[name] = record
-
-    task(*arguments, say)
-    return records
-
-
-def settings_of(options: argparse.Namespace) -> list[StepSetting]:
-    """All rows: each shape with each number of bits."""
-    common = {
-        name: getattr(options, name)
-        for name in ("device", "sequences", "length", "labelled", "rank", "batches", "seed")
-    }
-    if options.tiny:
-        common["ragged"] = True  # also what padding does is then compared
-    return [StepSetting(shape=shape, bits=bits, **common) for shape in options.shape for bits in options.bits]
+def settings_of(options: argparse.Namespace, folder: str) -> list[StepSetting]:
+    """List all rows: each shape with each number of bits and each method."""
+    names = ("device", "sequences", "length", "labelled", "rank", "batches", "seed")
+    common = {name: getattr(options, name) for name in names} | {"ragged": options.tiny}  # padding is compared, too
+    found = []
+    for shape, size, method in itertools.product(options.shape, options.bits, options.methods):
+        setting = StepSetting(method, shape, int(size), folder=f"{folder}/{shape}", **common)
+        if method == "rmu" and not options.tiny:
+            setting = replace(setting, folder=f"{folder}/deep", **RMU_SIZE)
+        found.append(setting)
+    return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with what follows from others filled in; bad ones end with exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
-    shapes = [name for name in SHAPES if name != "tiny"]
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", type=names_of("shape", shapes), default=("small",), help=", ".join(shapes))
-    parser.add_argument("--bits", type=bits, default=(32,), help="of the base: 32, 16, 8 or 4; comma-separated")
-    parser.add_argument("--methods", type=names_of("method", METHODS), default=tuple(METHODS), help="default: all")
-    parser.add_argument("--loops", type=names_of("loop", LOOPS), default=tuple(LOOPS), help=", ".join(LOOPS))
-    parser.add_argument("--sequences", type=whole, help="of each side; default 8")
-    parser.add_argument("--length", type=whole, help="tokens of a sequence; default 128")
+    """Read the options, and fill in what follows from others; bad ones end with exit code 2."""
+    parser = harness.parser_of("step", __doc__)
+    bits = harness.names_of("number of bits", ("32", "16", "8", "4"))
+    shapes = [name for name in loops.SHAPES if not name.startswith("tiny")]
+    parser.add_argument("--shape", type=harness.names_of("shape", shapes), default=("small",), help=", ".join(shapes))
+    parser.add_argument("--bits", type=bits, default=("32",), help="of the base: 32, 16, 8 or 4; comma-separated")
+    parser.add_argument("--methods", type=harness.names_of("method", TERMS), default=("mismatch", "grad_diff"))
+    parser.add_argument("--loops", type=harness.names_of("loop", LOOPS), help=f"default: all of {', '.join(LOOPS)}")
+    parser.add_argument("--sequences", type=int, help="of each side; default 8")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default 128")
     parser.add_argument("--labelled", type=float, default=0.4, help="share of the tokens; default 0.4")
-    parser.add_argument("--rank", type=whole, default=8, help="of LoRA; default 8")
-    parser.add_argument("--batches", type=whole, default=2, help="of an epoch; default 2")
-    parser.add_argument("--rounds", type=whole, default=7, help="timed steps of each loop; default 7")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them, after an epoch; default 1")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one method's rounds; default 900")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--tiny", action="store_true", help="a model of no interest: a dry run, no figure of speed")
-    parser.add_argument("--here", action="store_true", help="all in this process")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--date", type=iso_date, default=datetime.date.today().isoformat(), help="default: today")
-    parser.add_argument("--json", type=Path, help="file of the results; the tables go beside it, as .md")
-    parser.add_argument("--table", type=Path, help="print the tables of a results file, and measure nothing")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
+    parser.add_argument("--batches", type=int, default=2, help="of an epoch; default 2")
+    parser.set_defaults(rounds=7, warmup=1)
     options = parser.parse_args(arguments)
-    if not 0 < options.labelled < 1:
-        parser.error(f"--labelled is a share between 0 and 1, not {options.labelled:g}")
-    if options.tiny:
-        options.shape = ("tiny",)
+    options.dry, options.shape = options.tiny, ("tiny",) if options.tiny else options.shape
     options.sequences = options.sequences or (3 if options.tiny else 8)
     options.length = options.length or (24 if options.tiny else 128)
-    options.dry = options.tiny
     return options
-
-
-def bits(text: str) -> tuple[int, ...]:
-    """Comma-separated numbers of bits."""
-    return tuple(int(name) for name in names_of("number of bits", ("32", "16", "8", "4"))(text))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the head's benchmark computes: inputs, losses, and the float64 truth that every contestant is compared with.
+"""Define what the head's benchmark computes: inputs, losses, and the float64 truth that every contestant is held to.
 
-A loss is a formula over per-token fields of the kept tokens (log-probs, divergences, distances). Contestants differ in
-how they get at the fields and their gradients; the formula, and the inputs, are the same for all.
+A loss is a formula over per-token fields of the n kept tokens (log-probs, divergences, distances). Contestants differ
+in how they get at the fields and their gradients; the formula, and the inputs, are the same for all.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Fields = Mapping[str, Tensor]  # name -> (n,), over the kept tokens
-Answer = tuple[Tensor, Tensor]  # the loss, and its gradient over the hidden states (N, D)
+from benchmarks.harness import Answer, Record
+
+Fields = Mapping[str, Tensor]  # name -> (n,)
 
 IGNORE_INDEX = -100
 SEQUENCE = 256  # tokens: each sequence begins with its ignored ones, as a prompt before an answer does
@@ -45,20 +45,21 @@ class Setting:
     device: str = "cuda"
     backend: str = "auto"  # of ours
     seed: int = 0
+    sweep: str = ""  # "N" or "V" for a point of the scaling's lines, whichever the other points differ in
 
     @property
     def name(self) -> str:
-        """As it is printed."""
+        """Name the row as it is printed."""
         shape = f"N {self.tokens}, D {self.hidden}, V {self.vocabulary}, {self.dtype}"
         return f"{self.loss}, {shape}, {100 * (1 - self.ignored):.0f} % of the tokens, {self.p} p"
 
 
-class Problem:
+class Inputs:
     """A setting's tensors, on its device; what only some losses need is made when it is first asked for."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.loss = LOSSES[setting.loss]
+        self.setting, self.device_name = setting, setting.device
+        self.fields, self.formula = LOSSES[setting.loss]
         self.dtype: torch.dtype = getattr(torch, setting.dtype)
         count, width, vocabulary = setting.tokens, setting.hidden, setting.vocabulary
         self.device = torch.device(setting.device)
@@ -80,7 +81,7 @@ class Problem:
         self.sequences = -(-count // length)
 
     def normal(self, *shape: int, scale: float = 1.0, towards: Tensor | None = None, by: float = 1.0) -> Tensor:
-        """Random normal numbers, plus a multiple of another tensor, rounded once to the setting's dtype."""
+        """Draw normal numbers, add a multiple of another tensor, and round once to the setting's dtype."""
         drawn = torch.randn(*shape, generator=self.generator, device=self.device).mul_(scale)
         return (drawn if towards is None else drawn.add_(towards.float() * by)).to(self.dtype)
 
@@ -105,108 +106,100 @@ class Problem:
         return self.weight.double()
 
     def exact_fields(self, states: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Float64 fields of all kept tokens, a few at a time, without gradients."""
+        """Compute float64 fields of all kept tokens, a few at a time, without gradients."""
         with torch.no_grad():
-            parts = [self.fields_at(states, rows, names) for rows in self.positions.split(ORACLE_ROWS)]
+            parts = [self.fields_at(states, rows) for rows in self.positions.split(ORACLE_ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
-    def fields_at(self, states: Tensor, rows: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Float64 fields of a few rows of states, by their definitions."""
-        state = states[rows].double()
-        fields: dict[str, Tensor] = {}
-        if {"logp", "kl"} & set(names):
-            log_p = torch.log_softmax(state @ self.exact_weight.T, dim=1)
-            fields["logp"] = log_p.gather(1, self.labels[rows][:, None])[:, 0]
-        if "kl" in names:
-            log_q = torch.log_softmax(self.reference[rows].double() @ self.exact_weight.T, dim=1)
-            fields["kl"] = (log_q.exp() * (log_q - log_p)).sum(dim=1)
-        if "distance" in names:
-            fields |= distances(state, self.reference[rows].double(), self.centres.double())
+    def fields_at(self, states: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Compute float64 fields of a few rows of states."""
+        logits = states[rows].double() @ self.exact_weight.T
+        others = self.reference[rows].double() @ self.exact_weight.T if self.setting.loss == "kl" else None
+        return self.fields_of(states, logits, others, rows, torch.arange(len(rows), device=self.device))
+
+    def fields_of(
+        self, states: Tensor, logits: Tensor, others: Tensor | None, rows: Tensor, places: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the loss's fields of the tokens `rows`, by their definitions, from all logits and the reference's.
+
+        places: where the rows stand in the logits, (n, V), and others, (n, V); default: at `rows`.
+        """
+        where, dtype = rows if places is None else places, logits.dtype
+        log_p = torch.log_softmax(logits, dim=1)
+        fields = {"logp": log_p[where, self.labels[rows]]}
+        if others is not None:
+            log_q = torch.log_softmax(others, dim=1)
+            fields["kl"] = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)[where]
+        if "distance" in self.fields:
+            state, anchor = (F.normalize(each[rows].to(dtype), dim=1) for each in (states, self.reference))
+            fields["distance"] = (1.0 - (state * anchor).sum(dim=1)).clamp(max=MARGIN)  # cosine, at most the margin
+            fields["pull"] = (1.0 - state @ F.normalize(self.centres.to(dtype), dim=1).T).amin(dim=1)
         return fields
 
     @functools.cached_property
     def truth(self) -> tuple[float, Tensor, Tensor]:
         """(loss, sampled rows (k,), float64 gradient of those rows (k, D))."""
-        names = self.loss.fields
-        fields = self.exact_fields(self.hidden, names)
+        fields = self.exact_fields(self.hidden, self.fields)
         places = torch.linspace(0, len(self.positions) - 1, min(SAMPLE, len(self.positions)), device=self.device)
         places = places.round().long()
         rows = self.positions[places]
         states = self.hidden.detach().clone().double().requires_grad_()
-        sampled = self.fields_at(states, rows, names)
-        merged = {name: fields[name].index_put((places,), sampled[name]) for name in names}
-        loss = self.loss.formula(self, merged)
+        sampled = self.fields_at(states, rows)
+        merged = {name: fields[name].index_put((places,), sampled[name]) for name in self.fields}
+        loss = self.formula(self, merged)
         (gradient,) = torch.autograd.grad(loss, states)
         del self.exact_weight
         return loss.item(), rows, gradient[rows]
 
-    def errors(self, answer: Answer) -> dict[str, Any]:
-        """How far an answer is from float64, and what of that is too far."""
+    def errors(self, answer: Answer) -> Record:
+        """Say how far an answer is from float64, and in "flags" what of that is too far."""
         value, rows, exact = self.truth
         loss, gradient = answer
         if gradient.shape != self.hidden.shape:
             return {"flags": [f"the gradient is {tuple(gradient.shape)}, not {tuple(self.hidden.shape)}"]}
-        difference = (gradient[rows].double() - exact).norm(dim=1)
-        lengths = exact.norm(dim=1)
-        found: dict[str, Any] = {
+        difference, lengths = (gradient[rows].double() - exact).norm(dim=1), exact.norm(dim=1)
+        found: Record = {
             "value_error": abs(loss.item() - value),
             "gradient_error": (difference.norm() / lengths.norm()).item(),
             "worst_row": (difference / lengths).max().item(),
         }
         largest = LARGEST_ERROR[self.dtype]
-        ignored = self.labels == IGNORE_INDEX
-        flags = []
-        if not found["value_error"] <= largest * max(1.0, abs(value)):  # NaN is too far, too
-            flags.append("value")
-        if not found["gradient_error"] <= largest:
-            flags.append("gradient")
-        if ignored.any() and gradient[ignored].abs().max().item() != 0.0:
-            flags.append("gradient of ignored tokens")
-        return {**found, "flags": flags}
+        ignored = gradient[self.labels == IGNORE_INDEX]
+        right = {  # NaN is too far, too
+            "value": found["value_error"] <= largest * max(1.0, abs(value)),
+            "gradient": found["gradient_error"] <= largest,
+            "gradient of ignored tokens": bool((ignored == 0).all()),
+        }
+        return {**found, "flags": [name for name, near in right.items() if not near]}
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The fields that a loss needs, and the loss over them."""
-
-    fields: tuple[str, ...]
-    formula: Callable[[Problem, Fields], Tensor]
-
-
-def distances(states: Tensor, anchors: Tensor, centres: Tensor) -> dict[str, Tensor]:
-    """Cosine distance of each state from its anchor, at most the margin, and from the nearest centre."""
-    directions = F.normalize(states, dim=1)
-    distance = 1.0 - (directions * F.normalize(anchors, dim=1)).sum(dim=1)
-    pull = 1.0 - directions @ F.normalize(centres, dim=1).T
-    return {"distance": distance.clamp(max=MARGIN), "pull": pull.amin(dim=1)}
-
-
-def nll(problem: Problem, fields: Fields) -> Tensor:
-    """The mean NLL of the kept tokens."""
+def nll(inputs: Inputs, fields: Fields) -> Tensor:
+    """Compute the mean NLL of the kept tokens."""
     return -fields["logp"].mean()
 
 
-def npo(problem: Problem, fields: Fields) -> Tensor:
-    """NPO on the mean NLL of each sequence's kept tokens: -(2/beta) mean_B log sigmoid(-beta mean(logp - ref))."""
-    ratio = fields["logp"] - problem.reference_logp
-    total = ratio.new_zeros(problem.sequences).index_add(0, problem.sequence, ratio)
-    count = ratio.new_zeros(problem.sequences).index_add(0, problem.sequence, torch.ones_like(ratio))
+def npo(inputs: Inputs, fields: Fields) -> Tensor:
+    """Compute NPO on each sequence's mean NLL of kept tokens: -(2/beta) mean_B log sigmoid(-beta mean(logp - ref))."""
+    ratio = fields["logp"] - inputs.reference_logp
+    total = ratio.new_zeros(inputs.sequences).index_add(0, inputs.sequence, ratio)
+    count = ratio.new_zeros(inputs.sequences).index_add(0, inputs.sequence, torch.ones_like(ratio))
     return F.logsigmoid(-BETA * total / count).mean() * (-2.0 / BETA)
 
 
-def kl(problem: Problem, fields: Fields) -> Tensor:
-    """The mean KL(reference || model) of the kept tokens."""
+def kl(inputs: Inputs, fields: Fields) -> Tensor:
+    """Compute the mean KL(reference || model) of the kept tokens."""
     return fields["kl"].mean()
 
 
-def distance_cluster(problem: Problem, fields: Fields) -> Tensor:
-    """Away from the reference's states and towards the nearest centre, with the NLL: one pass over head and states."""
+def distance_cluster(inputs: Inputs, fields: Fields) -> Tensor:
+    """Compute the NLL with the pull to the nearest centre and the push from the reference: one pass over both."""
     return (MARGIN - fields["distance"]).mean() + fields["pull"].mean() - fields["logp"].mean()
 
 
-LOSSES = {
-    "nll": Loss(("logp",), nll),
-    "npo": Loss(("logp",), npo),
-    "kl": Loss(("kl",), kl),
-    "distance_cluster": Loss(("logp", "distance", "pull"), distance_cluster),
+# name -> the fields that a loss needs, and the loss over them
+LOSSES: dict[str, tuple[tuple[str, ...], Callable[[Inputs, Fields], Tensor]]] = {
+    "nll": (("logp",), nll),
+    "npo": (("logp",), npo),
+    "kl": (("kl",), kl),
+    "distance_cluster": (("logp", "distance", "pull"), distance_cluster),
 }
