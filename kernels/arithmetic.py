@@ -143,10 +143,10 @@ def merge(mean, deviations, weight, other_mean, other_deviations, other_weight):
     The mean is taken from the heavier set's: from a far lighter one's it would be rounded at the gap's size.
     """
     together = weight + other_weight
-    share = other_weight / tl.where(together > 0.0, together, 1.0)
+    divisor = tl.where(together > 0.0, together, 1.0)
+    share = other_weight / divisor
     gap = other_mean - mean
-    from_other = other_mean - gap * (1.0 - share)
-    mean = tl.where(share > 0.5, from_other, mean + gap * share)
+    mean = tl.where(share > 0.5, other_mean - gap * (weight / divisor), mean + gap * share)
     return mean, deviations + other_deviations + gap * gap * weight * share
 
 
