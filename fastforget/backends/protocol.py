@@ -8,8 +8,8 @@ that is computed once a sweep (statistics from accumulators, closing formulas) s
 Notation: z a row of logits, y its label, "the others" all tokens but y. Logits are made of products h @ W.T by
 `LogitMap`. A *lazy top* m is a logit near the largest of the others so far: it is set by the first tile and moves, to
 the largest so far, only where that lies more than LAZY above it (with float16 rows or moments: always). Where it moves,
-what was accumulated is multiplied with e^(old m - new m), the rows of `grad` included. Before the first logit it is -infinity,
-which every exponent takes as 0.
+what was accumulated is multiplied with e^(old m - new m), the rows of `grad` included. Before the first logit it is
+-infinity, which every exponent takes as 0.
 
 All tensors of a block are of r rows. Accumulators are float32 (Triton) or float64, one row of them for each name; a
 pass whose tile begins at column 0 ignores what they held. NaN in a row reaches that row's accumulators, and no other's.
