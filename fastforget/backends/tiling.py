@@ -1,8 +1,9 @@
 """Every size and byte budget of the sweep, each with the measurement that decided it.
 
-* CPU: at most 2,048 rows, in blocks of much the same size; at most 4,096 columns, and 16 MB in all buffers. MKL's
-  product of 512 rows of 2,048 with 50,272 columns runs 4 to 7 % faster in 4,096 columns at a time (2026-11-21). 16 MB
-  stay in a large cache, and glibc hands them from call to call without new pages.
+* CPU: at most 2,048 rows, in blocks of much the same size; at most 4,096 columns, and 12 MB in all buffers. MKL's
+  product of 512 rows of 2,048 with 50,272 columns runs 4 to 7 % faster in 4,096 columns at a time (2026-11-21). 12 MB
+  are no slower than 16 for NLL and KL (2026-11-28), stay in a large cache, and glibc hands them from call to call
+  without new pages.
 * GPU: about 1,024 rows, a multiple of 128; 32 MiB in all buffers, which are 8,192 columns of float32. H100, D 4,096,
   V 128,256 (2026-11-28): both products of 8,192 rows in tiles of 8,192 columns take 23.9 ms, of 4,096 26.7; whole rows
   256 at a time 28.9 ms, 1,024 at a time 22.3. 33 MB stay in its L2 of 50 MB, where a pass costs no device memory.
@@ -25,7 +26,7 @@ from fastforget.errors import FastforgetError
 
 OVERRIDE = "FASTFORGET_TILE"
 ALIGNMENT = 64  # a tile's columns, and its rows' strides: kernels and products then use wide accesses
-CPU_BYTES = 16 * 2**20
+CPU_BYTES = 12 * 2**20
 CPU_ROWS = 2048
 CPU_COLUMNS = 4096
 DEVICE_BYTES = 32 * 2**20
