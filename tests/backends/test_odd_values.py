@@ -118,3 +118,23 @@ def test_two_gradients_into_the_same_logits_are_refused(backend):
     both = [ff.token_stats_from_logits(given, labels, backend=backend, in_place=True).logp for _ in range(2)]
     with pytest.raises(ff.FastforgetError, match="changed after their statistics"):
         (both[0].sum() + both[1].sum()).backward()
+
+
+@SWEEPS
+@pytest.mark.parametrize("tile", ["1x16", "1x4096"])
+def test_entropy_of_a_token_that_comes_late_keeps_its_digits(backend, tile, monkeypatch):
+    """The likeliest lies 20 above what came before it: means of z kept from there would round at 20."""
+    monkeypatch.setenv("FASTFORGET_TILE", tile)
+    logits = randn(backend, 2, 400)
+    logits[:, 300] += 20.0
+    logits[:, 350] += 15.0
+    results = []
+    for name, dtype in ((backend, torch.float32), ("eager", torch.float64)):
+        states, head = states_of(logits.to(dtype))
+        states.requires_grad_()
+        head = ff.LMHead(head.weight.to(dtype), scale=head.scale)
+        entropy = ff.token_stats(states, head, torch.tensor([7, 300]), outputs=("entropy",), backend=name).entropy
+        entropy.sum().backward()
+        results.append((entropy.detach().double(), states.grad.double()))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=2e-6, atol=1e-9)
