@@ -1,0 +1,252 @@
+"""y = x Wᵀ + bias + s (x Aᵀ) Bᵀ over a frozen weight W, behind autograd, and as a torch.library op under torch.compile.
+
+W is cast from what it is stored as (`frozen_weight.py`) for the product, and again for the backward pass; no cast is
+kept, and activations are never quantised: a CPU computes what a GPU does. Products run in the activations' dtype (under
+autocast in its dtype, as those of nn.Linear); A and B keep theirs, float32 as PEFT makes them, and so do their
+gradients:
+
+    forward     T = x Aᵀ          y = x Wᵀ + bias + s T Bᵀ              saved: x where A trains, T where B trains
+    backward    dT = dy B         dx = dy W + s dT A        dA = s dTᵀ x        dB = s dyᵀ T
+
+Without an adapter the order of all sums is the same, so B = 0 changes no bit of y. Host time on a GPU, and what launches
+cost there beside bitsandbytes' and PEFT's, were measured nowhere yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastforget.backends.state_ops import call, or_empty, remember_signature
+from fastforget.errors import FastforgetError
+from fastforget.frozen_weight import FLOATS, FrozenWeight, cast_buffer, tiles
+
+WEIGHT_PARTS = len(FrozenWeight._fields)
+
+
+def frozen_linear(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, (..., out), in the dtype that its products run in.
+
+    Args:
+        x: (..., in), of any strides; its dtype is that of the products, unless autocast says otherwise.
+        bias: (out,), frozen.
+        lora_a, lora_b: A (r, in) and B (out, r), both or neither; each gets a gradient in its own dtype.
+
+    Raises:
+        FastforgetError: x is no floating-point tensor of 16, 32 or 64 bits, or its width is not W's.
+    """
+    dtype = product_dtype(x)
+    if dtype not in FLOATS or x.shape[-1] != weight.in_features:
+        raise FastforgetError(
+            f"a linear layer of {weight.in_features} inputs got {tuple(x.shape)} in {x.dtype}: its last dimension must "
+            "be the layer's, in 16, 32 or 64-bit floating point"
+        )
+    bias = None if bias is None else bias.detach()
+    return call(frozen_linear_op, FrozenLinear)(x.to(dtype), lora_a, lora_b, bias, scaling, *weight)[0]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that nn.Linear's product would run in: autocast leaves float64 alone."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+@contextlib.contextmanager
+def on_device(x: Tensor) -> Any:
+    """x's device, without autocast: operands have their dtypes already."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def frozen_linear_body(
+    x: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    stored: Tensor,
+    kind: str,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None,
+    block: int,
+    outer_scale: Tensor | None,
+    outer_code: Tensor | None,
+    outer_offset: Tensor | None,
+    outer_block: int,
+) -> list[Tensor]:
+    """y (..., out), and T = x Aᵀ (N, r) for the backward pass, empty without an adapter."""
+    # fmt: off
+    weight = FrozenWeight(
+        stored, kind, out_features, in_features, scale, block, outer_scale, outer_code, outer_offset, outer_block
+    )
+    # fmt: on
+    with on_device(x):
+        rows = x.reshape(-1, in_features)
+        result = rows.new_empty((rows.shape[0], out_features))
+        bias = None if bias is None else bias.to(x.dtype)
+        with cast_buffer(weight, x.dtype) as buffer:
+            for part, tile in tiles(weight, x.dtype, buffer):
+                if bias is None:
+                    torch.mm(rows, tile.T, out=result[:, part])
+                else:
+                    torch.addmm(bias[part], rows, tile.T, out=result[:, part])
+        inner = None
+        if lora_a is not None and lora_b is not None:
+            inner = rows @ lora_a.to(x.dtype).T
+            result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
+    return result.view(*x.shape[:-1], out_features), or_empty(inner, x)  # type: ignore[return-value]
+
+
+frozen_linear_op = torch.library.custom_op("fastforget::frozen_linear", frozen_linear_body, mutates_args=())
+remember_signature(frozen_linear_body)
+
+
+@frozen_linear_op.register_fake
+def frozen_linear_fake(x: Tensor, lora_a: Tensor | None, *others: Any) -> list[Tensor]:
+    """Shapes and dtypes of what `frozen_linear_body` returns."""
+    out_features = others[5]
+    inner = None if lora_a is None else x.new_empty((x.numel() // x.shape[-1], lora_a.shape[0]))
+    return [x.new_empty((*x.shape[:-1], out_features)), or_empty(inner, x)]
+
+
+def save_frozen_linear(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Save what the backward takes: the weight by reference, and of the activations only what A and B need."""
+    x, lora_a, lora_b, _, ctx.scaling, *parts = inputs
+    _, needs_a, needs_b = ctx.needs_input_grad[:3]
+    ctx.places = [place for place, part in enumerate(parts) if isinstance(part, Tensor)]
+    ctx.parts = [None if isinstance(part, Tensor) else part for part in parts]
+    kept = (x if needs_a else None, output[1] if needs_b else None, lora_a, lora_b)
+    ctx.save_for_backward(*kept, *(parts[place] for place in ctx.places))
+    ctx.set_materialize_grads(False)
+
+
+def frozen_linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Gradients over x, A and B."""
+    found: list[Tensor | None] = [None] * 3
+    needs = ctx.needs_input_grad[:3]
+    if grads[0] is not None and any(needs):
+        x, inner, lora_a, lora_b, *tensors = ctx.saved_tensors
+        parts = list(ctx.parts)
+        for place, tensor in zip(ctx.places, tensors, strict=True):
+            parts[place] = tensor
+        run = frozen_linear_backward_op if torch.compiler.is_compiling() else frozen_linear_backward_body
+        results = run(grads[0], x, inner, lora_a, lora_b, *needs, ctx.scaling, *parts)
+        found = [result if need else None for result, need in zip(results, needs, strict=True)]
+    return *found, *[None] * (2 + WEIGHT_PARTS)
+
+
+frozen_linear_op.register_autograd(frozen_linear_backward, setup_context=save_frozen_linear)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`frozen_linear_op` in eager mode."""
+
+    setup_context = staticmethod(save_frozen_linear)
+
+    forward = staticmethod(frozen_linear_body)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return frozen_linear_backward(ctx, grads)
+
+
+def frozen_linear_backward_body(
+    grad: Tensor,
+    x: Tensor | None,
+    inner: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    scaling: float,
+    stored: Tensor,
+    kind: str,
+    out_features: int,
+    in_features: int,
+    scale: Tensor | None,
+    block: int,
+    outer_scale: Tensor | None,
+    outer_code: Tensor | None,
+    outer_offset: Tensor | None,
+    outer_block: int,
+) -> list[Tensor]:
+    """Gradients over x (..., in), A and B; empty where one is not needed."""
+    # fmt: off
+    weight = FrozenWeight(
+        stored, kind, out_features, in_features, scale, block, outer_scale, outer_code, outer_offset, outer_block
+    )
+    # fmt: on
+    grad_x = grad_a = grad_b = grad_inner = None
+    with on_device(grad):
+        rows = grad.reshape(-1, out_features)
+        if lora_b is not None and (need_x or need_a):
+            grad_inner = rows @ lora_b.to(grad.dtype)
+        if need_x:
+            grad_x = rows.new_empty((rows.shape[0], in_features))
+            with cast_buffer(weight, grad.dtype) as buffer:
+                for part, tile in tiles(weight, grad.dtype, buffer):
+                    if part.start == 0:
+                        torch.mm(rows[:, part], tile, out=grad_x)
+                    else:
+                        grad_x.addmm_(rows[:, part], tile)
+            if lora_a is not None and grad_inner is not None:
+                grad_x.addmm_(grad_inner, lora_a.to(grad.dtype), alpha=scaling)
+            grad_x = grad_x.view(*grad.shape[:-1], in_features)
+        if need_a and x is not None and lora_a is not None and grad_inner is not None:
+            grad_a = scaled_product(grad_inner.T, x.reshape(-1, in_features), scaling, lora_a.dtype)
+        if need_b and inner is not None and lora_b is not None:
+            grad_b = scaled_product(rows.T, inner, scaling, lora_b.dtype)
+    return [or_empty(found, grad) for found in (grad_x, grad_a, grad_b)]
+
+
+frozen_linear_backward_op = torch.library.custom_op(
+    "fastforget::frozen_linear_backward", frozen_linear_backward_body, mutates_args=()
+)
+
+
+@frozen_linear_backward_op.register_fake
+def frozen_linear_backward_fake(
+    grad: Tensor,
+    x: Tensor | None,
+    inner: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    *others: Any,
+) -> list[Tensor]:
+    """Shapes and dtypes of what `frozen_linear_backward_body` returns."""
+    grad_x = grad.new_empty((*grad.shape[:-1], others[4])) if need_x else None
+    pairs = ((lora_a, need_a), (lora_b, need_b))
+    factors = [torch.empty_like(factor) if factor is not None and need else None for factor, need in pairs]
+    return [or_empty(found, grad) for found in (grad_x, *factors)]
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """scaling · left @ right, summed over the tokens in float32 (float64) and returned in a dtype."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if left.dtype == wide:
+        found = left @ right
+    elif left.is_cuda:
+        found = torch.mm(left, right, out_dtype=wide)
+    else:
+        found = left.to(wide) @ right.to(wide)
+    return found.mul_(scaling).to(dtype)
