@@ -7,6 +7,7 @@ product still is what its class would compute (adapters change, are merged, get 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,9 +97,10 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), FusedForward)
 
 
-def class_name(module: nn.Module) -> str:
-    """The module's class, with where it was defined."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+@functools.cache
+def name_of(kind: type) -> str:
+    """A class's name, with where it was defined."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -132,7 +134,7 @@ def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def why_not_base(layer: Any) -> str | None:
     """Why a linear layer cannot be served, or None."""
-    kind = class_name(layer)
+    kind = name_of(type(layer))
     if kind not in BASES:
         return f"it is a {kind}"
     weight, bias = layer.weight, layer.bias
@@ -156,8 +158,8 @@ def why_not_base(layer: Any) -> str | None:
 
 def why_not_lora(layer: Any) -> str | None:
     """Why a layer of an adapter cannot be served with the adapters that are active now, or None."""
-    if class_name(layer) not in LORA:
-        return f"it is a {class_name(layer)}"
+    if name_of(type(layer)) not in LORA:
+        return f"it is a {name_of(type(layer))}"
     base = layer.base_layer
     reason = why_not_base(base)
     if reason is not None:
