@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
+from fastforget_kernels import cast_weight, coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
 from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting
 
 TARGETS = {  # the arguments of GPUTarget
@@ -48,7 +48,7 @@ TARGETS = {  # the arguments of GPUTarget
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FORMS = {"sm_80": ("aligned",), "sm_90": ("aligned", "general"), "sm_100": ("aligned",), "gfx942": ("aligned",)}
 DIVISIBLE = {"first", "padded"}  # and every stride that is specialised
-MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows)
+MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows, cast_weight)
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table: written by python -m fastforget_kernels.compiling --table -->", "<!-- end of table -->"

@@ -18,6 +18,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int8: "*i8",
 }
 
 # Triton compiles an int anew where it is 1 or a multiple of 16, and a pointer where it is aligned. Of these arguments
