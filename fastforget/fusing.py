@@ -7,7 +7,6 @@ product still is what its class would compute (adapters change, are merged, get 
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +96,6 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), FusedForward)
 
 
-@functools.cache
 def name_of(kind: type) -> str:
     """A class's name, with where it was defined."""
     return f"{kind.__module__}.{kind.__qualname__}"

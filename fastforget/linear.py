@@ -15,7 +15,7 @@ cost there beside bitsandbytes' and PEFT's, were measured nowhere yet.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -98,19 +98,20 @@ def frozen_linear_body(
     # fmt: on
     with torch.cuda.device_of(x), without_autocast(x):
         rows = x.reshape(-1, in_features)
-        result = rows.new_empty((rows.shape[0], out_features))
+        result = x.new_empty((*x.shape[:-1], out_features))  # no view is returned: users may add to it in place
+        flat = result.view(rows.shape[0], out_features)
         bias = None if bias is None else bias.to(x.dtype)
         with cast_buffer(weight, x.dtype) as buffer:
             for part, tile in tiles(weight, x.dtype, buffer):
                 if bias is None:
-                    torch.mm(rows, tile.T, out=result[:, part])
+                    torch.mm(rows, tile.T, out=flat[:, part])
                 else:
-                    torch.addmm(bias[part], rows, tile.T, out=result[:, part])
+                    torch.addmm(bias[part], rows, tile.T, out=flat[:, part])
         inner = None
         if lora_a is not None and lora_b is not None:
             inner = rows @ lora_a.to(x.dtype).T
-            result.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
-    return result.view(*x.shape[:-1], out_features), or_empty(inner, x)  # type: ignore[return-value]
+            flat.addmm_(inner, lora_b.to(x.dtype).T, alpha=scaling)
+    return result, or_empty(inner, x)  # type: ignore[return-value]
 
 
 frozen_linear_op = torch.library.custom_op("fastforget::frozen_linear", frozen_linear_body, mutates_args=())
@@ -136,22 +137,18 @@ def save_frozen_linear(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]
     ctx.set_materialize_grads(False)
 
 
-def frozen_linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Gradients over x, A and B."""
+def frozen_linear_backward(ctx: Any, grad: Tensor | None, run: Callable[..., list[Tensor]]) -> tuple[Any, ...]:
+    """Gradients over x, A and B, by the body or the op of the backward pass."""
     found: list[Tensor | None] = [None] * 3
     needs = ctx.needs_input_grad[:3]
-    if grads[0] is not None and any(needs):
+    if grad is not None and any(needs):
         x, inner, lora_a, lora_b, *tensors = ctx.saved_tensors
         parts = list(ctx.parts)
         for place, tensor in zip(TENSORS, tensors, strict=True):
             parts[place] = tensor
-        run = frozen_linear_backward_op if torch.compiler.is_compiling() else frozen_linear_backward_body
-        results = run(grads[0], x, inner, lora_a, lora_b, *needs, ctx.scaling, *parts)
+        results = run(grad, x, inner, lora_a, lora_b, *needs, ctx.scaling, *parts)
         found = [result if need else None for result, need in zip(results, needs, strict=True)]
     return *found, *[None] * (2 + len(ctx.parts))
-
-
-frozen_linear_op.register_autograd(frozen_linear_backward, setup_context=save_frozen_linear)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -166,8 +163,8 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return frozen_linear_backward(ctx, grads)[: len(ctx.needs_input_grad)]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return frozen_linear_backward(ctx, grad, frozen_linear_backward_body)[: len(ctx.needs_input_grad)]
 
 
 def frozen_linear_backward_body(
@@ -203,16 +200,16 @@ def frozen_linear_backward_body(
         if lora_b is not None and (need_x or need_a):
             grad_inner = rows @ lora_b.to(grad.dtype)
         if need_x:
-            grad_x = rows.new_empty((rows.shape[0], in_features))
+            grad_x = grad.new_empty((*grad.shape[:-1], in_features))
+            flat = grad_x.view(rows.shape[0], in_features)
             with cast_buffer(weight, grad.dtype) as buffer:
                 for part, tile in tiles(weight, grad.dtype, buffer):
                     if part.start == 0:
-                        torch.mm(rows[:, part], tile, out=grad_x)
+                        torch.mm(rows[:, part], tile, out=flat)
                     else:
-                        grad_x.addmm_(rows[:, part], tile)
+                        flat.addmm_(rows[:, part], tile)
             if lora_a is not None and grad_inner is not None:
-                grad_x.addmm_(grad_inner, lora_a.to(grad.dtype), alpha=scaling)
-            grad_x = grad_x.view(*grad.shape[:-1], in_features)
+                flat.addmm_(grad_inner, lora_a.to(grad.dtype), alpha=scaling)
         if need_a and x is not None and lora_a is not None and grad_inner is not None:
             grad_a = scaled_product(grad_inner.T, x.reshape(-1, in_features), scaling, lora_a.dtype)
         if need_b and inner is not None and lora_b is not None:
@@ -242,6 +239,14 @@ def frozen_linear_backward_fake(
     pairs = ((lora_a, need_a), (lora_b, need_b))
     factors = [torch.empty_like(factor) if factor is not None and need else None for factor, need in pairs]
     return [or_empty(found, grad) for found in (grad_x, *factors)]
+
+
+def frozen_linear_op_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Gradients over the op's arguments."""
+    return frozen_linear_backward(ctx, grads[0], frozen_linear_backward_op)
+
+
+frozen_linear_op.register_autograd(frozen_linear_op_backward, setup_context=save_frozen_linear)
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
