@@ -64,14 +64,15 @@ def weight_of(layer: nn.Module) -> FrozenWeight:
     """The weight of an nn.Linear, a transformers Conv1D or a bitsandbytes linear, without a copy."""
     weight: Any = layer.weight
     if isinstance(layer, nn.Linear) and weight.dtype.is_floating_point and not hasattr(weight, "quant_state"):
-        return FrozenWeight(weight, "plain", *weight.shape)
+        return FrozenWeight(weight, "plain", layer.out_features, layer.in_features)
     if not isinstance(layer, nn.Linear):  # Conv1D keeps (in, out)
-        return FrozenWeight(weight.T, "plain", *weight.T.shape)
+        return FrozenWeight(weight.T, "plain", weight.shape[1], weight.shape[0])
+    shape = layer.out_features, layer.in_features
     if weight.dtype == torch.int8:
         scale = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
-        return FrozenWeight(weight.data, "int8", *weight.shape, scale)
+        return FrozenWeight(weight.data, "int8", *shape, scale)
     state, packed = weight.quant_state, weight.data.view(torch.uint8).view(-1)
-    found = FrozenWeight(packed, state.quant_type, *state.shape, state.absmax, state.blocksize)
+    found = FrozenWeight(packed, state.quant_type, *shape, state.absmax, state.blocksize)
     if not state.nested:
         return found
     outer = state.state2
@@ -156,8 +157,8 @@ def cast_int8(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 
     The scale is folded into the weight, not applied to the product. RMS error against float64 (products accumulated in
     float32, 256 rows, widths 576 and 4,096): folded, or 16-bit products scaled afterwards, both 2.35e-3 in bfloat16 and
-    2.9e-4 in float16, for y as for dx. Only scaling float32 products comes closer (1.66e-3), for a float32 copy of every
-    output, and in float16 unscaled products overflow.
+    2.9e-4 in float16, for y as for dx. Only scaling float32 products comes closer (1.66e-3), for a float32 copy of
+    every output, and in float16 unscaled products overflow.
     """
     if takes_triton(codes.device):
         from fastforget_kernels.cast_weight import cast_weight

@@ -2,7 +2,7 @@
 
 Only the `forward` of single layers is replaced, on the instances: PEFT's modules, names, weights, merging, saving,
 adapters and `disable_adapter` stay its own, and bitsandbytes' weights too. At each call a layer looks whether the fused
-product still is what its class would compute (adapters change, are merged, get dropout) and else leaves it to its class.
+product still is what its class would compute (adapters change, are merged, get dropout); else its class computes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from fastforget.frozen_weight import FLOATS, free_buffers, weight_of
 from fastforget.linear import frozen_linear
 
 # by name, so that neither library is imported for a model that has none of its layers; a subclass may compute anything
-BITSANDBYTES = {
-    f"bitsandbytes.nn.modules.{name}" for name in ("Linear8bitLt", "Linear4bit", "LinearNF4", "LinearFP4")
-}
+BITSANDBYTES = {f"bitsandbytes.nn.modules.{name}" for name in ("Linear8bitLt", "Linear4bit", "LinearNF4", "LinearFP4")}
 BASES = {*BITSANDBYTES, "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"}
 LORA = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
 
@@ -42,7 +40,7 @@ class FuseReport:
 class FusedForward:
     """A layer's `forward`: a function of the layer and its input.
 
-    It holds the layer weakly, so that a model's memory is freed with its last reference; copies and pickles hold theirs.
+    It holds the layer weakly, so that a model's memory is freed with its last reference. A copy's is of the copy.
     """
 
     def __init__(self, run: Callable[..., Tensor], layer: nn.Module) -> None:
@@ -79,7 +77,7 @@ def fuse(model: nn.Module) -> FuseReport:
             continue
         taken.append(name)
         if not is_fused(module):
-            module.forward = FusedForward(run, module)  # type: ignore[method-assign, assignment]
+            module.forward = FusedForward(run, module)
     return FuseReport(tuple(taken), refused)
 
 

@@ -8,8 +8,8 @@ gradients:
     forward     T = x Aᵀ          y = x Wᵀ + bias + s T Bᵀ              saved: x where A trains, T where B trains
     backward    dT = dy B         dx = dy W + s dT A        dA = s dTᵀ x        dB = s dyᵀ T
 
-Without an adapter the order of all sums is the same, so B = 0 changes no bit of y. Host time on a GPU, and what launches
-cost there beside bitsandbytes' and PEFT's, were measured nowhere yet.
+Without an adapter the order of all sums is the same, so B = 0 changes no bit of y. What a call's launches cost on a
+GPU, beside bitsandbytes' and PEFT's, was measured nowhere yet.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         return frozen_linear_backward(ctx, grad, frozen_linear_backward_body)[: len(ctx.needs_input_grad)]
 
 

@@ -53,9 +53,8 @@ def layer_of(storage, out_features, in_features, bias=False, seed=0):
     kept = layer.weight.quant_state
     blocks = kept.absmax
     if kept.nested:
-        blocks = kept.state2.code.double()[blocks.long()].view(-1) * kept.state2.absmax.repeat_interleave(256)[
-            : len(blocks)
-        ] + kept.offset
+        outer = kept.state2.absmax.repeat_interleave(256)[: len(blocks)]
+        blocks = kept.state2.code.double()[blocks.long()].view(-1) * outer + kept.offset
     packed = layer.weight.data.view(-1)
     codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: out_features * in_features]
     values = kept.code.double()[codes.long()] * blocks.double().repeat_interleave(kept.blocksize)[: len(codes)]
@@ -223,7 +222,7 @@ def test_adapters_keep_their_dtype(dtype):
 @pytest.mark.parametrize("storage", ["int8", "nf4", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast_is_that_of_a_linear_layer(storage, dtype):
-    layer, weight = layer_of(storage, 6, 8, bias=True)
+    layer, _ = layer_of(storage, 6, 8, bias=True)
     plain = nn.Linear(8, 6, dtype=dtype)
     x, (a, b) = torch.randn(3, 8, dtype=dtype, requires_grad=True), factors(2, layer)
     with torch.autocast("cpu", torch.bfloat16):
