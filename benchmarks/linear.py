@@ -72,11 +72,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--targets", default="auto", help="what the adapter is on: auto, all-linear")
     arguments = parser.parse_args()
-    rows = [("32 bit", 32, True), ("8 bit", 8, True), ("4 bit", 4, True)]
-    rows += [("32 bit, not fused", 32, False), ("8 bit, not fused", 8, False)]
+    rows = [(32, True), (8, True), (4, True), (32, False), (8, False)]
     with tempfile.TemporaryDirectory() as folder:
         build(folder, arguments.layers)
-        steps = {name: contestant(folder, *each, arguments.targets, arguments) for name, *each in rows}
+        steps = {
+            f"{bits} bit" + ("" if fuse else ", not fused"): contestant(
+                folder, bits, fuse, arguments.targets, arguments
+            )
+            for bits, fuse in rows
+        }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.rounds + 1):
         for name, step in steps.items():

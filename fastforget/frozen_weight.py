@@ -69,7 +69,7 @@ def weight_of(layer: nn.Module) -> FrozenWeight:
         return FrozenWeight(weight.T, "plain", weight.shape[1], weight.shape[0])
     shape = layer.out_features, layer.in_features
     if weight.dtype == torch.int8:
-        scale = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
+        scale: Any = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
         return FrozenWeight(weight.data, "int8", *shape, scale)
     state, packed = weight.quant_state, weight.data.view(torch.uint8).view(-1)
     found = FrozenWeight(packed, state.quant_type, *shape, state.absmax, state.blocksize)
