@@ -32,10 +32,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
+from fastforget_kernels import cast_weight, coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
 from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting
 
-MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows)
+MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows, cast_weight)
 TARGETS = {  # the arguments of GPUTarget
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
