@@ -10,6 +10,7 @@ from fastforget.clusters import cluster_centres, load_centres
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
 from fastforget.models import load
@@ -88,6 +89,7 @@ __all__ = [
     "DualCE",
     "EmbeddingDistance",
     "FastforgetError",
+    "FuseReport",
     "HiddenMSE",
     "JensUn",
     "LMHead",
@@ -113,6 +115,7 @@ __all__ = [
     "count_labels",
     "demo",
     "divergence",
+    "fuse",
     "hidden_stats",
     "load",
     "load_centres",
@@ -122,6 +125,7 @@ __all__ = [
     "task_vector",
     "token_stats",
     "token_stats_from_logits",
+    "unfuse",
     "unlearn",
     "with_refusals",
 ]

@@ -103,7 +103,7 @@ def kind_of(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class KeptRows:
+class ComputedRows:
     """The rows of N that are computed, and how what was computed goes back among all of them.
 
     labels: (n,) of the rows computed, each inside the vocabulary.
@@ -126,7 +126,7 @@ class KeptRows:
         return value.new_full((self.count, *value.shape[1:]), empty).index_copy(0, self.positions, value)
 
 
-def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> KeptRows:
+def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> ComputedRows:
     """The labelled rows, or those at `positions`, on a device, once their labels are known right."""
     if positions is not None:
         check_positions(positions, len(labels))
@@ -136,8 +136,8 @@ def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device:
         labels = labels.to(device, non_blocking=True)
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0] if positions is None else positions
         positions = positions.to(device, non_blocking=True)
-        # none of the kept may be ignored: no label equals the vocabulary
-        return KeptRows(len(labels), checked_labels(labels[positions], vocabulary, vocabulary), positions)
+        kept = checked_labels(labels[positions], vocabulary, None)  # none of them may be ignored
+        return ComputedRows(len(labels), kept, positions)
     if positions is None:
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
         if len(positions) == len(labels):  # all of them: nothing to gather, nothing to spread
@@ -145,10 +145,10 @@ def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device:
     kept = labels if positions is None else labels[positions.cpu()]
     check_vocabulary(kept, vocabulary)
     positions = None if positions is None else positions.to(device, non_blocking=True)
-    return KeptRows(len(labels), kept.to(device, non_blocking=True), positions)
+    return ComputedRows(len(labels), kept.to(device, non_blocking=True), positions)
 
 
-def masked_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> KeptRows:
+def masked_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> ComputedRows:
     """All rows, of which the labelled ones, or those of them at `positions`, count."""
     if positions is not None:
         check_positions(positions, len(labels))
@@ -157,4 +157,4 @@ def masked_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, devic
     if positions is not None:
         mask = mask & torch.zeros_like(mask).index_fill(0, positions.to(device, non_blocking=True), True)
         labels = labels.masked_fill(~mask, IGNORE_INDEX)
-    return KeptRows(len(labels), checked_labels(labels, vocabulary, IGNORE_INDEX), None, mask)
+    return ComputedRows(len(labels), checked_labels(labels, vocabulary, IGNORE_INDEX), None, mask)

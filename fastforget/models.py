@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastforget import fusing
 from fastforget.adapters import ADAPTER_NAME
 from fastforget.errors import FastforgetError
 
@@ -29,6 +30,7 @@ def load(
     device: str | torch.device | None = None,
     adapter: str | os.PathLike[str] | None = None,
     allow_missing_weights: bool = False,
+    fuse: bool = True,
 ) -> Any:
     """Load a PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
@@ -44,6 +46,7 @@ def load(
         adapter: load this saved adapter (to go on training) instead of a new one.
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
             random numbers, or has others.
+        fuse: run the adapted and the quantised layers fused (`fastforget.fuse`).
 
     Raises:
         FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
@@ -78,6 +81,8 @@ def load(
     else:
         with readable_errors("the LoRA configuration"):
             model = peft.get_peft_model(model, lora_config(lora, model))
+    if fuse:
+        fusing.fuse(model)
     return model
 
 

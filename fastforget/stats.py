@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastforget import backends
 from fastforget.arguments import (
-    KeptRows,
+    ComputedRows,
     check_hidden,
     check_labels,
     check_outputs,
@@ -45,7 +45,7 @@ class TokenStats:
 
     NaN among a token's logits makes each of its statistics NaN; but `label_logit` where z_y is a number, and what
     begins with `others_` where z_y alone is NaN, are as ever. `argmax` and `others_argmax`, which cannot be NaN, are
-    then the index of any token, where torch's own argmax gives that of the NaN: `max_logit` tells.
+    then the index of the first NaN, as torch's are.
     """
 
     logp: Tensor  # log p_y, nats
@@ -138,7 +138,8 @@ def token_stats_from_logits(
     `token_stats`. The forward pass only reads the logits.
 
     With `in_place` the logits become their own gradient in the backward pass: no second (N, V) tensor. Nothing else may
-    read them after it, and there is one backward pass only.
+    read them after it, or write them before it (another `in_place` call on a part of them too), and there is one
+    backward pass only.
 
     Raises:
         FastforgetError: as in `token_stats`, an anchor or centres without `hidden`, an embedding, or with `in_place`
@@ -180,13 +181,18 @@ def token_stats_from_logits(
 def computed_stats(
     hidden: Tensor,
     head: LMHead,
-    rows: KeptRows,
+    rows: ComputedRows,
     outputs: Collection[str],
     targets: Targets,
     margin: float | None,
     backend: str,
 ) -> TokenStats:
     """The statistics of some rows, by a backend, among all rows."""
+    if rows.mask is not None:  # what does not count may be NaN (padding under attention), and NaN times 0 is NaN
+        ignored = ~rows.mask[:, None]
+        hidden = hidden.masked_fill(ignored, 0.0)
+        if targets.states is not None:
+            targets = replace(targets, states=targets.states.masked_fill(ignored, 0.0))
     fields = backends.backend_of(backend, hidden.device).token_stats(
         hidden, rows.labels, head, with_defaults(outputs), positions=rows.positions, targets=targets
     )
@@ -198,7 +204,7 @@ def with_defaults(outputs: Collection[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("logp", "lse", *outputs)))
 
 
-def spread_stats(fields: dict[str, Tensor], rows: KeptRows, margin: float | None) -> TokenStats:
+def spread_stats(fields: dict[str, Tensor], rows: ComputedRows, margin: float | None) -> TokenStats:
     """Fields of the rows computed as statistics of all rows, the distance at most the margin."""
     if margin is not None and "distance" in fields:
         fields["distance"] = fields["distance"].clamp(max=margin)
@@ -309,8 +315,8 @@ def divergence(
             raise FastforgetError("label_shift shifts the logits of labels: give labels (N,) too")
         check_labels(labels, len(hidden))
         shifted = labels if positions is None else labels[positions.to(labels.device)]
-        checked_labels(shifted, vocabulary_of(hidden, head), IGNORE_INDEX)
-        shifted = shifted.to(hidden.device, non_blocking=True)
+        inside = checked_labels(shifted, vocabulary_of(hidden, head), IGNORE_INDEX)
+        shifted = inside.where(shifted != IGNORE_INDEX, shifted).to(hidden.device, non_blocking=True)
     if positions is not None:
         positions = positions.to(hidden.device, non_blocking=True)
     value, _ = backends.backend_of(backend, hidden.device).divergence(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
@@ -35,6 +36,7 @@ class UnlearnStep(torch.optim.Optimizer):
         combine: how the gradient of the forget terms and that of the retain terms become one: "sum", "mgda" (the
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
+        fuse: let the model's adapted and quantised layers run fused (`fastforget.fuse`), for good.
 
     Everything that `torch.optim.Optimizer` promises is the base optimizer's: `param_groups`, `state`, `state_dict`.
     A copied or unpickled step has no model; `attach` gives it one. The number of steps taken after a `backward` lies in
@@ -55,6 +57,7 @@ class UnlearnStep(torch.optim.Optimizer):
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         combine: str = "sum",
+        fuse: bool = True,
         **optimizer_arguments: Any,
     ) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -72,6 +75,7 @@ class UnlearnStep(torch.optim.Optimizer):
         check_sides(combine, self._terms)
         warn_of_standstill(combine, self._terms)
         self._combine = combine
+        self._fuse = fuse
         self._start()
         own = {id(parameter) for parameter in model.parameters()}
         if not any(id(parameter) in own for parameter in self._held()):
@@ -102,6 +106,8 @@ class UnlearnStep(torch.optim.Optimizer):
         """Give a step its model: at the start, or after copying or unpickling it."""
         refuse_several_processes()
         self._adopt(model)
+        if self._fuse:
+            fusing.fuse(model)
         self._loss = UnlearnLoss(model, self._terms, **self._options)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
@@ -233,7 +239,8 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "_terms": self._terms, "_options": self._options, "_combine": self._combine}
+        kept = ("_terms", "_options", "_combine", "_fuse")
+        return {"base": self.base, **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

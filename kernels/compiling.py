@@ -32,10 +32,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
+from fastforget_kernels import cast_weight, coupled_tile, gradient_tile, label_tile, paired_tile, state_rows
 from fastforget_kernels.launching import UNALIGNED, UNSPECIALISED, Variant, interpreting
 
-MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows)
+MODULES = (label_tile, paired_tile, coupled_tile, gradient_tile, state_rows, cast_weight)
 TARGETS = {  # the arguments of GPUTarget
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -177,13 +177,13 @@ def parts_of_readme() -> tuple[str, str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where there are problems."""
     parser = argparse.ArgumentParser(prog="python -m fastforget_kernels.compiling", description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="write the table in README.md")
+    parser.add_argument("--table", action="store_true", help="write it in README.md, unless there are problems")
     chosen = parser.parse_args(arguments)
     begin = time.perf_counter()
     table, problems = compile_all()
     print(table, *problems, sep="\n")
     print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    if chosen.table:
+    if chosen.table and not problems:
         before, _, after = parts_of_readme()
         README.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
     return 1 if problems else 0

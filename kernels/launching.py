@@ -18,6 +18,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int8: "*i8",
 }
 # Triton's names of arguments' types: of pointers, unless a configuration says otherwise; all else are i32, strides i64
 TYPES = {

@@ -143,7 +143,10 @@ def paired_tile_kernel(
     far = (tl.abs(apart - old_shift) > RECENTRE) | (first == 0)
     new_shift = tl.where(is_finite & far, apart, old_shift)
     new_shift = tl.where(shift_given != 0, tl.load(shift + row, mask=shift_given != 0, other=0.0), new_shift)
-    base = moved_top(old_base, tl.maximum(top, policy_top - new_shift), write, out.dtype.element_ty)
+    largest = tl.maximum(top, policy_top - new_shift)
+    base = moved_top(old_base, largest, write, out.dtype.element_ty)
+    # of a policy alone: the reference may lie far below it
+    base = tl.where((old_top == float("-inf")) & (new_shift != old_shift), largest, base)
     grad += row * grad_stride
     reference_grad += row * reference_grad_stride
     if begun & ((base != old_base) | (new_shift != old_shift)):

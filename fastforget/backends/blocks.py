@@ -66,7 +66,8 @@ class SweepInput:
         """The dtype of rows for product 2; of logits those rows are the gradient itself."""
         if self.head.is_identity:
             return compute_dtype(self.hidden)
-        return self.passes.row_dtype(torch.promote_types(self.hidden.dtype, self.head.weight.dtype))
+        dtype = self.passes.row_dtype(torch.promote_types(self.hidden.dtype, self.head.weight.dtype))
+        return compute_dtype(self.hidden) if dtype == torch.float64 else dtype
 
 
 class TileViews(NamedTuple):
@@ -198,6 +199,5 @@ class StateRows:
 def measure_states(passes: TilePasses, hidden: Tensor, targets: Targets) -> StateMeasures:
     """The measures of all rows of hidden (n, D) by themselves, for states of any layer."""
     rows_of = StateRows(hidden, KeptRows.of(hidden, None), targets)
-    for rows in tiling.state_blocks(len(hidden), hidden):
-        passes.state_pass(rows_of.block(rows))
+    passes.state_pass(rows_of.block(slice(0, len(hidden))))
     return rows_of.measures

@@ -227,7 +227,7 @@ def paired_result(accumulators: Tensor, labels: Tensor, label_shift: float, scal
     factor = torch.where(none, 0.0, p_others / total)
     return PairedResult(
         value=outcomes + times(q_others, others),
-        logp=F.logsigmoid(policy_gap),
+        logp=torch.where(has_label, F.logsigmoid(policy_gap), 0.0),
         rows=factor / FLOAT16_SCALE if scaled else factor,
         reference=torch.where(none, 0.0, label_moved + p_others * torch.expm1(-apart)),
         label=-label_moved,

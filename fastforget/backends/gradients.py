@@ -72,7 +72,12 @@ def direct_backward(context: LabelContext, upstream: Mapping[str, Tensor], out: 
     factor = closing.unit_factor(upstream, context.logp, context.log_not)
     mean_row = None
     if "logit_mean" in upstream:
-        mean_row = head.scale * head.weight.detach().mean(dim=0, dtype=unit_grad.dtype)
+        mean_row = torch.zeros_like(unit_grad[0])
+        for rows in tiling.state_blocks(
+            len(head.weight), head.weight
+        ):  # summed in another dtype it would be cast whole
+            mean_row += head.weight.detach()[rows].sum(dim=0, dtype=mean_row.dtype)
+        mean_row *= head.scale / len(head.weight)
     for rows in tiling.state_blocks(len(unit_grad), unit_grad):
         part = unit_grad[rows] * factor[rows, None]
         for index, name in ((labels, "lse"), (labels, "label_logit"), (context.argmax, "max_logit")):

@@ -41,7 +41,8 @@ class StatsInPlace(torch.autograd.Function):
         given = SweepInput(passes_of(backend, logits.dtype), logits.detach(), labels, None, LMHead(None))
         with torch.cuda.device_of(logits):
             found = label_sweep(given, names, False)
-        ctx.logits, ctx.version, ctx.names, ctx.backend = given.hidden, logits._version, names, backend
+        ctx.logits, ctx.names, ctx.backend = given.hidden, names, backend
+        ctx.version = None if logits.is_inference() else logits._version
         ctx.save_for_backward(labels, kept, found.accumulators, found.fields.get("argmax"))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(found.fields[name] for name in names if name not in closing.DIFFERENTIABLE))
@@ -54,8 +55,8 @@ class StatsInPlace(torch.autograd.Function):
             raise FastforgetError("the logits were overwritten, so there is one backward pass only: not in_place=True")
         if ctx.logits._version != ctx.version:
             raise FastforgetError(
-                "the logits were changed after their statistics were computed (by another in_place=True, perhaps), so "
-                "their gradient cannot be written over them: not in_place=True"
+                "the logits were changed after their statistics were computed (by in_place=True on them or a part of "
+                "them, perhaps), so their gradient cannot be written over them: not in_place=True"
             )
         labels, kept, accumulators, argmax = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None

@@ -157,11 +157,6 @@ class Tile(NamedTuple):  # as quick to make as a tuple: there is one for each ti
     padded: int
     logit_map: LogitMap
 
-    @property
-    def last(self) -> bool:
-        """Whether this tile ends the vocabulary."""
-        return self.first + self.columns == self.vocabulary
-
 
 @dataclass(frozen=True)
 class StateTargets:
@@ -210,7 +205,8 @@ class PairedBlock:
 
     `shift` is (r,) float32 where the reference's embedding is known and product 2 is of the written rows alone; None
     where the pass chooses it: from the first tile, and anew where lse_p - lse_q so far lies further than RECENTRE from
-    it. Then `grad` holds S1, `reference_grad` S2 = sum of e^(z_q - base) W, and when base and shift become b' and s'
+    it. With it the base moves too, where the reference had only logits of -infinity so far. Then `grad` holds S1,
+    `reference_grad` S2 = sum of e^(z_q - base) W, and when base and shift become b' and s'
 
         S1' = a S1 + (a - f) S2,  S2' = f S2,  f = e^(b - b'),  a = e^(b + s - b' - s')
 

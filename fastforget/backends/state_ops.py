@@ -83,12 +83,14 @@ state_stats_backward = opaque("state_stats_backward", state_stats_backward_body,
 
 
 @torch.library.custom_op("fastforget::checked_labels", mutates_args=())
-def checked_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+def checked_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
     """Labels (N,) with the ignored ones as 0, once each is known to lie inside the vocabulary or be ignored.
+
+    `ignore_index`: None where none may be ignored.
 
     On a device nothing is looked at from the host: there a label outside ends the next launches with the message.
     """
-    ignored = labels == ignore_index
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
     right = ignored | ((labels >= 0) & (labels < vocabulary))
     if labels.is_cpu:
         if not bool(right.all()):
@@ -99,7 +101,7 @@ def checked_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor
 
 
 @checked_labels.register_fake
-def checked_labels_fake(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+def checked_labels_fake(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
     """Shape and dtype of what `checked_labels` returns."""
     return torch.empty_like(labels)
 

@@ -94,7 +94,8 @@ def label_sweep(
     for name in names:
         if closing.BY_NAME[name].needs == "tiles":
             fields[name] = torch.cat(found[name]) if name in found else accumulators.new_empty(0)
-    fields = {name: value if value.dtype == torch.int64 else value.to(plan.dtype) for name, value in fields.items()}
+    for name, value in fields.items():  # an op's results must not share memory, and the label's logit is an accumulator
+        fields[name] = value if value.dtype == torch.int64 else value.to(plan.dtype, copy=name == "label_logit")
     if grad is not None:
         close_label_(grad, accumulators, given.labels, plan, embeddings, fields)
     measures = None if states_of is None else states_of.measures
