@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastforget.backends.state_ops import or_empty
+from fastforget.backends.opaque import or_empty
 from fastforget.errors import FastforgetError
 from fastforget.frozen_weight import FLOATS, FrozenWeight, cast_buffer, tiles
 
