@@ -72,7 +72,7 @@ def direct_backward(context: LabelContext, upstream: Mapping[str, Tensor], out: 
     factor = closing.unit_factor(upstream, context.logp, context.log_not)
     mean_row = None
     if "logit_mean" in upstream:
-        mean_row = torch.zeros_like(unit_grad[0])
+        mean_row = unit_grad.new_zeros(unit_grad.shape[1])
         for rows in tiling.state_blocks(
             len(head.weight), head.weight
         ):  # summed in another dtype it would be cast whole

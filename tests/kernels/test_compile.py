@@ -63,7 +63,7 @@ def test_every_configuration_compiles(as_on_a_gpu):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     lines, written = run.stdout.strip().splitlines(), compiling.parts_of_readme()[1].splitlines()
-    figures = [cell for line in lines if line[:4] in ("| fp", "| bf") for cell in line.split(" | ")[2:-1]]
+    figures = [cell for line in lines if line[:4] in ("| fp", "| bf", "| i8") for cell in line.split(" | ")[2:-1]]
     assert len(figures) == len(variants) * len(compiling.FORMS)
     assert all(int(figure.split(" / ")[0]) > 0 for figure in figures)
     if f"Triton {triton.__version__} " in written[0]:  # another version's figures are not comparable
