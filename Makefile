@@ -70,7 +70,8 @@ bench: $(STAMP)
 ##                    and memory on a small set (ARGS="..." for options); writes results under benchmarks/results/
 proof: $(STAMP)
 	$(BIN)/python -m pytest -m slow
-	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) tests/test_stats.py tests/test_native.py
+	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) \
+	    tests/test_stats.py tests/test_divergences.py tests/test_native.py tests/test_linear.py
 	$(BIN)/python -m benchmarks.presets $(ARGS)
 
 ## make format        format, and fix what the linter can

@@ -1,1 +1,1 @@
-"""Measurements: run from the repository's root, e.g. `python -m benchmarks.proof`; results/ holds what was measured."""
+"""Measurements: run from the root, e.g. `python -m benchmarks.presets`; results/ holds what was measured."""

@@ -104,8 +104,11 @@ def make_base(given: Mapping[str, Any]) -> Record:
 
 
 def load_policy(setting: StepSetting) -> Any:
-    """Load the base with its LoRA adapter, in training mode; all of it is touched, so that none is read in later."""
-    model = ff.load(setting.folder, bits=setting.bits, lora={"r": setting.rank}, device=setting.device)
+    """Load the base with its LoRA adapter, in training mode; all of it is touched, so that none is read in later.
+
+    Its layers are PEFT's and bitsandbytes' own, for every contestant: what fusing them brings is benchmarks.linear's.
+    """
+    model = ff.load(setting.folder, bits=setting.bits, lora={"r": setting.rank}, device=setting.device, fuse=False)
     for parameter in model.train().parameters():
         parameter.detach().sum()
     return model

@@ -130,7 +130,7 @@ class Problem:
             select = name == "loop_selected"
             return loops.materialised(model, reference, mismatch=mismatch, select=select), optimizer
         terms = ff.preset("grad_diff") if name == "full" else TERMS[self.setting.method]()
-        step = ff.UnlearnStep(model, optimizer, terms=terms)
+        step = ff.UnlearnStep(model, optimizer, terms=terms, fuse=False)
         return loops.ours(step, cached=name != "ours_first"), step
 
     def step_of(self, name: str, dry: bool) -> Step:

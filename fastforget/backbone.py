@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare
-from fastforget.errors import FastforgetError
+from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm
 
 CHECK_TOKENS = 16
@@ -207,7 +207,7 @@ class Backbone:
             )
         precision = {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.head.weight.dtype, 2e-2)
         if not own.isfinite().all():
-            raise FastforgetError(
+            raise NonFiniteLossError(
                 "the model's own logits are not finite on the first batch: the model itself is broken"
             )
         difference = float((ours - own).abs().max())

@@ -158,7 +158,7 @@ class Reference:
         if entry is None or not wanted <= entry.keys() or any(len(entry[request]) != length for request in wanted):
             return None
         self._cache.move_to_end(key)
-        return entry
+        return dict(entry)  # the cache's own may lose its embedding while the rest of the batch is kept
 
     def _keep(self, key: bytes, entry: Entry) -> None:
         """Cache an entry, within the limit."""

@@ -284,3 +284,11 @@ def test_real_text_is_hardly_ever_degenerate(tokenizer):
     ]
     assert len(pieces) > 200
     assert sum(map(leak.is_degenerate, pieces)) < 0.01 * len(pieces)
+
+
+def test_nll_of_a_broken_model_is_nan(tokenizer):
+    """The jobs say what that means; the head's own check would say only that the model is broken."""
+    model = tiny("opt", tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    assert str(leak.mean_nll(model, [Example(tuple(range(3, 12)))])) == "nan"

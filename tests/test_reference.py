@@ -203,3 +203,15 @@ def test_embeddings_leave_the_cache_before_examples_do(tiny, batch):
             tight(each)
     assert whole.reference.keeps_embeddings and not tight.reference.keeps_embeddings
     assert tight.reference.forwards == len(batches) and tight.reference.bytes_used <= tight.reference.cache_bytes
+
+
+def test_a_known_example_beside_the_one_that_fills_the_cache(tiny, batch):
+    """The embeddings leave the cache in the middle of a batch whose other example is answered from it."""
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
+    first, second = batch(1, 0), batch(1, 1)
+    both = {name: torch.cat((first[name], second[name])) for name in first}
+    whole = ff.UnlearnLoss(model, [ff.KL(on="forget")])
+    expected = whole(both).loss
+    tight = ff.UnlearnLoss(model, [ff.KL(on="forget")], reference_cache_bytes=int(0.9 * whole.reference.bytes_used))
+    tight(first)
+    assert torch.allclose(tight(both).loss, expected) and not tight.reference.keeps_embeddings

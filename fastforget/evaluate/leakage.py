@@ -12,6 +12,7 @@ word therefore scores 0 and never leaks; `LeakageReport.continuations` shows the
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from fastforget.backbone import training_flags_restored
 from fastforget.data.examples import Example, collate
-from fastforget.errors import FastforgetError
+from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import base_causal_lm
 from fastforget.loss import UnlearnLoss
 from fastforget.objectives import CE
@@ -177,7 +178,7 @@ def mean_nll(
 ) -> float:
     """Measure the negative log-likelihood in nats: the mean over the label tokens of all examples, not of batch means.
 
-    It is computed as the loss of `CE` is in training: no (N, V) tensor of logits is formed.
+    It is computed as the loss of `CE` is in training: no (N, V) tensor of logits is formed. NaN for a broken model.
 
     Raises:
         FastforgetError: no example has a label token, or a head that `LMHead.from_model` refuses.
@@ -190,7 +191,10 @@ def mean_nll(
             part = [example for example in examples[start : start + batch_size] if example.label_count > 0]
             if part:  # any id does as padding: the mask hides it and it has no label
                 count = sum(example.label_count for example in part)
-                total += count * loss(collate(part, pad_token_id=0)).loss.item()
+                try:
+                    total += count * loss(collate(part, pad_token_id=0)).loss.item()
+                except NonFiniteLossError:  # the figure that says so
+                    total = math.nan
                 tokens += count
             if progress is not None:
                 progress(min(start + batch_size, len(examples)), len(examples))
