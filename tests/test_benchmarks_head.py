@@ -59,7 +59,7 @@ def test_contestants_take_turns_until_the_limit():
     assert found["a"]["status"] == MEASURED and len(found["a"]["runs_ms"]) == problem.turns.count("a") - 2
     assert found["b"] == {"status": "failed: RuntimeError: no luck in x.py or y.py, see https://a.b/c/d"}
     assert found["c"] == {"status": "not installed"}
-    found = harness.in_turn(problem, ["a", "hangs", "b"], options, time.monotonic(), 1.0)
+    found = harness.in_turn(problem, ["a", "hangs", "b"], options, time.monotonic(), 4.0)
     assert found["hangs"]["status"].startswith("failed: TimeoutError") and found["b"] == {"status": OUT_OF_TIME}
 
 
