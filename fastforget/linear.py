@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastforget.backends.opaque import or_empty
+from fastforget.backends.opaque import opaque, or_empty
 from fastforget.errors import FastforgetError
 from fastforget.frozen_weight import FLOATS, FrozenWeight, cast_buffer, tiles
 
-TENSORS = [place for place, kind in enumerate(get_type_hints(FrozenWeight).values()) if kind not in (int, str)]
+STORED = get_type_hints(FrozenWeight)
+TENSORS = [place for place, kind in enumerate(STORED.values()) if kind not in (int, str)]
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt"}
+WEIGHT_SCHEMA = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in STORED.items())
 
 
 def frozen_linear(
@@ -79,27 +82,14 @@ def frozen_linear_body(
     lora_b: Tensor | None,
     bias: Tensor | None,
     scaling: float,
-    stored: Tensor,
-    kind: str,
-    out_features: int,
-    in_features: int,
-    scale: Tensor | None,
-    block: int,
-    outer_scale: Tensor | None,
-    outer_code: Tensor | None,
-    outer_offset: Tensor | None,
-    outer_block: int,
+    *parts: Any,
 ) -> list[Tensor]:
     """y (..., out), and T = x Aᵀ (N, r) for the backward pass, empty without an adapter."""
-    # fmt: off
-    weight = FrozenWeight(
-        stored, kind, out_features, in_features, scale, block, outer_scale, outer_code, outer_offset, outer_block
-    )
-    # fmt: on
+    weight = FrozenWeight(*parts)
     with torch.cuda.device_of(x), without_autocast(x):
-        rows = x.reshape(-1, in_features)
-        result = x.new_empty((*x.shape[:-1], out_features))  # no view is returned: users may add to it in place
-        flat = result.view(rows.shape[0], out_features)
+        rows = x.reshape(-1, weight.in_features)
+        result = x.new_empty((*x.shape[:-1], weight.out_features))  # no view is returned: users may add to it in place
+        flat = result.view(rows.shape[0], weight.out_features)
         bias = None if bias is None else bias.to(x.dtype)
         with cast_buffer(weight, x.dtype) as buffer:
             for part, tile in tiles(weight, x.dtype, buffer):
@@ -114,15 +104,15 @@ def frozen_linear_body(
     return result, or_empty(inner, x)  # type: ignore[return-value]
 
 
-frozen_linear_op = torch.library.custom_op("fastforget::frozen_linear", frozen_linear_body, mutates_args=())
-
-
-@frozen_linear_op.register_fake
 def frozen_linear_fake(x: Tensor, lora_a: Tensor | None, *others: Any) -> list[Tensor]:
     """Shapes and dtypes of what `frozen_linear_body` returns."""
     out_features = others[5]
     inner = None if lora_a is None else x.new_empty((x.numel() // x.shape[-1], lora_a.shape[0]))
     return [x.new_empty((*x.shape[:-1], out_features)), or_empty(inner, x)]
+
+
+FORWARD_SCHEMA = f"(Tensor x, Tensor? lora_a, Tensor? lora_b, Tensor? bias, float scaling, {WEIGHT_SCHEMA}) -> Tensor[]"
+frozen_linear_op = opaque("frozen_linear", frozen_linear_body, frozen_linear_fake, FORWARD_SCHEMA).op
 
 
 def save_frozen_linear(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -177,31 +167,18 @@ def frozen_linear_backward_body(
     need_a: bool,
     need_b: bool,
     scaling: float,
-    stored: Tensor,
-    kind: str,
-    out_features: int,
-    in_features: int,
-    scale: Tensor | None,
-    block: int,
-    outer_scale: Tensor | None,
-    outer_code: Tensor | None,
-    outer_offset: Tensor | None,
-    outer_block: int,
+    *parts: Any,
 ) -> list[Tensor]:
     """Gradients over x (..., in), A and B; empty where one is not needed."""
-    # fmt: off
-    weight = FrozenWeight(
-        stored, kind, out_features, in_features, scale, block, outer_scale, outer_code, outer_offset, outer_block
-    )
-    # fmt: on
+    weight = FrozenWeight(*parts)
     grad_x = grad_a = grad_b = grad_inner = None
     with torch.cuda.device_of(grad), without_autocast(grad):
-        rows = grad.reshape(-1, out_features)
+        rows = grad.reshape(-1, weight.out_features)
         if lora_b is not None and (need_x or need_a):
             grad_inner = rows @ lora_b.to(grad.dtype)
         if need_x:
-            grad_x = grad.new_empty((*grad.shape[:-1], in_features))
-            flat = grad_x.view(rows.shape[0], in_features)
+            grad_x = grad.new_empty((*grad.shape[:-1], weight.in_features))
+            flat = grad_x.view(rows.shape[0], weight.in_features)
             with cast_buffer(weight, grad.dtype) as buffer:
                 for part, tile in tiles(weight, grad.dtype, buffer):
                     if part.start == 0:
@@ -211,18 +188,12 @@ def frozen_linear_backward_body(
             if lora_a is not None and grad_inner is not None:
                 flat.addmm_(grad_inner, lora_a.to(grad.dtype), alpha=scaling)
         if need_a and x is not None and lora_a is not None and grad_inner is not None:
-            grad_a = scaled_product(grad_inner.T, x.reshape(-1, in_features), scaling, lora_a.dtype)
+            grad_a = scaled_product(grad_inner.T, x.reshape(-1, weight.in_features), scaling, lora_a.dtype)
         if need_b and inner is not None and lora_b is not None:
             grad_b = scaled_product(rows.T, inner, scaling, lora_b.dtype)
     return [or_empty(found, grad) for found in (grad_x, grad_a, grad_b)]
 
 
-frozen_linear_backward_op = torch.library.custom_op(
-    "fastforget::frozen_linear_backward", frozen_linear_backward_body, mutates_args=()
-)
-
-
-@frozen_linear_backward_op.register_fake
 def frozen_linear_backward_fake(
     grad: Tensor,
     x: Tensor | None,
@@ -239,6 +210,15 @@ def frozen_linear_backward_fake(
     pairs = ((lora_a, need_a), (lora_b, need_b))
     factors = [torch.empty_like(factor) if factor is not None and need else None for factor, need in pairs]
     return [or_empty(found, grad) for found in (grad_x, *factors)]
+
+
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor? x, Tensor? inner, Tensor? lora_a, Tensor? lora_b, bool need_x, bool need_a, bool need_b, "
+    f"float scaling, {WEIGHT_SCHEMA}) -> Tensor[]"
+)
+frozen_linear_backward_op = opaque(
+    "frozen_linear_backward", frozen_linear_backward_body, frozen_linear_backward_fake, BACKWARD_SCHEMA
+).op
 
 
 def frozen_linear_op_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:

@@ -123,7 +123,7 @@ def test_fake_implementations_of_the_others_tell_the_truth():
         torch.library.opcheck(ops.divergence.op, (hidden.detach(), *arguments[1:], "jsd", False, "torch"))
     for anchor, centres in ((weight[0], weight[:2]), (weight[0], None), (None, weight[:2])):
         torch.library.opcheck(state_ops.state_stats.op, (hidden, anchor, centres, "cosine", "torch"))
-    torch.library.opcheck(state_ops.checked_labels, (labels, 40, -100))
+    torch.library.opcheck(state_ops.checked_labels.op, (labels, 40, -100))
 
 
 @pytest.mark.parametrize("backend", OURS)

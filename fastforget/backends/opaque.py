@@ -29,9 +29,12 @@ class Opaque:
         return (self.op if torch.compiler.is_compiling() else self.eager)(*arguments)
 
 
-def opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Opaque:
-    """Make a computation without a gradient opaque; `fake` gives shapes and dtypes of what the body returns."""
-    op = torch.library.custom_op(f"fastforget::{name}", body, mutates_args=())
+def opaque(name: str, body: Callable[..., Any], fake: Callable[..., Any], schema: str | None = None) -> Opaque:
+    """Make a computation without a gradient opaque; `fake` gives shapes and dtypes of what the body returns.
+
+    `schema`: of the op, where the body's annotations do not tell it.
+    """
+    op = torch.library.custom_op(f"fastforget::{name}", body, mutates_args=(), schema=schema)
     op.register_fake(fake)
     return Opaque(op, body)
 

@@ -82,8 +82,7 @@ state_stats = differentiable("state_stats", state_stats_body, state_stats_fake, 
 state_stats_backward = opaque("state_stats_backward", state_stats_backward_body, state_stats_backward_fake)
 
 
-@torch.library.custom_op("fastforget::checked_labels", mutates_args=())
-def checked_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
+def checked_labels_body(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
     """Labels (N,) with the ignored ones as 0, once each is known to lie inside the vocabulary or be ignored.
 
     `ignore_index`: None where none may be ignored.
@@ -100,10 +99,12 @@ def checked_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) ->
     return labels.masked_fill(ignored, 0)
 
 
-@checked_labels.register_fake
 def checked_labels_fake(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
-    """Shape and dtype of what `checked_labels` returns."""
+    """Shape and dtype of what `checked_labels_body` returns."""
     return torch.empty_like(labels)
+
+
+checked_labels = opaque("checked_labels", checked_labels_body, checked_labels_fake)
 
 
 def outside(label: int, vocabulary: int) -> FastforgetError:
