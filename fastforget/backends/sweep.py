@@ -151,6 +151,7 @@ def paired_sweep(
         known = None  # under a softcap rows carry the policy's slopes, which the reference's embedding knows nothing of
     plan = Tiling(given, buffers=2, row_dtype=row_dtype)
     accumulators = plan.empty_accumulators(len(PAIRED_ACCUMULATORS))
+    value, logp = (accumulators.new_empty(plan.kept.count, dtype=plan.dtype) for _ in range(2))
     grad = plan.empty_states() if compute_grad else None
     embedding = plan.empty_states(plan.shape.rows) if compute_grad and known is None else None
     for rows in plan.blocks():
@@ -175,12 +176,11 @@ def paired_sweep(
                 accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
             if block.reference_grad is not None:
                 accumulate(views.rows[1], weight, block.reference_grad, views.tile.first == 0)
+        result = closing.paired_result(block.accumulators, block.labels, label_shift, row_dtype == torch.float16)
+        value[rows], logp[rows] = result.value, result.logp
         if block.grad is not None:
-            scaled = row_dtype == torch.float16
-            result = closing.paired_result(block.accumulators, block.labels, label_shift, scaled)
             close_paired_(block, result, head, None if known is None else known.others_embedding[rows])
-    result = closing.paired_result(accumulators, given.labels, label_shift, False)
-    return DivergenceSweep(result.value.to(plan.dtype), grad, result.logp.to(plan.dtype))
+    return DivergenceSweep(value, grad, logp)
 
 
 def close_paired_(block: PairedBlock, result: closing.PairedResult, head: LMHead, known: Tensor | None) -> None:
