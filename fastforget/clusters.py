@@ -21,6 +21,7 @@ from fastforget.backbone import Backbone, without_dropout
 from fastforget.backends.torch_passes import unit_vectors
 from fastforget.batch import Batch, check_batch
 from fastforget.errors import FastforgetError
+from fastforget.files import written_whole
 from fastforget.objectives import StateRequest, Term
 from fastforget.reference import reference_mode
 
@@ -160,9 +161,8 @@ def save_centres(terms: Sequence[Term], folder: str | os.PathLike[str]) -> None:
     if not tensors:
         path.unlink(missing_ok=True)
         return
-    scratch = path.with_name(f".{CENTRES_FILE}.part")
-    save_file(tensors, scratch, metadata=metadata)
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        save_file(tensors, scratch, metadata=metadata)
 
 
 def load_centres(folder: str | os.PathLike[str]) -> list[Tensor]:
