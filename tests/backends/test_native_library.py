@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_device import needs_native
-from test_native_passes import PLAIN, label_sweep, paired_sweep, strided
-from test_native_passes import instructions as instructions
+from tile_problems import PLAIN, label_sweep, paired_sweep, strided
+from tile_problems import instructions as instructions
 
 from fastforget.backends import pick
 from fastforget.backends.native import NativePasses, library
