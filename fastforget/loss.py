@@ -219,6 +219,7 @@ class UnlearnLoss:
             sequence_total=sequences,
             tensors=tensors,
             states=distances,
+            labels=labels,
             vocabulary=self.backbone.vocabulary,
         )
         for asked in plan.states:

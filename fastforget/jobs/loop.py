@@ -23,6 +23,7 @@ from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
+from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
@@ -57,6 +58,7 @@ def run_job(
     progress: Progress | None = None,
     refusals: Sequence[str] = REFUSALS,
     max_length: int | None = None,
+    unseen: Sequence[Example] | None = None,
 ) -> JobResult:
     """Unlearn `forget` in the model's adapter, in place.
 
@@ -65,7 +67,8 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` checkpoints go to `out/checkpoint-STEP`.
+    With `save_steps` checkpoints go to `out/checkpoint-STEP`. With `until` a step's forget passages are those that are
+    still known (`jobs/until.py`), by the measure of `unseen`, passages that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -73,8 +76,8 @@ def run_job(
     Raises:
         NonFiniteLossError: the loss, its gradient or a weight is no finite number. The model then holds the last
             adapter whose loss was finite, and no checkpoint is of a later one.
-        FastforgetError: no terms, terms on the retain set without one, an adapter that the reference forbids, or an NLL
-            to stop at that these terms do not raise.
+        FastforgetError: no terms, terms on the retain set without one, an adapter that the reference forbids, an NLL to
+            stop at that these terms do not raise, or `until` with a stream or a task vector.
     """
     check_stopping(terms, settings)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -89,17 +92,23 @@ def run_job(
     total = settings.steps(None if isinstance(forget, ExampleStream) else len(forget))
     pad = tokenizer.pad_token_id
     fit_centres(terms, model, expected_outputs(retain, settings.batch_size, pad, settings.seed), settings.seed)
+    until = None
+    if settings.until is not None:
+        if isinstance(forget, ExampleStream):
+            raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
+        level = level_of(settings.until, model, tokenizer, unseen)
+        until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
     step = UnlearnStep(
         model,
         torch.optim.AdamW,
-        terms=list(terms),
+        terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
         combine=settings.combine,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
-    forget_batches = cycle(forget, settings.batch_size, pad, settings.seed)
+    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     result = JobResult(stopped=f"all {total} steps taken")
     start = time.perf_counter()
@@ -114,6 +123,8 @@ def run_job(
                 companions.attach("retain", next(retain_batches)) if retain_batches else None,
             )
             out_step = step.backward(*batches, micro_batch=settings.micro_batch)
+            if until is not None:
+                until.note()
             norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
             what = first_not_finite({**numbers_of(out_step), "gradient": norm})
             if what is not None:  # the last update led here, and is taken back
@@ -141,6 +152,10 @@ def run_job(
             result.steps = number
             if progress is not None:
                 progress(number, total, out_step)
+            if until is not None and (until.finished(model, number) or number == total):
+                result.stopped = f"{until.said()} at step {number}"
+                if not until.known:
+                    break
             if out is not None and saves:
                 values = snapshot(trainable)
                 subtract(model, terms)

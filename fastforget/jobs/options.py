@@ -20,6 +20,7 @@ from fastforget.errors import FastforgetError
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
+GONE = "gone"  # of --until: at the level of passages that the model never saw
 SHORTEST = 16  # tokens: less than this and a passage says nothing
 NOT_OF_THE_RUN = ("overwrite", "quiet", "console")  # a permission for one folder, and what is printed where
 
@@ -60,7 +61,9 @@ class JobSettings:
 
     `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
-    several nats, and driving the NLL far beyond that only ruins the output. `combine` is `UnlearnStep`'s.
+    several nats, and driving the NLL far beyond that only ruins the output. `until` leaves passages out of the steps
+    that the model no longer predicts, and ends the job when all are gone (`jobs/until.py`): "gone", or "em=LEVEL" for
+    an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
 
     Raises:
         FastforgetError: a number out of its range, or an unknown way to combine gradients.
@@ -76,11 +79,16 @@ class JobSettings:
     stop_forget_nll: Annotated[
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
     ] = None
+    until: Annotated[
+        str | None, Help("Stop when every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
+    ] = None
     combine: Annotated[
         str, Help(f"How the forget and the retain gradient become one: {', '.join(COMBINE)}.", TRAINING)
     ] = "sum"
 
     def __post_init__(self) -> None:
+        if self.until is not None:
+            parsed_until(self.until)
         if self.combine not in COMBINE:
             raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
         for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
@@ -217,6 +225,23 @@ class DemoOptions(RunOptions):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+
+def parsed_until(until: str) -> float | None:
+    """Return the level that "em=LEVEL" names; None for "gone", whose level the job finds.
+
+    Raises:
+        FastforgetError: neither of both, or a level that is not from 0 to 1.
+    """
+    if until == GONE:
+        return None
+    name, _, level = until.partition("=")
+    try:
+        if name == "em" and 0.0 <= float(level) <= 1.0:
+            return float(level)
+    except ValueError:
+        pass
+    raise FastforgetError(f"until must be gone, or em=LEVEL with a level from 0 to 1, not {until!r}")
 
 
 def checked_preset(name: str, options: Mapping[str, Any] | None) -> list[Term]:

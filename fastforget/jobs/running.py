@@ -76,6 +76,6 @@ def measure(
             update(done_before + done, total)
 
         for name, examples in sets.items():
-            reports[name] = leakage(model, tokenizer, examples, progress=advance)
+            reports[name] = leakage(model, tokenizer, examples, lens=True, progress=advance)
             done_before += 2 * len(examples)
     return reports
