@@ -13,6 +13,7 @@ from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
+from fastforget.merging import merge
 from fastforget.models import load
 from fastforget.objectives import (
     CE,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
-    _LATE = {"demo": "fastforget.jobs.demo", "unlearn": "fastforget.jobs.unlearn"}
+    _LATE = {name: f"fastforget.jobs.{name}" for name in ("demo", "unlearn")}
 
     def __getattr__(name):
         if name not in _LATE:
@@ -119,6 +120,7 @@ __all__ = [
     "hidden_stats",
     "load",
     "load_centres",
+    "merge",
     "mismatched",
     "preset",
     "save_adapter",

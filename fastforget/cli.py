@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | presets | doctor."""
+"""The command line: fastforget demo | unlearn | evaluate | presets | doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import HEADINGS, DemoOptions, UnlearnOptions
+from fastforget.jobs.options import HEADINGS, DemoOptions, EvaluateOptions, UnlearnOptions
 
 app = typer.Typer(
     help="Make a causal language model forget chosen text, quickly and in little memory.",
@@ -95,6 +95,15 @@ def unlearn(**options: Any) -> None:
     from fastforget.jobs.unlearn import unlearn
 
     unlearn(**options)
+
+
+@app.command()
+@taking(EvaluateOptions)
+def evaluate(**options: Any) -> None:
+    """Measure what MODEL still knows of a text, without and with an adapter; writes report.json."""
+    from fastforget.jobs.evaluate import evaluate
+
+    evaluate(**options)
 
 
 @app.command()

@@ -31,6 +31,7 @@ HEADINGS = DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 COLUMNS = "FIELD=COLUMN, where rows name text, prompt, response or messages otherwise. Repeatable."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
+ROBUST = "Also after merging, quantising, and learning half of the forgotten again."
 ALLOW = "Take a checkpoint that lacks weights of the model (they are random then), or has others."
 
 
@@ -225,6 +226,41 @@ class DemoOptions(RunOptions):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which model and adapter, which texts, and where report.json goes.
+
+    Raises:
+        FastforgetError: a number out of its range, or `robust` without an adapter.
+    """
+
+    model: Annotated[str | os.PathLike[str], Help("Required. Local folder or hub name of the untouched model.", MODEL)]
+    forget: Annotated[Texts, Help("Required. What was to be forgotten, in the forms that unlearn takes.", DATA)]
+    out: Annotated[str | os.PathLike[str], Help("Required. Folder for report.json.", OUTPUT)]
+    _: KW_ONLY
+    adapter: Annotated[str | os.PathLike[str] | None, Help("Folder of the adapter that forgot.", MODEL)] = None
+    retain: Annotated[Texts | None, Help("What was to be kept, in the same forms.", DATA)] = None
+    unseen: Annotated[Texts | None, Help("Text that the model never saw, to compare with.", DATA)] = None
+    columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
+    split: Annotated[str, Help("Split of the datasets.", DATA)] = "train"
+    chat_template: Annotated[bool | None, Help(CHAT, DATA)] = None
+    max_length: Annotated[int, Help("Tokens of a passage at most.", DATA)] = 128
+    measured_passages: Annotated[int, Help("Passages of each set that are measured.", DATA)] = 64
+    robust: Annotated[bool, Help(ROBUST, TRAINING)] = False
+    seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
+    bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
+    allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
+    device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
+    quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
+    console: Console | None = None
+
+    def __post_init__(self) -> None:
+        if self.robust and self.adapter is None:
+            raise FastforgetError("--robust needs --adapter: it asks whether what an adapter made forgotten stays so")
+        if self.measured_passages < 1:
+            raise FastforgetError(f"--measured-passages must be at least 1, not {self.measured_passages}")
 
 
 def parsed_until(until: str) -> float | None:
