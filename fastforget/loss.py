@@ -200,14 +200,16 @@ class UnlearnLoss:
             tensors |= {Field(name): value for name, value in fields.items()}
         embedding = KnownReference(reference[EMBEDDING], reference[ARGMAX]) if EMBEDDING in reference else None
         for request in plan.divergences:
+            as_it_is = request.sharpness == 1.0
+            frozen = reference[LayerStates(None)]
             tensors[request], logp = backend.divergence(
                 states[None],
-                reference[LayerStates(None)],
+                frozen if as_it_is else frozen * request.sharpness,
                 head,
                 request.kind,
                 labels=labels,
                 label_shift=request.label_shift,
-                known=embedding,
+                known=embedding if as_it_is else None,  # it is the unsharpened distribution's
             )
             tensors.setdefault(LOGP, logp)
         tokens, sequences = totals

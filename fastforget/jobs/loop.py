@@ -107,7 +107,8 @@ def run_job(
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
+    pace = Pace(total, settings.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
     forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     result = JobResult(stopped=f"all {total} steps taken")
@@ -117,7 +118,7 @@ def run_job(
         afterwards.callback(step.zero_grad)
         model.train()
         good = snapshot(trainable)
-        for number in range(1, total + 1):
+        for number in pace:
             batches = (
                 companions.attach("forget", next(forget_batches)),
                 companions.attach("retain", next(retain_batches)) if retain_batches else None,
@@ -142,8 +143,14 @@ def run_job(
             step.step()
             step.zero_grad()
             scheduler.step()
+            if until is not None:
+                if number >= pace.decays_from:
+                    until.take_all()
+                elif until.finished(model, number):
+                    pace.decay_from(number)
+                    until.take_all()
             saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
-            if saves or number == total:
+            if saves or number == pace.last:
                 what = what_the_update_broke(model, step, batches, settings.micro_batch, trainable)
                 if what is not None:
                     result.steps = number - 1
@@ -151,11 +158,7 @@ def run_job(
                     raise take_back(model, terms, trainable, good, where, result.steps)
             result.steps = number
             if progress is not None:
-                progress(number, total, out_step)
-            if until is not None and (until.finished(model, number) or number == total):
-                result.stopped = f"{until.said()} at step {number}"
-                if not until.known:
-                    break
+                progress(number, pace.last, out_step)
             if out is not None and saves:
                 values = snapshot(trainable)
                 subtract(model, terms)
@@ -163,8 +166,39 @@ def run_job(
                 save_centres(terms, out / f"checkpoint-{number}")
                 restore(trainable, values)
         subtract(model, terms)
+        if until is not None:
+            result.stopped = f"{until.final(model)} at step {result.steps}"
     result.seconds = time.perf_counter() - start
     return result
+
+
+class Pace:
+    """The steps of a job, numbered from 1, and the learning rate's factor: it rises, stays, and falls to 0 at the end.
+
+    Args:
+        steps: at most so many.
+        decay: the share of the steps over which it falls; what is before may turn out to be shorter (`decay_from`).
+    """
+
+    def __init__(self, steps: int, decay: float) -> None:
+        self.last, self.decay = steps, decay
+        self.decays_from = steps - round(decay * steps)
+
+    def __iter__(self) -> Iterator[int]:
+        number = 0
+        while number < self.last:
+            number += 1
+            yield number
+
+    def decay_from(self, step: int) -> None:
+        """Let the rate fall from this step on, over as many as `decay` makes of the steps so far."""
+        self.decays_from = step
+        self.last = min(self.last, step + round(step * self.decay / (1.0 - self.decay)))
+
+    def factor(self, done: int) -> float:
+        """Return the factor of the step after `done` steps."""
+        falling = (self.last - done) / max(1, self.last - self.decays_from)
+        return min(1.0, (done + 1) / WARMUP_STEPS, max(0.0, falling))
 
 
 def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:

@@ -60,18 +60,23 @@ class RunOptions:
 class JobSettings:
     """How long and how hard to train; the defaults are those of the demo, chosen by measurement.
 
-    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. `stop_forget_nll` ends the job
+    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. The learning rate rises over ten
+    steps, stays, and falls linearly to 0 over the last `decay` of the steps, in which the output settles: without that
+    it is full of loops. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
     several nats, and driving the NLL far beyond that only ruins the output. `until` leaves passages out of the steps
-    that the model no longer predicts, and ends the job when all are gone (`jobs/until.py`): "gone", or "em=LEVEL" for
-    an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
+    that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
+    "gone", or "em=LEVEL" for an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
 
     Raises:
         FastforgetError: a number out of its range, or an unknown way to combine gradients.
     """
 
     learning_rate: Annotated[float, Help("Of AdamW.", TRAINING)] = 3e-3
-    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 54.0
+    decay: Annotated[
+        float, Help("Share of the steps, at the end, over which the learning rate falls to 0.", TRAINING)
+    ] = 0.6
+    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 50.0
     max_steps: Annotated[int | None, Help("Steps; overrides --epochs.", TRAINING)] = None
     batch_size: Annotated[int, Help("Forget passages a step, and as many retain passages.", TRAINING)] = 8
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
@@ -81,7 +86,7 @@ class JobSettings:
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
     ] = None
     until: Annotated[
-        str | None, Help("Stop when every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
+        str | None, Help("Let it end once every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
     ] = None
     combine: Annotated[
         str, Help(f"How the forget and the retain gradient become one: {', '.join(COMBINE)}.", TRAINING)
@@ -92,6 +97,8 @@ class JobSettings:
             parsed_until(self.until)
         if self.combine not in COMBINE:
             raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
+        if not 0.0 <= self.decay < 1.0:
+            raise FastforgetError(f"decay must be at least 0 and less than 1, not {self.decay}")
         for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -2,7 +2,8 @@
 
 A passage is gone when its exact memorisation (`evaluate/memorisation.py`) is at most a level. What the training step
 computes anyway says so of the passages in its batch; a passage that is gone leaves the batches, is looked at again
-every `RECHECK_STEPS`, and comes back where it has recovered. The run ends when all are gone at once.
+every `RECHECK_STEPS`, and comes back where it has recovered. When all are gone at once the learning rate falls to 0,
+and all passages are in the batches again, so that the output of each settles.
 """
 
 from __future__ import annotations
@@ -130,8 +131,13 @@ class ForgetUntilGone(Iterator[Batch]):
             if passage is not None:
                 (self.known.discard if passage.exact <= self.level else self.known.add)(place)
 
-    def said(self) -> str:
-        """Say how many passages are not gone."""
+    def take_all(self) -> None:
+        """Put every passage into the batches again."""
+        self.known = {place for place, count in enumerate(self.behind) if count > 0}
+
+    def final(self, model: Any) -> str:
+        """Measure all passages; say how many are not gone."""
+        self.look_at(model, range(len(self.examples)))
         total = sum(count > 0 for count in self.behind)
         left = len(self.known)
         rule = f"exact memorisation at most {self.level:.2f}"
