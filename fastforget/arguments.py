@@ -22,9 +22,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_states(hidden: Tensor, name: str = "hidden") -> None:
     """Raise for what is no (N, D) of a dtype that the backends compute in."""
-    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.dtype not in DTYPES:
+    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or not hidden.shape[1] or hidden.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise FastforgetError(f"{name} must be a floating-point (N, D), of {known}, not {kind_of(hidden)}")
+        raise FastforgetError(f"{name} must be a floating-point (N, D), D >= 1, of {known}, not {kind_of(hidden)}")
 
 
 def check_hidden(hidden: Tensor, head: LMHead) -> None:

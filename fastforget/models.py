@@ -49,18 +49,20 @@ def load(
         fuse: run the adapted and the quantised layers fused (`fastforget.fuse`).
 
     Raises:
-        FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
-            checkpoint whose weights are not those of the model.
+        FastforgetError: an unknown number of bits, a device that is not there, a model or adapter that cannot be loaded
+            (no safetensors, code of its own: neither is run), one on the head, or a checkpoint whose weights are not
+            those of the model.
     """
     quiet_bitsandbytes()  # which comes with peft
     import peft
 
     if bits not in BITS:
         raise FastforgetError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     base_path, stacked = str(name_or_path), None
     if (Path(name_or_path) / "adapter_config.json").is_file():
-        stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
+        with readable_errors(f"the adapter {name_or_path}"):
+            stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
     if stacked is not None and adapter is not None:
         raise FastforgetError(
@@ -84,6 +86,16 @@ def load(
     if fuse:
         fusing.fuse(model)
     return model
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device named, or the first GPU, else the CPU; raise FastforgetError where it cannot be used."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # an AssertionError where torch was built without CUDA
+        raise FastforgetError(f"device {str(device)!r} cannot be used: {one_line(error)}") from error
+    return chosen
 
 
 def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
@@ -125,7 +137,12 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
     with readable_errors(f"the model {name_or_path}"):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name_or_path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # without it transformers asks on standard input
+            use_safetensors=True,  # the other format is pickle
+            **options,
         )
     check_weights(name_or_path, model, info, allow_missing_weights)
     disable_dropout(model)
@@ -219,9 +236,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
     path = str(name_or_path)
     if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
-        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+        with readable_errors(f"the adapter {path}"):
+            path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     with readable_errors(f"the tokenizer of {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -238,16 +256,19 @@ def base_dtype(bits: int, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def readable_errors(what: str) -> Any:
-    """Turn the many errors of loading into one line that says what could not be loaded."""
+    """Turn the many errors of loading into one line: a folder may hold anything, and libraries raise anything of it."""
     try:
         yield
     except FastforgetError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise FastforgetError(f"could not load {what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of an error's message, with its kind where that says more than the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else f"{kind}: {lines[0]}"

@@ -166,10 +166,10 @@ def token_stats_from_logits(
     name = backends.pick(backend, logits.device)
     if name == "eager":
         raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
-    if logits.stride(0) == 0 and len(logits) > 1:
-        raise FastforgetError("in_place=True needs logits of their own: these are one row, expanded")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise FastforgetError("in_place=True needs logits whose rows are contiguous")
+    if logits.stride(0) < logits.shape[1] and len(logits) > 1:
+        raise FastforgetError("in_place=True needs logits of their own: these rows overlap in memory")
     rows = masked_rows(labels, positions, logits.shape[1], logits.device)
     assert rows.mask is not None
     fields = in_place_stats.label_stats(logits, rows.labels, rows.mask, with_defaults(outputs), backend=name)

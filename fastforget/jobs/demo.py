@@ -5,7 +5,9 @@ Offline, on two CPU cores, in minutes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -29,17 +31,21 @@ from fastforget.evaluate.report import (
     check_measured,
     print_continuations,
     print_table,
+    strict,
     write_json,
 )
 from fastforget.jobs.loop import JobResult, run_job, shown_nll
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.options import DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder, outcome
-from fastforget.jobs.running import measure, progress_bar, surroundings
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
+from fastforget.jobs.running import measure, progress_bar, say, surroundings
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of
 
 BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
+DIGESTS = "digests.json"  # beside the cached base
+SCRATCH = ".demo-base-"  # begins the name of a base that is not yet whole,
+SCRATCH_SECONDS = 3600  # and after this long never will be: its demo was killed
 ADAPTER_RANK = 16
 FIRST_NLL, LAST_NLL = 8.0, 0.075  # nats per token, about: where memorising begins and ends, for its progress bar
 
@@ -73,7 +79,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         FastforgetError: an unknown preset or option of it, a seed out of range, or an output folder that holds
             another adapter.
     """
-    with surroundings(options.seed, options.quiet):
+    ours = claimed_folder(Path(options.out), options.overwrite, lambda report: report.get("command") == "demo")
+    with ours, surroundings(options.seed, options.quiet):
         return run_demo(options, DemoScale(), JobSettings())
 
 
@@ -85,7 +92,6 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     """
     terms = options.terms()
     out, seed, console = Path(options.out), options.seed, options.printer()
-    claim_folder(out, options.overwrite, ours=lambda report: report.get("command") == "demo")
     settings = replace(settings, seed=seed)
     start = time.perf_counter()
     torch.manual_seed(seed)
@@ -116,16 +122,22 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     after = measure(model, tokenizer, sets, "After: continuing every passage", console)
     check_measured(after, BROKEN)
 
-    save_adapter(model, tokenizer, out)
-    save_centres(terms, out)
-    report = {
-        "command": "demo",
-        "seed": seed,
-        **outcome(options, before, after, result, start),
-        "base_trained_seconds": round(trained, 1),
-        "base": str(base),
-    }
-    report = write_json(out / REPORT, report)
+    report: dict[str, Any] = strict(
+        {
+            "command": "demo",
+            "seed": seed,
+            **outcome(options, before, after, result, start),
+            "base_trained_seconds": round(trained, 1),
+            "base": str(base),
+        }
+    )
+
+    def write(folder: Path) -> None:
+        save_adapter(model, tokenizer, folder)
+        save_centres(terms, folder)
+        write_json(folder / REPORT, report)
+
+    write_somewhere(out, write)
     drawn = draw_curves(out / CURVES, result, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {"forget": 2, "retain": 1})
@@ -134,9 +146,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); "
         f"{report['seconds']:.0f} s in all ({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
     )
-    console.print(f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.")
-    console.print(drawn, markup=False)  # the extra's name is in brackets, and no style
-    console.print(MERGE)
+    for line in (f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {base}.", drawn, MERGE):
+        say(console, line)
     return report
 
 
@@ -153,7 +164,7 @@ def draw_curves(path: Path, result: JobResult, report: dict[str, Any]) -> str:
         drawn = plot_curves(
             path, result.forget_nll, result.retain_nll, title=title, measured=measured, steps=result.steps
         )
-    except FastforgetError as error:  # all else is measured and saved by now
+    except (FastforgetError, OSError) as error:  # all else is measured and saved by now
         return f"No curves: {error}."
     if drawn is None:
         return f"No {path.name}: drawing the curves needs matplotlib ({HOW_TO_GET_IT})."
@@ -163,7 +174,7 @@ def draw_curves(path: Path, result: JobResult, report: dict[str, Any]) -> str:
 def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console: Console) -> tuple[Path, float]:
     """Return (folder of a base that recites the corpus's forget and retain passages, seconds spent on training it)."""
     folder = cache / f"demo-base-{base_key(corpus, seed, scale)}"
-    if (folder / "config.json").is_file():
+    if is_whole(folder):
         return folder, 0.0
     passages = [*corpus.forget, *corpus.retain]
     model = build_model(corpus.tokenizer, hidden_size=scale.hidden_size, layers=scale.layers, seed=seed)
@@ -179,18 +190,45 @@ def base_model(corpus: Corpus, seed: int, scale: DemoScale, cache: Path, console
                 math.log(FIRST_NLL / nll), math.log(FIRST_NLL / LAST_NLL), f"NLL {nll:.2f}"
             ),
         )
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-base-"))
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in cache.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > SCRATCH_SECONDS:
+                shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix=SCRATCH))  # for its owner alone
     try:
         save_base(model, corpus.tokenizer, scratch)
+        (scratch / DIGESTS).write_text(json.dumps(digests(scratch)), encoding="utf-8")
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             os.replace(scratch, folder)
         except OSError:  # another demo was quicker
-            if not (folder / "config.json").is_file():
+            if not is_whole(folder):
                 raise FastforgetError(f"the cache folder {folder} cannot be written: remove it and try again") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder, memorised.seconds
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a cached base is as it was written, by this user, and nobody else can write to it."""
+    try:
+        status = folder.stat()
+        recorded = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        return status.st_uid == os.getuid() and not status.st_mode & 0o022 and recorded == digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return a digest of each file in a folder but DIGESTS itself, by name."""
+    found = {}
+    for path in folder.iterdir():
+        if path.name != DIGESTS:
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return found
 
 
 def base_key(corpus: Corpus, seed: int, scale: DemoScale) -> str:

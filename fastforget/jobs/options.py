@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,11 @@ from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
 GONE = "gone"  # of --until: at the level of passages that the model never saw
 SHORTEST = 16  # tokens: less than this and a passage says nothing
+LARGEST = 10**9  # of steps, passages, tokens: beyond, a number is a slip of the keyboard
+LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
+LARGEST_SEED = 2**32 - 1  # scikit-learn takes the fewest
+LARGEST_RANK = 2**16
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 NOT_OF_THE_RUN = ("overwrite", "quiet", "console")  # a permission for one folder, and what is printed where
 
 Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a dataset; or rows, each a str or a dict
@@ -46,6 +52,14 @@ class RunOptions:
     overwrite: Annotated[bool, Help("Replace an adapter in the output folder.", OUTPUT)] = False
     quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
     console: Console | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
+                if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
+                    raise FastforgetError(
+                        f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
+                    )
 
     def terms(self) -> list[Term]:
         """Build the preset's terms; raise FastforgetError where an option is unknown or of the wrong type."""
@@ -100,9 +114,12 @@ class JobSettings:
         if not 0.0 <= self.decay < 1.0:
             raise FastforgetError(f"decay must be at least 0 and less than 1, not {self.decay}")
         for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise FastforgetError(f"{name.replace('_', '-')} must be positive, not {value}")
+            value, largest = getattr(self, name), LARGEST_RATE if name == "learning_rate" else LARGEST
+            if value is not None and not 0 < value <= largest:
+                raise FastforgetError(f"{name.replace('_', '-')} must be positive and at most {largest:g}, not {value}")
+        check_seed(self.seed)
+        if self.stop_forget_nll is not None and not math.isfinite(self.stop_forget_nll):
+            raise FastforgetError(f"stop-forget-nll must be a finite number, not {self.stop_forget_nll}")
 
     def steps(self, forget_examples: int | None) -> int:
         """Count the steps that the job takes unless it stops early; None: a stream, whose length is not known."""
@@ -149,7 +166,8 @@ class UnlearnOptions(RunOptions, JobSettings):
     device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunOptions.__post_init__(self)
+        JobSettings.__post_init__(self)
         for name in ("model", "out"):
             if not isinstance(getattr(self, name), str | os.PathLike):
                 raise FastforgetError(f"{name} must be a path, not a {type(getattr(self, name)).__name__}")
@@ -157,11 +175,16 @@ class UnlearnOptions(RunOptions, JobSettings):
         for name, value in {**(self.preset_options or {}), **texts}.items():
             if isinstance(value, str) and value.startswith(IN_PYTHON):
                 raise FastforgetError(f"{name} was given in Python, and a config file cannot hold that: give it again")
-        if self.max_length < SHORTEST:
-            raise FastforgetError(f"--max-length must be at least {SHORTEST} tokens, not {self.max_length}")
-        for name in ("measured_passages", "lora_r"):
-            if getattr(self, name) < 1:
-                raise FastforgetError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name, least, largest in (
+            ("max_length", SHORTEST, LARGEST),
+            ("measured_passages", 1, LARGEST),
+            ("lora_r", 1, LARGEST_RANK),
+            ("lora_alpha", 1, LARGEST),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= largest:
+                flag = f"--{name.replace('_', '-')}"
+                raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
         if self.streaming and self.max_steps is None:
             raise FastforgetError("--streaming needs --max-steps: how long a pass over a stream is, is not known")
 
@@ -220,7 +243,7 @@ class DemoOptions(RunOptions):
     """Where the demo's result goes, and what it does there.
 
     Raises:
-        FastforgetError: a seed out of range (scikit-learn takes the fewest).
+        FastforgetError: a seed out of range.
     """
 
     out: Annotated[str | os.PathLike[str], Help("Folder for the adapter, report.json and curves.png.", OUTPUT)] = (
@@ -231,8 +254,14 @@ class DemoOptions(RunOptions):
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        super().__post_init__()
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raise FastforgetError for a seed that not every library takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise FastforgetError(f"seed must be from 0 to {LARGEST_SEED}, not {seed}")
 
 
 @dataclass(frozen=True)

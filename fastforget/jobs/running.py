@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fastforget.data.examples import Example
 from fastforget.evaluate.leakage import LeakageReport, leakage
@@ -62,6 +63,11 @@ def progress_bar(label: str, printer: Console) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield update
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it stands: in a path, neither [red] nor :smile: is markup."""
+    console.print(Text(text))
 
 
 def measure(
