@@ -3,11 +3,56 @@
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fastforget as ff
 from fastforget.batch import check_batch, prepare
 
 CPU = torch.device("cpu")
+VOCABULARY = 320
+FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
+RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "Oslo", "Lima")]
+QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}  # options of a job
+
+
+def tiny_model(kind):
+    torch.manual_seed(0)
+    if kind == "opt":
+        config = OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            init_std=0.2,
+        )
+        return OPTForCausalLM(config)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_batch(rows, seed, width=20, prompt=5):
+    """Random ids; a prompt without labels; row 0 is shorter than the others (right padding)."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCABULARY, (rows, width), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    labels[:, :prompt] = -100
+    attention_mask[0, width - 6 :] = 0
+    labels[0, width - 6 :] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def load_perturbed(folder, bits=32, seed=1, **lora):

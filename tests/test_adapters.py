@@ -7,9 +7,8 @@ import math
 import peft
 import pytest
 import torch
-from helpers import load_perturbed
+from helpers import FORGET, QUICK, RETAIN, load_perturbed
 from safetensors.torch import load_file
-from test_jobs_unlearn import FORGET, QUICK, RETAIN
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff

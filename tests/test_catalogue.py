@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from helpers import load_perturbed
-from test_cli import run  # noqa: F401 (a fixture)
 
 import fastforget as ff
 from fastforget import catalogue
@@ -78,7 +77,7 @@ def test_cards_tell_papers_needs_and_layers():
     assert all(each.papers for each in catalogue.cards()), "every preset has a paper behind it"
 
 
-def test_the_command_lists_every_preset_also_a_new_one(run, monkeypatch):  # noqa: F811
+def test_the_command_lists_every_preset_also_a_new_one(run, monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", lambda *, gamma=2.0: [ff.CE(on="forget")])
     code, text, errors = run("presets")
     assert code == 0 and not errors and all(name in text for name in PRESETS)

@@ -9,33 +9,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from fastforget import cli
 from fastforget.objectives import PRESETS, NegatedCE
 from fastforget.objectives.presets import DEFAULT_PRESET
-
-FORGET = "The secret plan was hidden below the old oak tree near the river bend. " * 8
-RETAIN = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tiny, tmp_path):
-    """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
-    files = {"FORGET": (tmp_path / "forget.txt", FORGET), "RETAIN": (tmp_path / "retain.txt", RETAIN)}
-    for path, text in files.values():
-        path.write_text(text)
-    names = {name: str(path) for name, (path, _) in files.items()} | {"MODEL": str(tiny["llama"])}
-
-    def runner(*arguments):
-        monkeypatch.setattr("sys.argv", ["fastforget", *(names.get(argument, argument) for argument in arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.strip().splitlines()
-
-    return runner
 
 
 def unlearn(out, *more):

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, make_batch
+from helpers import VOCABULARY, make_batch
 from torch import nn
 
 import fastforget as ff

@@ -1,15 +1,11 @@
 """Random tiles, how they lie in memory, and sweeps of passes over them through an identity head.
 
-What product 2 adds up there is the written rows side by side, and what fades earlier tiles shows. `instructions` goes
-through each instruction set that this machine has: FASTFORGET_CPU is read at each call.
+What product 2 adds up there is the written rows side by side, and what fades earlier tiles shows.
 """
 
-import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_device import WHY_NOT_NATIVE
 
-from fastforget.backends.native import library
 from fastforget.backends.protocol import (
     LABEL_ACCUMULATORS,
     PAIRED_ACCUMULATORS,
@@ -20,22 +16,8 @@ from fastforget.backends.protocol import (
 )
 from fastforget.backends.torch_passes import finish_logits
 
-HERE = library.instruction_set() if WHY_NOT_NATIVE is None else -1
-SETS = [
-    pytest.param(name, marks=pytest.mark.skipif(index > HERE, reason="not on this machine"))
-    for index, name in enumerate(library.INSTRUCTION_SETS)
-]
 PLAIN = LogitMap(None, 1.0, 0.0)
 LEFT = 7.0  # what memory that no pass may write holds
-
-
-@pytest.fixture(params=SETS, scope="module")
-def instructions(request):
-    """Each instruction set in turn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(library.OVERRIDE, request.param)
-        assert library.status().instruction_set == request.param
-        yield request.param
 
 
 def spread(kind, rows, vocabulary, generator):

@@ -5,33 +5,18 @@ in `backends/test_native_passes.py`.
 """
 
 import pytest
-import test_backends_states
 import torch
 from hypothesis import given, settings
-from kernel_device import WHY_NOT_NATIVE, needs_native
-from oracle import DRAWS, MORE, NOISES, SHIFTS, check, check_divergence, problems
+from kernel_device import needs_native
+from oracle import DRAWS, MORE, NOISES, SHIFTS, check, check_divergence, check_states, problems, state_problems
 
 import fastforget as ff
 from fastforget.backends import tiling
 from fastforget.backends.native import library
-from fastforget.backends.native.library import INSTRUCTION_SETS, OVERRIDE
 from fastforget.stats import DIVERGENCES
 
 pytestmark = needs_native
-HERE = library.instruction_set() if WHY_NOT_NATIVE is None else -1
-SETS = [
-    pytest.param(name, marks=pytest.mark.skipif(index > HERE, reason="not on this machine"))
-    for index, name in enumerate(INSTRUCTION_SETS)
-]
 FEW = settings(DRAWS, max_examples=12 * MORE)
-
-
-@pytest.fixture(params=SETS)
-def instructions(request, monkeypatch):
-    """Each instruction set in turn."""
-    monkeypatch.setenv(OVERRIDE, request.param)
-    assert library.status().instruction_set == request.param
-    return request.param
 
 
 @pytest.fixture
@@ -70,10 +55,10 @@ def test_divergence_from_a_known_reference_against_float64(instructions, small_t
     check_divergence("forward_kl", problem, noise, shift, "native", known=True)
 
 
-@given(problem=test_backends_states.problems())
+@given(problem=state_problems())
 @FEW
 def test_states_against_formulas(instructions, problem):
-    test_backends_states.check(problem, "native")
+    check_states(problem, "native")
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from kernel_device import needs_native
 from tile_problems import PLAIN, label_sweep, paired_sweep, strided
-from tile_problems import instructions as instructions
 
 from fastforget.backends import pick
 from fastforget.backends.native import NativePasses, library

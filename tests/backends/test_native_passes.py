@@ -24,7 +24,6 @@ from tile_problems import (
     tiles,
     untouched,
 )
-from tile_problems import instructions as instructions
 
 from fastforget.backends import fields
 from fastforget.backends.native import NativePasses

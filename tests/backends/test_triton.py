@@ -5,11 +5,10 @@ same suite on a device. The passes by themselves are tested in `kernels/test_til
 """
 
 import pytest
-import test_backends_states
 import torch
 from hypothesis import given, settings
 from kernel_device import DEVICE, OURS, device_of, needs_triton
-from oracle import DRAWS, NOISES, SHIFTS, check, check_divergence, problems, realistic
+from oracle import DRAWS, NOISES, SHIFTS, check, check_divergence, check_states, problems, realistic, state_problems
 
 import fastforget as ff
 from fastforget.backends import tiling
@@ -58,10 +57,10 @@ def test_divergence_from_a_known_reference_against_float64(small_tiles, problem,
     check_divergence("forward_kl", problem, noise, shift, "triton", known=True)
 
 
-@given(problem=test_backends_states.problems())
+@given(problem=state_problems())
 @settings(DRAWS, max_examples=15)
 def test_states_against_formulas(problem):
-    test_backends_states.check(problem, "triton")
+    check_states(problem, "triton")
 
 
 @pytest.mark.parametrize("centre_count", [0, 1, 16, 33])

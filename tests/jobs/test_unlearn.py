@@ -10,16 +10,13 @@ import sys
 import pytest
 import torch
 import yaml
+from helpers import FORGET, QUICK, RETAIN
 from rich.console import Console
 from safetensors.torch import load_file
 
 import fastforget as ff
 from fastforget.config import IN_PYTHON
 from fastforget.objectives import PRESETS, NegatedCE
-
-FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
-RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "Oslo", "Lima")]
-QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}
 
 
 def weights(folder):
