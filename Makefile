@@ -71,7 +71,7 @@ bench: $(STAMP)
 proof: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) \
-	    tests/test_stats.py tests/test_divergences.py tests/backends/test_native.py tests/test_linear.py
+	    tests/backends/test_oracle.py tests/test_linear.py
 	$(BIN)/python -m benchmarks.presets $(ARGS)
 
 ## make format        format, and fix what the linter can

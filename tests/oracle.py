@@ -279,10 +279,8 @@ def check_states(problem, backend):
     A distance is formed from differences of exact inputs: its scale is its own size, whatever the size of the states.
     """
     hidden, anchor, centres, metric, margin = problem
-    (values, grads, upstream), (eager_values, eager_grads, _) = (
-        evaluate_states(problem, backend),
-        evaluate_states(problem, "eager"),
-    )
+    values, grads, upstream = evaluate_states(problem, backend)
+    eager_values, eager_grads, _ = evaluate_states(problem, "eager")
     half = 0.0 if hidden.dtype == torch.float32 else torch.finfo(hidden.dtype).eps / 2
     for row, state in enumerate(hidden):
         distance, direction = state_distance(state, anchor[row] if anchor.dim() == 2 else anchor, metric)
