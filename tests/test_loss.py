@@ -53,21 +53,6 @@ def test_one_statistic_of_the_reference_alone(tiny, batch, reads_logp):
     assert loss.reference.forwards == 1
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Field("nll"), "no statistic 'nll': choose from logp, lse"),
-        (lambda: Field("ref_entropy"), "no statistic 'ref_entropy'"),
-        (lambda: Field("entropy", of="ref"), "of 'model' or 'reference', not of 'ref'"),
-        (lambda: Divergence("kl"), "unknown divergence 'kl': choose one of forward_kl, reverse_kl, jsd"),
-        (lambda: Divergence("jsd", label_shift=1.0), "label_shift must be finite and at most 0"),
-    ],
-)
-def test_requests_of_nothing_are_refused(make, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        make()
-
-
 def plans_of(*terms):
     """The plan of each stream of each forward, baselines first."""
     plan = plan_loss({term.name: term for term in terms})

@@ -7,8 +7,11 @@ import torch
 from hypothesis import strategies as st
 
 from fastforget.backends.protocol import (
+    COUPLED_ACCUMULATORS,
     LABEL_ACCUMULATORS,
     PAIRED_ACCUMULATORS,
+    CoupledBlock,
+    GradientBlock,
     LabelBlock,
     LogitMap,
     PairedBlock,
@@ -58,21 +61,30 @@ def tiles(vocabulary, logit_map, columns, exact=True, **_):
 
 
 def placed(values, tile, dtype=None):
-    """The values in rows that are longer than what a pass may touch; NaN where it may write anything."""
-    rows, columns = values.shape
-    storage = torch.full((rows, tile.padded + 3), LEFT, dtype=dtype or values.dtype)
-    storage[:, columns : tile.padded] = torch.nan
-    storage[:, :columns] = values
-    return storage[:, :columns]
+    """A tile's columns in rows that are longer than what a pass may touch; NaN where it may write anything."""
+    values = values[:, tile.first : tile.first + tile.columns]
+    storage = torch.full((len(values), tile.padded + 3), LEFT, dtype=dtype or values.dtype, device=values.device)
+    storage[:, tile.columns : tile.padded] = torch.nan
+    storage[:, : tile.columns] = values
+    return storage[:, : tile.columns]
+
+
+def rows_for(product, tile, dtype, in_place):
+    """Where a pass writes its rows: over the product, as narrow ones too, or in memory of their own."""
+    if dtype is None:
+        return None
+    if in_place and (dtype == product.dtype or dtype.itemsize < product.dtype.itemsize):
+        return product._base.view(dtype)[:, : tile.columns]
+    return placed(torch.zeros(len(product), tile.vocabulary, device=product.device), tile, dtype)
 
 
 def untouched(tensor, tile):
     return bool((tensor._base[:, tile.padded :] == LEFT).all())
 
 
-def strided(names, rows, dtype=torch.float64):
+def strided(names, rows, dtype=torch.float64, device=None):
     """Accumulators of a block inside a longer buffer; what they hold must not be read."""
-    return torch.full((names, rows + 3), torch.nan, dtype=dtype)[:, 1 : rows + 1]
+    return torch.full((names, rows + 3), torch.nan, dtype=dtype, device=device)[:, 1 : rows + 1]
 
 
 def mapped(logit_map, dtype):
@@ -92,25 +104,79 @@ def finished(logits, logit_map, labels=None):
     return found, slope
 
 
-def label_sweep(passes, logits, labels, logit_map, moments, row_dtype=None, dtype=torch.float32, **layout):
+class Sweep:
+    """A pass over the tiles of some logits: where they lie, its accumulators, and its rows side by side."""
+
+    def __init__(self, passes, logits, logit_map, accumulators, row_dtype, dtype, layout, sides=1):
+        self.numbers = torch.promote_types(dtype, torch.float32)
+        self.row_dtype, self.dtype, self.in_place = row_dtype, dtype, layout["in_place"]
+        self.tiles = tiles(logits.shape[1], mapped(logit_map, self.numbers), **layout)
+        kept = passes.accumulator_dtype(dtype)
+        self.accumulators = strided(accumulators, len(logits), kept, logits.device)
+        self.grads = [
+            torch.full(logits.shape, torch.nan, dtype=self.numbers, device=logits.device) for _ in range(sides)
+        ]
+
+    def place(self, tile, *logits):
+        """The products of a tile, and the rows for each of them."""
+        products = [placed(each, tile, self.dtype) for each in logits]
+        return products, [rows_for(each, tile, self.row_dtype, self.in_place) for each in products]
+
+    def keep(self, tile, products, rows):
+        """Check that a pass wrote where it may, and take its rows."""
+        assert all(untouched(each, tile) for each in (*products, *rows) if each is not None)
+        for grad, written in zip(self.grads, rows, strict=True):
+            if written is not None:
+                grad[:, tile.first : tile.first + tile.columns] = written
+
+
+def label_sweep(passes, logits, labels, logit_map, moments, row_dtype=None, dtype=torch.float32, states=None, **layout):
     """Accumulators and the rows side by side."""
-    rows, vocabulary = logits.shape
-    accumulators = strided(len(LABEL_ACCUMULATORS) if moments else 4, rows)
-    grad = torch.full((rows, vocabulary), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
-    for tile in tiles(vocabulary, mapped(logit_map, grad.dtype), **layout):
-        columns = slice(tile.first, tile.first + tile.columns)
-        product, written = placed(logits[:, columns], tile, dtype), None
-        if row_dtype is not None:
-            in_place = layout["in_place"] and row_dtype == dtype
-            written = product if in_place else placed(torch.zeros_like(product), tile, row_dtype)
+    sweep = Sweep(passes, logits, logit_map, len(LABEL_ACCUMULATORS) if moments else 4, row_dtype, dtype, layout)
+    block = LabelBlock(labels, sweep.accumulators, None if row_dtype is None else sweep.grads[0], states)
+    for tile in sweep.tiles:
+        [product], [rows] = sweep.place(tile, logits)
         before = product.clone()
-        passes.label_tile(tile, product, written, LabelBlock(labels, accumulators, None if written is None else grad))
-        assert untouched(product, tile) and (written is None or untouched(written, tile))
-        if written is not None:
-            grad[:, columns] = written
-        if written is not product:
+        passes.label_tile(tile, product, rows, block)
+        sweep.keep(tile, [product], [rows])
+        if rows is None or rows.data_ptr() != product.data_ptr():
             assert torch.equal(product.nan_to_num(), before.nan_to_num()), "a model's logits stay as they are"
-    return accumulators, grad
+    return sweep.accumulators, sweep.grads[0]
+
+
+def paired_sweep(passes, policy, reference, labels, logit_map, shift, row_dtype, dtype, **layout):
+    """Accumulators, S1 and, unless a shift is given, S2."""
+    sweep = Sweep(passes, policy, logit_map, len(PAIRED_ACCUMULATORS), row_dtype, dtype, layout, sides=2)
+    chosen = shift is None
+    block = PairedBlock(labels, sweep.accumulators, shift, sweep.grads[0], sweep.grads[1] if chosen else None)
+    for tile in sweep.tiles:
+        products, rows = sweep.place(tile, policy, reference)
+        passes.paired_tile(tile, *products, rows[0], rows[1] if chosen else None, block)
+        sweep.keep(tile, products, rows)
+    return sweep.accumulators, *sweep.grads
+
+
+def coupled_sweep(passes, kind, policy, reference, labels, logit_map, normalisers, row_dtype, dtype, **layout):
+    """Accumulators and the rows of both sides."""
+    sweep = Sweep(passes, policy, logit_map, len(COUPLED_ACCUMULATORS), row_dtype, dtype, layout, sides=2)
+    block = CoupledBlock(kind, labels, normalisers.to(sweep.numbers), sweep.accumulators)
+    for tile in sweep.tiles:
+        products, rows = sweep.place(tile, policy, reference)
+        passes.coupled_tile(tile, *products, *rows, block)
+        sweep.keep(tile, products, rows)
+    return sweep.accumulators, *sweep.grads
+
+
+def gradient_sweep(passes, logits, projected, labels, argmax, logit_map, coefficients, row_dtype, dtype, **layout):
+    """The rows side by side."""
+    sweep = Sweep(passes, logits, logit_map, 0, row_dtype, dtype, layout)
+    block = GradientBlock(labels, argmax, coefficients.to(sweep.numbers))
+    for tile in sweep.tiles:
+        products, rows = sweep.place(tile, logits)
+        along = None if projected is None else placed(projected, tile, sweep.numbers)
+        passes.gradient_tile(tile, *products, along, *rows, block)
+        sweep.keep(tile, products, rows)
+    return sweep.grads[0]
 
 
 def size(logits):
@@ -122,23 +188,3 @@ def size(logits):
 def close(found, truth, tolerance):
     found, truth = found.double(), truth.double()
     return bool((((found - truth).abs() <= tolerance) | (found == truth) | (found.isnan() & truth.isnan())).all())
-
-
-def paired_sweep(passes, policy, reference, labels, logit_map, shift, dtype, row_dtype, **layout):
-    """Accumulators, S1 and S2."""
-    rows, vocabulary = policy.shape
-    accumulators = strided(len(PAIRED_ACCUMULATORS), rows)
-    grads = [torch.full((rows, vocabulary), torch.nan, dtype=dtype) for _ in range(2)]
-    for tile in tiles(vocabulary, mapped(logit_map, dtype), **layout):
-        columns = slice(tile.first, tile.first + tile.columns)
-        products = [placed(each[:, columns], tile, dtype) for each in (policy, reference)]
-        written = products
-        if not layout["in_place"] or row_dtype != dtype:
-            written = [placed(torch.zeros_like(each), tile, row_dtype) for each in products]
-        chosen = shift is None
-        block = PairedBlock(labels, accumulators, shift, grads[0], grads[1] if chosen else None)
-        passes.paired_tile(tile, *products, written[0], written[1] if chosen else None, block)
-        assert all(untouched(each, tile) for each in (*products, *written))
-        for grad, each in zip(grads, written, strict=True):
-            grad[:, columns] = each
-    return accumulators, *grads

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_device import needs_native
 from tile_problems import PLAIN, label_sweep, paired_sweep, strided
 
-from fastforget.backends import pick
+from fastforget import backends
 from fastforget.backends.native import NativePasses, library
 from fastforget.backends.native.passes import DTYPES
 from fastforget.backends.protocol import (
@@ -142,8 +142,9 @@ def test_no_bad_index_or_tile_reaches_the_others():
 
 def test_a_backend_that_cannot_be_loaded_says_why(monkeypatch):
     cpu = torch.device("cpu")
-    assert pick("auto", cpu) == "native"
+    assert backends.pick("auto", cpu) == "native"
     monkeypatch.setattr(library, "status", lambda: library.NativeStatus(False, None, "it was built without a compiler"))
-    assert pick("auto", cpu) == "torch"
+    assert backends.pick("auto", cpu) == "torch"
+    assert "without a compiler" in backends.explain_auto(cpu)[1]
     with pytest.raises(FastforgetError, match="backend 'native' cannot run here: it was built without"):
-        pick("native", cpu)
+        backends.pick("native", cpu)

@@ -3,14 +3,11 @@
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from helpers import gradients, load_perturbed
 
 import fastforget as ff
-from fastforget.config import parse_value, plain
-from fastforget.objectives import weight_at
 
 
 def test_linear_goes_from_start_to_end_and_stays():
@@ -61,42 +58,3 @@ def test_a_wrong_value_raises_at_its_step_before_the_forward(tiny, batch, monkey
     monkeypatch.setattr(step.loss.backbone, "states", lambda *_: pytest.fail("a forward"))
     with pytest.raises(ff.FastforgetError, match=r"npo: the schedule of its weight gave .* at step 1"):
         step.backward(batch(2, 1), batch(2, 2))
-
-
-def test_presets_pass_schedules_on():
-    schedule = ff.Linear(0.0, 1.0, 10)
-    for name in ("grad_diff", "npo", "wga", "distance_cluster"):
-        terms = ff.preset(name, forget_weight=schedule, retain_weight=schedule)
-        assert {term.weight for term in terms if term.name != "cluster_pull"} == {schedule}
-    assert ff.preset("rmu", alpha=schedule)[1].weight is schedule
-    assert weight_at("npo", 0.5, 99) == 0.5 and weight_at("npo", lambda step: np.float32(0.5), 0) == 0.5
-
-
-def test_options_and_config_files_hold_a_linear_schedule():
-    text = '{"start": 0, "end": 1.5, "steps": 100}'
-    (term,) = ff.preset("grad_ascent", forget_weight=parse_value(text))
-    assert term.weight == ff.Linear(0, 1.5, 100)
-    written = plain({"forget_weight": term.weight})
-    assert written == {"forget_weight": {"start": 0, "end": 1.5, "steps": 100}}
-    (again,) = ff.preset("grad_ascent", forget_weight=written["forget_weight"])
-    assert again.weight == term.weight
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ff.Linear(-1.0, 1.0, 5), "Linear: start must be finite and not negative"),
-        (lambda: ff.Linear(0.0, math.inf, 5), "Linear: end must be finite and not negative"),
-        (lambda: ff.Linear(0.0, "1", 5), "Linear: end must be finite and not negative"),
-        (lambda: ff.Linear(0.0, 1.0, 0), "Linear: steps must be a whole number from 1 on"),
-        (lambda: ff.Linear(0.0, 1.0, 2.5), "Linear: steps must be a whole number from 1 on"),
-        (lambda: ff.CE(weight="high"), "ce: weight must be a number or a function of the step"),
-        (lambda: ff.CE(weight=True), "ce: weight must be a number"),
-        (lambda: ff.CE(weight=0.0), "ce: weight must be positive"),
-        (lambda: ff.preset("npo", retain_weight=-1.0), "ce: weight must be positive"),
-        (lambda: ff.CE(weight={"start": 0, "stop": 1}), "needs start, end, steps, and has"),
-    ],
-)
-def test_wrong_weights_are_refused(make, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        make()

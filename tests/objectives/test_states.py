@@ -163,26 +163,6 @@ def test_heads_that_cannot_be_read_need_a_layer(tiny, batch):
     assert float(loss(batch(2, 1)).loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ff.EmbeddingDistance(anchor="labels"), "anchor must be 'reference', 'label' or a tensor"),
-        (lambda: ff.EmbeddingDistance(anchor=torch.zeros(2, 2)), r"one vector \(D,\)"),
-        (lambda: ff.EmbeddingDistance(margin=-1.0), "margin must be positive"),
-        (lambda: ff.EmbeddingDistance(metric="dot"), "unknown metric 'dot'"),
-        (lambda: ff.EmbeddingDistance(level="word"), "level must be token or sequence"),
-        (lambda: ff.EmbeddingDistance(layer=1.5), "layer must be a whole number"),
-        (lambda: ff.ClusterPull(torch.zeros(3)), r"centres must be a tensor \(K, D\)"),
-        (lambda: ff.ClusterPull(torch.full((1, 3), torch.nan)), "not all finite"),
-        (lambda: ff.ClusterPull(k=0), "k must be a whole number"),
-        (lambda: ff.preset("distance_cluster", k=2.5), "k must be a whole number"),
-    ],
-)
-def test_bad_parameters_are_refused(make, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        make()
-
-
 def test_what_is_missing_is_said_before_the_first_forward(tiny, batch):
     model = load_perturbed(tiny["llama"])
     with pytest.raises(ff.FastforgetError, match=r"no centres yet: ClusterPull\(fastforget.cluster_centres"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastforget as ff
-from fastforget.objectives import LOGP, PRESETS, REFERENCE_LOGP, Divergence, SideStats
+from fastforget.objectives import LOGP, REFERENCE_LOGP, Divergence, SideStats
 
 ANSWERS = [[-0.1, -2.0, -0.5], [-3.0]]  # two answers of three tokens and of one
 REF = [[-0.2, -0.1, -0.4], [-1.0]]
@@ -54,36 +54,3 @@ def test_simnpo_follows_its_formula(beta, delta):
     expected = -(2 / beta) * sum(log_sigmoid(beta * (value - delta)) for value in nll) / 2
     assert float(ff.SimNPO(beta=beta, delta=delta).value(side())) == pytest.approx(expected)
     assert ff.SimNPO().requests == (LOGP,), "no reference"
-
-
-def test_presets():
-    assert [type(term).__name__ for term in ff.preset("npo", beta=0.3, retain="kl")] == ["NPO", "KL"]
-    assert ff.preset("npo", beta=0.3)[0].beta == 0.3 and ff.preset("npo")[0].level == "sequence"
-    assert ff.preset("grad_diff", retain=None, forget_weight=2.0)[0].weight == 2.0
-    assert all(ff.preset(name) for name in PRESETS)
-    published = ff.preset("simnpo")[0]
-    assert (published.beta, published.delta, published.weight) == (4.5, 0.0, 0.125)
-    distance, pull, keep = ff.preset("distance_cluster", k=3, margin=0.5, layer=1, level="sequence", retain_weight=2.0)
-    assert (distance.anchor, distance.margin, pull.k, pull.layer, pull.level) == ("reference", 0.5, 3, 1, "sequence")
-    assert isinstance(keep, ff.KL) and keep.weight == 2.0
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ff.preset("npoo"), "did you mean 'npo'.*grad_ascent, grad_diff, npo"),
-        (lambda: ff.preset("npo", gamma=1), "no parameter 'gamma': it takes beta"),
-        (lambda: ff.preset("npo", retain="all"), "retain must be one of"),
-        (lambda: ff.preset("simnpo", beta=0.0), "beta must be positive"),
-        (lambda: ff.SimNPO(delta=math.inf), "delta must be finite"),
-        (lambda: ff.CE(weight=-1.0), "weight must be positive"),
-        (lambda: ff.CE(weight=math.nan), "weight must be positive"),
-        (lambda: ff.CE(on="both"), "on must be"),
-        (lambda: ff.NPO(beta=0.0), "beta must be positive"),
-        (lambda: ff.NPO(level="word"), "level must be"),
-        (lambda: ff.KL(direction="kl"), "direction must be"),
-    ],
-)
-def test_wrong_parameters_are_refused(call, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        call()

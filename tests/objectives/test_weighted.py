@@ -141,35 +141,3 @@ def test_micro_batches_give_the_gradients_of_the_whole(tiny, batch, kind):
         assert parts == pytest.approx(whole, rel=1e-5)
         for key, gradient in expected.items():
             assert float((ours[key] - gradient).norm()) <= 1e-5 * float(gradient.norm()), (name, key)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ff.preset("wga", beta=-1.0), "wga: beta must be finite and not negative"),
-        (lambda: ff.preset("satimp", beta2=math.nan), "satimp: beta2 must be"),
-        (lambda: ff.preset("satimp", beta=1.0), "no parameter 'beta': it takes reduction, beta1, beta2, forget_weight"),
-        (lambda: ff.preset("me", direction="both"), "direction must be forward or reverse"),
-        (lambda: ff.preset("tnpo", reduction="batch"), "reduction must be token or sequence"),
-        (lambda: ff.preset("grad_ascent", reduction="batch"), "negated_ce: reduction must be"),
-        (lambda: ff.preset("grad_diff", reduction="batch"), "negated_ce: reduction must be"),
-        (lambda: ff.preset("undial", beta=-1.0), "undial: beta must be finite and not negative"),
-        (lambda: ff.preset("ceu", beta=1.0), "no parameter 'beta': it takes reduction, forget_weight, retain"),
-        (lambda: ff.preset("pdu", epsilon=-0.1), "dual_ce: epsilon must be finite and not negative"),
-        (lambda: ff.preset("pdu", dual=math.inf), "dual_ce: dual must be finite"),
-        (lambda: ff.preset("pdu", dual_rate=0.0), "dual_ce: dual_rate must be positive"),
-        (lambda: ff.preset("pdu", retain="ce"), "no parameter 'retain': it takes epsilon, dual_rate, dual"),
-    ],
-)
-def test_wrong_parameters_are_refused(call, message):
-    with pytest.raises(ff.FastforgetError, match=message):
-        call()
-
-
-def test_defaults_are_as_published():
-    (satimp, ce), (me, _) = ff.preset("satimp"), ff.preset("me")
-    assert (satimp.beta1, satimp.beta2, satimp.weight, ce.name, me.weight) == (5.0, 1.0, 1.0, "ce", 0.1)
-    (ceu,), (undial,), (margin, dual) = ff.preset("ceu"), ff.preset("undial"), ff.preset("pdu")
-    assert (ceu.on, undial.beta, margin.on, dual.on) == ("forget", 10.0, "forget", "retain")
-    assert (dual.epsilon, dual.dual_rate, dual.dual) == (0.3, 5.0, 100.0)
-    assert [term.name for term in ff.preset("ceu", retain="ce+kl")] == ["ceu", "ce", "kl"]
