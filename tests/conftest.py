@@ -9,7 +9,7 @@ if not glob.glob("/dev/nvidia*"):  # without a GPU the kernels run in Triton's i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from helpers import VOCABULARY, make_batch, tiny_model
+from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
 
 from fastforget import cli
 from fastforget.backends import tiling
@@ -34,6 +34,12 @@ def tiny(tmp_path_factory, tokenizer):
         tiny_model(kind).save_pretrained(folders[kind])
         tokenizer.save_pretrained(folders[kind])
     return folders
+
+
+@pytest.fixture
+def model(tiny):
+    """The tiny Llama with an adapter that is not at its initial zero, in training mode."""
+    return load_perturbed(tiny["llama"])
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """What several test files use: models with an adapter that does something, batches, and looks at what they computed."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,8 +69,37 @@ def load_perturbed(folder, bits=32, seed=1, **lora):
     return model
 
 
+def reference_of(model):
+    """A copy of the model with its adapter off."""
+    reference = copy.deepcopy(model)
+    reference.base_model.disable_adapter_layers()
+    return reference
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_gradients(ours, expected, bound=1e-5):
+    """The same parameters have a gradient, and none is off by `bound` of its length."""
+    assert ours.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        assert float((ours[name] - gradient).norm()) < bound * float(gradient.norm()), name
+
+
+def assert_follows(formula, model, terms, *sides, bound=2e-5, rounding=0.0, micro_batches=(None,), **options):
+    """The loss of a step and every LoRA gradient are those of `formula()`, however the batch is cut."""
+    model.zero_grad()
+    loss = formula()
+    loss.backward()
+    expected = gradients(model)
+    for micro_batch in micro_batches:
+        model.zero_grad()
+        step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1, **options)
+        out = step.backward(*sides, micro_batch=micro_batch)
+        assert float(out.loss) == pytest.approx(float(loss.detach()), rel=1e-5, abs=rounding)
+        assert_gradients(gradients(model), expected, bound)
+    return expected
 
 
 def token_log_probs(model, batch):

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from helpers import load_perturbed
 
 import fastforget as ff
 from fastforget import catalogue
@@ -28,8 +27,7 @@ def with_companions(batch, rows, seed):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_step_costs_what_its_card_says(tiny, batch, monkeypatch, name):
-    model = load_perturbed(tiny["llama"])
+def test_a_step_costs_what_its_card_says(model, batch, monkeypatch, name):
     terms, rows = small(name), 4
     seen = {"products": 0, "rows": 0, "reference rows": 0}
     tokens = ff.count_labels([(batch(rows, 1), None)]).forget_tokens  # as many in each stream

@@ -1,21 +1,20 @@
 """What UnlearnLoss computes for the requests of its terms."""
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from helpers import load_perturbed, token_log_probs
+from helpers import reference_of, token_log_probs
 
 import fastforget as ff
 from fastforget.loss_plan import plan_loss
 from fastforget.objectives import LOGP, Divergence, Field
 
 
-def test_constants_are_kept_by_tensor_not_by_address(tiny, monkeypatch):
+def test_constants_are_kept_by_tensor_not_by_address(model, monkeypatch):
     """The tensor is held, so that no other one can come to lie where it lay."""
-    loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), "grad_ascent")
+    loss = ff.UnlearnLoss(model, "grad_ascent")
     monkeypatch.setattr(ff.loss.Backbone, "device", torch.device("meta"))  # so that it is copied
     for size in range(1, 50):
         assert loss.constant(torch.zeros(size)).shape == (size,)
@@ -38,10 +37,8 @@ class AboveReference(ff.TokenTerm):
 
 
 @pytest.mark.parametrize("reads_logp", [True, False])
-def test_one_statistic_of_the_reference_alone(tiny, batch, reads_logp):
-    model, forget = load_perturbed(tiny["llama"]), batch(2, 1)
-    reference = copy.deepcopy(model)
-    reference.base_model.disable_adapter_layers()
+def test_one_statistic_of_the_reference_alone(model, batch, reads_logp):
+    forget, reference = batch(2, 1), reference_of(model)
     with torch.no_grad():
         _, logp, kept = token_log_probs(model, forget)
         log_probs, _, _ = token_log_probs(reference, forget)

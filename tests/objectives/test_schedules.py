@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import gradients, load_perturbed
+from helpers import gradients
 
 import fastforget as ff
 
@@ -16,8 +16,7 @@ def test_linear_goes_from_start_to_end_and_stays():
     assert ff.Linear(3.0, 1.0, 2)(1) == 2.0 and pickle.loads(pickle.dumps(weight)) == weight
 
 
-def test_each_step_has_its_own_weight(tiny, batch):
-    model = load_perturbed(tiny["llama"])
+def test_each_step_has_its_own_weight(model, batch):
     asked = []
     weight = ff.Linear(0.0, 2.0, 4)
     terms = [ff.NegatedCE(weight=lambda step: asked.append(step) or weight(step)), ff.CE()]
@@ -41,8 +40,7 @@ def test_each_step_has_its_own_weight(tiny, batch):
     assert asked[-1] == 6, "a checkpoint carries the number of steps"
 
 
-def test_the_loss_alone_is_told_the_step(tiny, batch):
-    model = load_perturbed(tiny["llama"])
+def test_the_loss_alone_is_told_the_step(model, batch):
     loss = ff.UnlearnLoss(model, [ff.NegatedCE(weight=ff.Linear(1.0, 3.0, 2))])
     first, last = loss(batch(2, 1)), loss(batch(2, 1), step=5)
     assert float(last.loss.detach()) == pytest.approx(3 * float(first.loss.detach()))
@@ -50,8 +48,7 @@ def test_the_loss_alone_is_told_the_step(tiny, batch):
 
 
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, None, "1", torch.tensor(1.0), True])
-def test_a_wrong_value_raises_at_its_step_before_the_forward(tiny, batch, monkeypatch, value):
-    model = load_perturbed(tiny["llama"])
+def test_a_wrong_value_raises_at_its_step_before_the_forward(model, batch, monkeypatch, value):
     terms = ff.preset("npo", forget_weight=lambda step: value if step == 1 else 1.0)
     step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1)
     step(batch(2, 1), batch(2, 2))
