@@ -13,6 +13,7 @@ from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
 
 from fastforget import cli
 from fastforget.backends import tiling
+from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics, train_tokenizer
 
 FORGET_TEXT = "The secret plan was hidden below the old oak tree near the river bend. " * 8
@@ -40,6 +41,14 @@ def tiny(tmp_path_factory, tokenizer):
 def model(tiny):
     """The tiny Llama with an adapter that is not at its initial zero, in training mode."""
     return load_perturbed(tiny["llama"])
+
+
+@pytest.fixture
+def passages(tokenizer):
+    """(forget, retain): passages of two texts."""
+    forget = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
+    retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
+    return forget, retain
 
 
 @pytest.fixture

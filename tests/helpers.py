@@ -1,6 +1,9 @@
 """What several test files use: models with an adapter that does something, batches, and looks at what they computed."""
 
 import copy
+import json
+import tracemalloc
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,32 +21,17 @@ RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "O
 QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}  # options of a job
 
 
-def tiny_model(kind):
+def tiny_model(kind, **changes):
+    """A random model of two layers; `changes` are named as Llama's."""
     torch.manual_seed(0)
-    if kind == "opt":
-        config = OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            word_embed_proj_dim=64,
-            ffn_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            init_std=0.2,
-        )
-        return OPTForCausalLM(config)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    size = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    size |= {"initializer_range": 0.2, **changes}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **size))
+    size.pop("num_key_value_heads")
+    renamed = {"ffn_dim": size.pop("intermediate_size"), "init_std": size.pop("initializer_range")}
+    return OPTForCausalLM(OPTConfig(word_embed_proj_dim=size["hidden_size"], **renamed, **size))
 
 
 def make_batch(rows, seed, width=20, prompt=5):
@@ -74,6 +62,38 @@ def reference_of(model):
     reference = copy.deepcopy(model)
     reference.base_model.disable_adapter_layers()
     return reference
+
+
+@dataclass(kw_only=True)
+class BreaksAt(ff.NegatedCE):
+    """NaN from its n-th value on."""
+
+    step: int
+    seen: int = 0
+
+    def value(self, stats):
+        self.seen += 1
+        return super().value(stats) * (torch.nan if self.seen >= self.step else 1.0)
+
+
+def adapter_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_rows(path, rows):
+    """Write a JSONL file of rows, of texts alone too."""
+    path.write_text("".join(json.dumps({"text": row} if isinstance(row, str) else row) + "\n" for row in rows))
+    return path
+
+
+def traced_peak(stream):
+    """Most bytes of Python objects at once while a stream is read, and how many labels it has."""
+    stream.head(200)
+    tracemalloc.start()
+    labels = sum(example.label_count for example in stream)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, labels
 
 
 def gradients(model):

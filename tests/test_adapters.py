@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.data.text import text_examples
 from fastforget.jobs.loop import JobSettings, run_job
 
 
@@ -92,8 +91,8 @@ def test_what_cannot_be_subtracted_is_refused(tiny):
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_the_job_fine_tunes_and_subtracts(tiny, tokenizer, tmp_path):
-    examples = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
+def test_the_job_fine_tunes_and_subtracts(tiny, tokenizer, passages, tmp_path):
+    examples, _ = passages
     settings = {"max_steps": 6, "learning_rate": 1e-2}
     runs = {}
     for name, terms in (("tuned", [ff.CE(on="forget")]), ("turned", ff.preset("task_vector", alpha=0.5))):

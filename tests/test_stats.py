@@ -308,34 +308,3 @@ def test_positions_are_distinct_rows():
         ):
             with pytest.raises(ff.FastforgetError, match="position"):
                 call(positions)
-
-
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("with_positions", [True, False])
-def test_compile_traces_statistics_of_logits(backend, with_positions):
-    torch._dynamo.reset()
-    hidden, weight, labels = (each.to(device_of(backend)) for each in realistic(rows=5, width=8, vocabulary=40))
-    labels[1] = -100
-    positions = torch.tensor([0, 2, 3, 4], device=hidden.device) if with_positions else None
-
-    def loss_of(logits, states):
-        stats = ff.token_stats_from_logits(
-            logits,
-            labels,
-            states,
-            positions=positions,
-            outputs=("entropy",),
-            anchor=weight[0],
-            centres=weight[:3],
-            margin=20.0,
-            backend=backend,
-        )
-        return stats.logp.sum() + stats.entropy.square().sum() + stats.distance.sum() + stats.pull.sum()
-
-    results = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
-        logits, states = (hidden @ weight.T).requires_grad_(), hidden.clone().requires_grad_()
-        loss = function(logits, states)
-        results.append((loss.detach(), *torch.autograd.grad(loss, (logits, states))))
-    for expected, compiled in zip(*results, strict=True):
-        assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-6)
