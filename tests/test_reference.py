@@ -112,11 +112,6 @@ def test_labels_on_padding_are_part_of_an_example(tiny, batch):
         assert float(loss(wide, batch(2, 2)).terms["npo"]) == pytest.approx(2 * 0.6931472 / 0.1, rel=1e-6)
 
 
-def test_an_input_of_one_number_a_row_is_part_of_the_key(batch):
-    one, other = (prepared(batch(2, 1) | {"weight": torch.tensor([1.0, w])}).keys for w in (2.0, 3.0))
-    assert one[0] == other[0] and one[1] != other[1]
-
-
 def test_least_recently_used_goes_and_a_miss_is_recomputed(tiny, batch):
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
     row_bytes = 4 * 15

@@ -8,7 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_follows, assert_gradients, gradients, load_perturbed, reference_of, token_log_probs
+from helpers import (
+    adapter_of,
+    assert_follows,
+    assert_gradients,
+    gradients,
+    load_perturbed,
+    reference_of,
+    token_log_probs,
+)
 
 import fastforget as ff
 
@@ -114,55 +122,57 @@ def test_keeps_the_promises_of_an_optimizer(model, batch):
     assert step.base.param_groups[-1]["params"][0] is extra
 
 
-def test_state_dict_round_trip_continues_identically(tiny, batch):
-    def steps(step, seeds):
+DUAL = "unlearn_dual_ce.dual"
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("name", ["npo", "pdu"])
+def test_a_state_dict_continues_identically(tiny, batch, name, optimizer, tmp_path):
+    """Counters and duals with it; a state that was taken stays as it was."""
+
+    def run(step, seeds):
         for seed in seeds:
             step(batch(2, seed), batch(2, seed + 10))
 
     straight = load_perturbed(tiny["llama"])
-    steps(ff.UnlearnStep(straight, torch.optim.AdamW, terms="npo", lr=1e-3), range(4))
+    whole = ff.UnlearnStep(straight, optimizer, terms=name, lr=1e-3)
+    run(whole, range(4))
     first = load_perturbed(tiny["llama"])
-    step = ff.UnlearnStep(first, torch.optim.AdamW, terms="npo", lr=1e-3)
-    steps(step, range(2))
-    saved = pickle.loads(pickle.dumps(step.state_dict()))
-    second = load_perturbed(tiny["llama"])
-    second.load_state_dict(first.state_dict())
-    resumed = ff.UnlearnStep(second, torch.optim.AdamW, terms="npo", lr=9.0)
-    resumed.load_state_dict(saved)
+    step = ff.UnlearnStep(first, optimizer, terms=name, lr=1e-3)
+    run(step, range(2))
+    kept, half = step.state_dict(), float(step.param_groups[0].get(DUAL, 0.0))
+    torch.save(kept, tmp_path / "step.pt")
+    second = copy.deepcopy(first)
+    resumed = ff.UnlearnStep(second, optimizer, terms=name, lr=9.0)
+    resumed.load_state_dict(torch.load(tmp_path / "step.pt", weights_only=True))
     assert resumed.param_groups[0]["unlearn_steps"] == 2
-    steps(resumed, range(2, 4))
-    for (name, one), (_, other) in zip(straight.named_parameters(), second.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+    run(resumed, range(2, 4))
+    assert all(torch.equal(one, second.get_parameter(key)) for key, one in straight.named_parameters())
+    ends = [float(each.param_groups[0].get(DUAL, 0.0)) for each in (whole, resumed)]
+    assert ends[0] == ends[1] and (ends[0] != half) == (name == "pdu")
+    assert float(kept["param_groups"][0].get(DUAL, 0.0)) == half and kept["param_groups"][0]["unlearn_steps"] == 2
 
 
-def test_copies_have_no_model_until_attached(model, batch):
-    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
-    step(batch(2, 1), batch(2, 2))
-    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
-        assert other.param_groups[0]["unlearn_steps"] == 1
-        with pytest.raises(ff.FastforgetError, match="attach"):
-            other(batch(2, 1), batch(2, 2))
-        other.attach(model)
-        before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
-        other(batch(2, 1), batch(2, 2))
-        after = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True)), "it trains this model"
-        assert all(parameter.grad is None for parameter in after), "and clears its gradients"
-
-
-def test_a_copy_made_with_its_model_goes_on_as_the_original(model, batch):
-    step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo", lr=1e-3)
+@pytest.mark.parametrize("name", ["npo", "pdu"])
+def test_copies_go_on_as_the_original_once_attached(model, batch, name):
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=name, lr=1e-3)
     step(batch(2, 1), batch(2, 2))
     other_model, other = copy.deepcopy((model, step))
-    other.attach(other_model)
-    alone = pickle.loads(pickle.dumps(step))
-    third_model = copy.deepcopy(model)
-    alone.attach(third_model)
+    alone, third_model = pickle.loads(pickle.dumps(step)), copy.deepcopy(model)
+    for each, of in ((other, other_model), (alone, third_model)):
+        assert each.param_groups[0]["unlearn_steps"] == 1
+        with pytest.raises(ff.FastforgetError, match="attach"):
+            each(batch(2, 3), batch(2, 4))
+        each.attach(of)
+    before = adapter_of(model)
     for each in (step, other, alone):
         each(batch(2, 3), batch(2, 4))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, other_model.get_parameter(name)), name
-        assert torch.equal(parameter, third_model.get_parameter(name)), name
+        assert step.param_groups[0].get(DUAL) == each.param_groups[0].get(DUAL)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, other_model.get_parameter(key)), key
+        assert torch.equal(parameter, third_model.get_parameter(key)), key
+        assert key not in before or not torch.equal(parameter, before[key]), "it trains"
+        assert third_model.get_parameter(key).grad is None, "and clears its gradients"
 
 
 def test_parameters_of_another_model_are_refused(tiny):

@@ -188,6 +188,10 @@ def without(batch, *keys):
     return {key: value for key, value in batch.items() if key not in keys}
 
 
+def beyond(batch):
+    return batch | {"labels": batch["labels"].clamp(min=0) + 1000}
+
+
 def unlabelled(batch, row):
     changed = copy.deepcopy(batch)
     changed["labels"][row] = -100
@@ -215,6 +219,8 @@ def unlabelled(batch, row):
         ("ap", lambda f, r: (f, r | {"position_ids": r["labels"]}), "and their 'position_ids' do not fit together"),
         ("kto", lambda f, r: (f | {"mismatch": unlabelled(f["mismatch"], slice(None))}, r), "kto takes a mean over it"),
         ("grad_diff", lambda f, r: (f, unlabelled(r, slice(None))), "the retain batch has no label"),
+        ("grad_diff", lambda f, r: (f, beyond(r)), "outside the vocabulary"),
+        ("dpo", lambda f, r: (f | {"refusal": beyond(f["refusal"])}, r), "outside the vocabulary"),
     ],
 )
 def test_incomplete_batches_are_refused_before_a_forward(model, sides, preset, change, message, forwards):

@@ -21,12 +21,25 @@ def instructions(request):
         yield request.param
 
 
-@pytest.fixture(params=["torch", *SETS, pytest.param("triton", marks=needs_triton)], scope="module")
-def each_backend(request):
-    """The name of each backend in turn, `native` once for each instruction set."""
+def name_of(request):
     if request.param in library.INSTRUCTION_SETS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(library.OVERRIDE, request.param)
             yield "native"
     else:
         yield request.param
+
+
+BACKENDS = ["torch", *SETS, pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
+def each_backend(request):
+    """The name of each backend of ours in turn, `native` once for each instruction set."""
+    yield from name_of(request)
+
+
+@pytest.fixture(params=["eager", *BACKENDS], scope="module")
+def any_backend(request):
+    """As `each_backend`, and eager."""
+    yield from name_of(request)

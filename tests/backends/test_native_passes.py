@@ -193,39 +193,6 @@ def test_gradient_tiles(instructions, problem, dtype, row_dtype):
     assert close(rows, expected, step * (1 + expected.abs()))
 
 
-@pytest.mark.parametrize("place", [0, 19, 40])
-def test_nan_stays_in_its_row_and_reaches_all_of_it(instructions, place):
-    logits, labels = torch.randn(3, 41, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 6, 7])
-    broken = logits.clone()
-    broken[1, place] = torch.nan
-    layout = {"columns": 16, "exact": False, "in_place": True}
-    found, grad = label_sweep(NativePasses(), broken, labels, PLAIN, True, torch.float32, **layout)
-    for name in (1, 4, 5, 6, 8):
-        assert found[name].isnan().tolist() == [False, True, False]
-    assert grad[:, place].isnan().tolist() == [False, True, False]
-    for pair, names in (((broken, logits), (1, 4, 7, 8)), ((logits, broken), (3, 4, 7, 8))):
-        found, *_ = paired_sweep(NativePasses(), *pair, labels, PLAIN, None, torch.float32, torch.float32, **layout)
-        for name in names:
-            assert found[name].isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("places", [(3,), (38,), (5, 20), (20,), (20, 9, 33), (5,)])
-def test_argmax_is_the_first_nan(instructions, places):
-    """As torch's, at the label (20) and elsewhere; of the others' argmax the label is none."""
-    logits = torch.randn(2, 41, generator=torch.Generator().manual_seed(4))
-    labels = torch.tensor([20, 20])
-    logits[1, list(places)] = torch.nan
-    logits[1, 7] = torch.inf
-    for columns in (16, 48):
-        layout = {"columns": columns, "exact": False, "in_place": True}
-        found, _ = label_sweep(NativePasses(), logits, labels, PLAIN, True, torch.float32, **layout)
-        values = fields.label_fields(found, labels, fields.NAMES, 41)
-        assert torch.equal(values["argmax"], logits.argmax(1))
-        assert torch.equal(values["others_argmax"], finished(logits, PLAIN, labels)[0].argmax(1))
-        for name in ("logp", "lse", "entropy", "logp_mean", "logp_var", "logit_mean", "max_logit"):
-            assert values[name].isnan().tolist() == [False, True], name
-
-
 FAR = {
     "policy comes far below": ((-torch.inf, -800.0, -790.0), (0.0, 1.0, 2.0)),
     "policy comes far above": ((-torch.inf, 800.0, 790.0), (0.0, 1.0, 2.0)),

@@ -1,10 +1,12 @@
 """NaN, infinity, one-hot tokens, autocast, overwritten logits: every backend says what plain torch says of them."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from kernel_device import OURS, device_of
+from oracle import LOGITS
 
 import fastforget as ff
 from fastforget.stats import DIVERGENCES
@@ -18,37 +20,56 @@ def randn(backend, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device_of(backend))
 
 
-@EVERY
-@pytest.mark.parametrize("broken", [[3], [9], [0], [3, 9, 30], [30]])
-def test_argmax_is_the_first_nan(backend, broken, monkeypatch):
-    """In one row of logits, and in every row of states under a bias that is NaN, a few tiles in or in the first."""
-    monkeypatch.setenv("FASTFORGET_TILE", "2x16")
-    logits, labels = randn(backend, 3, 40), torch.tensor([5, 9, 7])
-    logits[1, broken] = torch.nan
-    stats = ff.token_stats_from_logits(logits, labels, outputs=("argmax", "max_logit", "entropy"), backend=backend)
+@pytest.mark.parametrize("tile", ["2x16", "4x48"])
+@pytest.mark.parametrize("broken", [[3], [0], [30], [3, 9, 30], [9], [20, 9, 33], [], None], ids=str)
+def test_nan_among_logits_is_not_hidden(any_backend, broken, tile, monkeypatch):
+    """NaN at the label (9), at some tokens or at all in row 1: argmax is the first, as torch's; no other row knows."""
+    monkeypatch.setenv("FASTFORGET_TILE", tile)
+    logits, labels, other = randn(any_backend, 3, 40), torch.tensor([5, 9, 7]), randn(any_backend, 3, 40) + 1
+    if broken:
+        logits[1, broken] = torch.nan
+    else:
+        logits[1] = torch.nan if broken is None else logits[1].index_fill(0, torch.tensor([7]), torch.inf)
+    others = logits.scatter(1, labels[:, None].to(logits.device), -torch.inf)
+    stats = ff.token_stats_from_logits(logits, labels, outputs=LOGITS, backend=any_backend)
     assert stats.argmax.tolist() == logits.argmax(dim=1).tolist()
+    assert stats.others_argmax.tolist() == others.argmax(dim=1).tolist()
     torch.testing.assert_close(stats.max_logit, logits.amax(dim=1), rtol=0, atol=0, equal_nan=True)
-    for name in ("logp", "lse", "entropy"):
-        assert getattr(stats, name).isnan().tolist() == [False, True, False], name
-    bias = torch.zeros_like(logits[0])
-    bias[broken] = torch.nan
-    head = ff.LMHead(randn(backend, 40, 8), bias)
-    stats = ff.token_stats(randn(backend, 3, 8), head, labels, outputs=("argmax", "max_logit"), backend=backend)
-    assert stats.argmax.tolist() == [broken[0]] * 3 and stats.max_logit.isnan().all()
+    if broken == []:
+        return
+    apart = {"others_entropy"} if broken == [9] else set() if broken is None or 9 in broken else {"label_logit"}
+    for name in set(LOGITS) - {"argmax", "others_argmax"}:
+        assert getattr(stats, name).isnan().tolist() == [False, name not in apart, False], name
+    for kind, pair in itertools.product(DIVERGENCES, ((logits, other), (other, logits))):
+        value = ff.divergence(*pair, ff.LMHead(None), kind, backend=any_backend)
+        assert value.isnan().tolist() == [False, True, False], kind
 
 
 @EVERY
+@pytest.mark.parametrize("broken", [3, 30])
+def test_a_bias_of_nan_is_in_every_row(backend, broken, monkeypatch):
+    monkeypatch.setenv("FASTFORGET_TILE", "2x16")
+    bias = torch.zeros(40, device=device_of(backend))
+    bias[broken] = torch.nan
+    head, labels = ff.LMHead(randn(backend, 40, 8), bias), torch.tensor([5, 9, 7])
+    stats = ff.token_stats(randn(backend, 3, 8), head, labels, outputs=("argmax", "max_logit"), backend=backend)
+    assert stats.argmax.tolist() == [broken] * 3 and stats.max_logit.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_distance_of_an_infinite_state(backend, metric):
-    hidden = randn(backend, 4, 8)
-    hidden[1, 2], hidden[2, 3] = torch.inf, torch.nan
-    anchor = torch.ones(8, device=hidden.device)
-    expected = torch.linalg.vector_norm(hidden - anchor, dim=1)
+def test_distance_of_an_infinite_state(any_backend, metric, dtype):
+    """And from an infinite anchor: NaN by its cosine; a state of no direction is at 1 from everything."""
+    hidden, anchor = randn(any_backend, 5, 37).to(dtype), torch.ones(5, 37, device=device_of(any_backend))
+    hidden[1, 2], hidden[2, 3], hidden[3], anchor[4, 0] = torch.inf, torch.nan, 0.0, -torch.inf
+    expected = torch.linalg.vector_norm(hidden.float() - anchor, dim=1)
     if metric == "cosine":
-        expected = 1 - hidden @ anchor / (torch.linalg.vector_norm(hidden, dim=1) * math.sqrt(8))
-    distance, pull = ff.hidden_stats(hidden, anchor, anchor[None], metric, backend=backend)
-    torch.testing.assert_close(distance, expected, equal_nan=True)
-    torch.testing.assert_close(pull, expected, equal_nan=True)
+        lengths = torch.linalg.vector_norm(hidden.float(), dim=1) * torch.linalg.vector_norm(anchor, dim=1)
+        expected = (1 - (hidden.float() * anchor).sum(1) / lengths).index_fill(0, torch.tensor([3]), 1.0)
+    for row in range(5):
+        given = hidden[row : row + 1], anchor[row], anchor[row : row + 1]
+        for value in ff.hidden_stats(*given, metric, backend=any_backend):
+            torch.testing.assert_close(value[0], expected[row], equal_nan=True)
 
 
 def states_of(logits):

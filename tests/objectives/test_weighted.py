@@ -85,16 +85,6 @@ def test_every_lora_gradient_is_that_of_the_formula(tiny, batch, kind, backend):
             assert_follows(formula, model, [term], forget, backend=backend)
 
 
-def test_memorised_tokens_keep_their_gradient():
-    """At 1 - p_y = e^-60 unlikelihood is 60 nats, and its gradient the softmax over the other tokens - onehot."""
-    logits = torch.zeros(1, 5)
-    logits[0, 2] = 60.0 + math.log(4)
-    stats = ff.token_stats_from_logits(logits.requires_grad_(), torch.tensor([2]), outputs=("log_not_label",))
-    (-stats.log_not_label).sum().backward()
-    assert float(-stats.log_not_label) == pytest.approx(60.0, rel=1e-6)
-    assert torch.allclose(logits.grad, torch.tensor([[-0.25, -0.25, 1.0, -0.25, -0.25]]), atol=1e-6)
-
-
 @pytest.mark.parametrize("backend", OURS)
 def test_ceu_of_a_memorised_token(backend):
     """At 1 - p_y = e^-60 the value is 60 nats and the others' own entropy, which their share of p's would not give."""
