@@ -44,7 +44,7 @@ def test_merged_weights_are_w_minus_alpha_s_b_a(tiny, tmp_path, kind, rslora):
             assert product is None or float(product.abs().max()) > 1e-3
 
 
-def test_turning_round_twice_gives_it_back_and_frozen_adapters_stay(tiny, tmp_path):
+def test_turning_twice_restores_and_frozen_adapters_stay(tiny, tmp_path):
     model = load_perturbed(tiny["llama"])
     before = lora_products(model)
     ff.task_vector(ff.task_vector(model))

@@ -52,7 +52,7 @@ def test_weights_that_do_not_fit_are_an_error_unless_asked_for(tiny, tmp_path, k
     assert model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
 
 
-def test_tied_weights_buffers_and_quantised_checkpoints_are_no_error(tiny, tmp_path):
+def test_tied_weights_and_buffers_are_no_error(tiny, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")

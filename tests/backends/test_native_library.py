@@ -45,7 +45,7 @@ def test_the_exponential_is_right_to_two_units_in_the_last_place(instructions):
 
 @pytest.mark.parametrize("columns", [3, 16])
 @pytest.mark.parametrize("dtype", list(DTYPES)[1:])
-def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does(instructions, dtype, columns):
+def test_16_bit_numbers_are_widened_and_narrowed_as_in_torch(instructions, dtype, columns):
     """As a label's logit; and written as a gradient that is the same everywhere; one by one and in whole vectors."""
     numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
     logits = torch.stack([numbers] + [torch.zeros_like(numbers)] * (columns - 1), 1)

@@ -153,7 +153,7 @@ def test_the_guard_itself_sees_a_look():
         torch.ones(3)[torch.tensor([True, False, True])]
 
 
-def test_no_kernel_launcher_or_driver_names_what_brings_values_to_the_host():
+def test_no_launcher_or_driver_calls_for_a_value():
     """By their sources, too: on the CPU some of these leave no trace among the operations."""
     forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize", "unique"}
     root = Path(ff.__file__).parents[1]

@@ -8,7 +8,7 @@ import fastforget as ff
 
 
 @pytest.mark.parametrize(("metric", "noise", "bound"), [("l2", 1e-6, 1e-6), ("l2", 1e-3, 1e-6), ("cosine", 1e-3, 1e-4)])
-def test_a_state_almost_on_its_anchor_is_not_drowned_by_its_own_size(metric, noise, bound):
+def test_a_state_almost_on_its_anchor_keeps_its_digits(metric, noise, bound):
     """At the start of a LoRA run states are almost their references: the expanded forms return mostly rounding."""
     generator = torch.Generator().manual_seed(0)
     anchor = 100 * torch.randn(256, 128, generator=generator)
@@ -49,7 +49,7 @@ def test_token_stats_take_anchor_and_centres_along():
     assert ff.token_stats(hidden, head, labels).distance is None
 
 
-def test_only_what_was_given_comes_back_and_nothing_large_is_kept():
+def test_only_what_was_asked_for_comes_back():
     hidden = torch.randn(5, 8, requires_grad=True)
     distance, pull = ff.hidden_stats(hidden, torch.randn(8))
     assert distance.shape == (5,) and pull is None

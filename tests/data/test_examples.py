@@ -48,7 +48,7 @@ def first_ids(batches):
     return [row[0] for batch in batches for row in rows(batch)]
 
 
-def test_a_stream_is_read_anew_each_time_and_leaves_out_what_has_no_label():
+def test_a_stream_is_read_anew_without_unlabelled_examples():
     stream = ExampleStream(lambda: iter([Example((1,)), Example((1, 2)), Example((1, 2), 2), Example((3, 4))]), "x")
     assert [example.input_ids for example in stream] == [(1, 2), (3, 4)] == [each.input_ids for each in stream]
     assert [example.input_ids for example in stream.head(1)] == [(1, 2)]

@@ -211,7 +211,7 @@ def test_without_the_datasets_library_the_extra_is_named(places, tokenizer, monk
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "folder/a.csv", "folder/a.txt"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_windows_files_give_the_same_examples_and_other_encodings_the_byte(tmp_path, tokenizer, name, streaming):
+def test_windows_files_and_other_encodings(tmp_path, tokenizer, name, streaming):
     lines = ['"text"', '"one\ntwo"', '"three"']
     if "json" in name:
         lines = ['{"text": "one\\ntwo"}', '{"text": "three"}']

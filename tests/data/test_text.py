@@ -47,7 +47,7 @@ def test_byte_order_mark_and_windows_line_ends_are_not_text(write, tokenizer, co
     assert [example.input_ids for example in plain] == [example.input_ids for example in other]
 
 
-def test_windows_line_ends_and_characters_cut_by_a_block_are_whole(write, tokenizer):
+def test_line_ends_and_characters_at_a_block_s_end_are_whole(write, tokenizer):
     """A block ends between \\r and \\n, and another one within a character of three bytes."""
     head = "x" * (BLOCK_CHARACTERS - 1)
     text = f"{head}\n{'y' * (BLOCK_CHARACTERS - 3)}€ end"

@@ -29,7 +29,7 @@ def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, passages)
 
 @pytest.mark.parametrize("factor", [torch.nan, 1e30])  # 1e30: finite, and too large to compute with
 @pytest.mark.parametrize(("at", "total", "save_steps"), [(3, 3, None), (3, 3, 1), (2, 9, 2), (1, 1, None)])
-def test_an_update_that_breaks_the_adapter_is_taken_back_and_not_saved(
+def test_an_update_that_breaks_the_adapter_is_taken_back(
     tiny, tokenizer, passages, tmp_path, monkeypatch, factor, at, total, save_steps
 ):
     class Breaks(torch.optim.AdamW):

@@ -87,7 +87,7 @@ def test_splits_subsets_and_columns_reach_the_source(job, tmp_path):
         job(FORGET, forget_subset="en")
 
 
-def test_cluster_centres_lie_beside_the_adapter_that_they_belong_to(tiny, tmp_path):
+def test_cluster_centres_lie_beside_their_adapter(tiny, tmp_path):
     out = tmp_path / "out"
     options = {**QUICK, "retain": RETAIN, "overwrite": True}
     ff.unlearn(tiny["llama"], FORGET, out, preset="distance_cluster", preset_options={"k": 2}, **options)
