@@ -45,6 +45,8 @@ def loss_by_hand(name, model, reference, forget, retain):
         return -(2 / 2.0) * F.logsigmoid(-2.0 * (logp - ref_logp)[kept]).mean() + ce + kl
     if name == "simnpo":
         return -0.125 * (2 / 4.5) * F.logsigmoid(4.5 * nll / kept.sum(1)).mean() + ce
+    if name == "simnpo with delta":
+        return -(2 / 0.7) * F.logsigmoid(0.7 * (nll / kept.sum(1) - 0.3)).mean()
     if name == "reverse_kl":
         return ascent + reverse
     mixture = ((retain_all.exp() + ref_retain.exp()) / 2).log()
@@ -52,10 +54,15 @@ def loss_by_hand(name, model, reference, forget, retain):
     return ascent + 0.5 * jsd
 
 
+OTHER_TERMS = {
+    "simnpo with delta": [ff.SimNPO(beta=0.7, delta=0.3)],
+    "reverse_kl": [ff.NegatedCE(), ff.KL(direction="reverse_kl")],
+    "jsd": [ff.NegatedCE(), ff.KL(direction="jsd", weight=0.5)],
+}
+
+
 def terms_of(name):
-    if name == "reverse_kl":
-        return [ff.NegatedCE(), ff.KL(direction="reverse_kl")]
-    return [ff.NegatedCE(), ff.KL(direction="jsd", weight=0.5)] if name == "jsd" else ff.preset(name)
+    return OTHER_TERMS[name] if name in OTHER_TERMS else ff.preset(name)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -63,7 +70,7 @@ def terms_of(name):
 def test_every_lora_gradient_equals_a_full_logits_loop(tiny, batch, kind, bits):
     model = load_perturbed(tiny[kind], bits)
     sides, reference = (batch(4, 1), batch(3, 2, width=17)), reference_of(model)
-    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "simnpo", "reverse_kl", "jsd"):
+    for name in ("grad_ascent", "grad_diff", "npo", "npo_mean", "npo_token", "simnpo", *OTHER_TERMS):
         formula = partial(loss_by_hand, name, model, reference, *sides)
         found = assert_follows(formula, model, terms_of(name), *sides, bound=1e-5)  # measured: 1e-6, in 8 bit too
         assert len(found) == 2 * 2 * {"opt": 6, "llama": 7}[kind]

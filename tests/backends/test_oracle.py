@@ -44,7 +44,7 @@ def problems_for(backend):
 @pytest.mark.parametrize("how", ["whole", "in small tiles", "of a head that trains"])
 def test_token_stats(each_backend, how, monkeypatch):
     if how == "in small tiles":
-        monkeypatch.setenv(tiling.OVERRIDE, "2x16" if each_backend == "triton" else "4x16")
+        monkeypatch.setenv(tiling.OVERRIDE, "2x64" if each_backend == "triton" else "4x16")
 
     def test(problem):
         check(problem, each_backend, train=how == "of a head that trains")
@@ -56,7 +56,7 @@ def test_token_stats(each_backend, how, monkeypatch):
 def test_divergence(each_backend, kind, monkeypatch):
     known = kind not in DIVERGENCES
     if each_backend != "triton" or known:
-        monkeypatch.setenv(tiling.OVERRIDE, "2x16" if each_backend == "triton" else "4x16")
+        monkeypatch.setenv(tiling.OVERRIDE, "2x64" if each_backend == "triton" else "4x16")
 
     def test(problem, noise, shift):
         check_divergence(kind.partition(" ")[0], problem, noise, shift, each_backend, known=known)

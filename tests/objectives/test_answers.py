@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_follows, load_perturbed, reference_of
-from kernel_device import DEVICE, OURS
+from kernel_device import KINDS_AND_BACKENDS
 
 import fastforget as ff
 from fastforget.objectives import LOGP, SideStats
-
-BACKENDS = OURS if DEVICE.type == "cpu" else ["torch"]  # the tiny models are on the CPU
 
 
 @pytest.fixture
@@ -109,8 +107,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize(("kind", "backend"), KINDS_AND_BACKENDS)
 def test_every_lora_gradient_is_that_of_the_formula(tiny, sides, batch, kind, backend):
     model = load_perturbed(tiny[kind])
     reference = reference_of(model)

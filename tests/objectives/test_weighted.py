@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_follows, load_perturbed, reference_of, with_known_labels
-from kernel_device import DEVICE, OURS, device_of
+from kernel_device import KINDS_AND_BACKENDS, OURS, device_of
 
 import fastforget as ff
 from fastforget.objectives import Field, SideStats
@@ -73,8 +73,7 @@ def expected_loss(name, reduction, model, reference, batch):
     return torch.cat(per_row).mean() if reduction == "token" else torch.stack([row.mean() for row in per_row]).mean()
 
 
-@pytest.mark.parametrize("backend", OURS if DEVICE.type == "cpu" else ["torch"])  # the tiny models are on the CPU
-@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize(("kind", "backend"), KINDS_AND_BACKENDS)
 def test_every_lora_gradient_is_that_of_the_formula(tiny, batch, kind, backend):
     model = load_perturbed(tiny[kind])
     reference, forget = reference_of(model), with_known_labels(model, batch(2, 1, width=14))
