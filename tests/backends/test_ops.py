@@ -50,8 +50,7 @@ def loss_of(hidden, weight, labels, positions, backend):
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("with_positions", [True, False])
+@pytest.mark.parametrize(("train", "with_positions"), [(False, True), (True, False)])
 def test_compile_traces_the_whole_function(backend, train, with_positions):
     hidden, weight, labels = problem(backend)
     positions = torch.tensor([0, 2, 3, 4], device=hidden.device) if with_positions else None
