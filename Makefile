@@ -60,8 +60,8 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	FASTFORGET_CSRC=build/sanitize/_csrc.so $(BIN)/python -m pytest -q -p no:cacheprovider \
-	    $(addprefix tests/backends/test_,native_passes.py native_library.py oracle.py odd_values.py protocol.py) \
-	    -k "native or scalar or avx or plus"
+	    $(addprefix tests/backends/test_,native_passes.py native_library.py oracle.py odd_values.py) \
+	    -k "native or scalar or avx"
 
 ## make bench         a short form of every benchmark on the CPU: a dated table and a plot under benchmarks/results/
 ##                    (ARGS="--full" takes the sizes that the README quotes, and half an hour)
