@@ -2,15 +2,14 @@
 
 import copy
 import json
-import tracemalloc
 
 import psutil
 import pytest
+from helpers import traced_peak
 from tokenizers import processors
 
 import fastforget as ff
 from fastforget.data import text as text_module
-from fastforget.data.examples import collate, cycle
 from fastforget.data.sources import Source, read_source
 from fastforget.data.text import BLOCK_CHARACTERS, text_blocks, text_examples
 
@@ -29,18 +28,14 @@ def read_examples(path, tokenizer, max_length):
     return read_source(Source(path=path), tokenizer, max_length)
 
 
+def without_begin_token(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return bare
+
+
 def labelled(example):
     return list(example.input_ids[max(example.prompt_length, 1) :])
-
-
-def test_plain_text_is_cut_without_losing_a_token(write, tokenizer):
-    text = "The quick brown fox jumps over the lazy dog. " * 40
-    examples = read_examples(write("a.txt", text), tokenizer, 64)
-    assert all(len(example.input_ids) <= 64 for example in examples)
-    lengths = {len(example.input_ids) for example in examples}
-    assert max(lengths) - min(lengths) <= 1, "no short tail"
-    ids = [token for example in examples for token in labelled(example)]
-    assert ids == tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -52,23 +47,12 @@ def test_byte_order_mark_and_windows_line_ends_are_not_text(write, tokenizer, co
     assert [example.input_ids for example in plain] == [example.input_ids for example in other]
 
 
-def test_windows_line_ends_and_characters_cut_by_a_block_are_whole(write, tokenizer):
+def test_line_ends_and_characters_at_a_block_s_end_are_whole(write, tokenizer):
     """A block ends between \\r and \\n, and another one within a character of three bytes."""
     head = "x" * (BLOCK_CHARACTERS - 1)
     text = f"{head}\n{'y' * (BLOCK_CHARACTERS - 3)}€ end"
     chunks = list(text_module.read_chunks(write("a.txt", text.replace("\n", "\r\n"))))
     assert len(chunks) > 2 and "".join(chunks) == text
-
-
-def test_prompt_and_response_label_the_response_once(write, tokenizer):
-    rows = [{"prompt": "What is it? " * 20, "response": "A long answer. " * 30}, {"prompt": "Q ", "response": "A"}]
-    path = write("a.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n\n")
-    examples = read_examples(path, tokenizer, 64)
-    assert all(len(example.input_ids) <= 64 and example.prompt_length > 0 for example in examples)
-    for number, row in enumerate(rows, start=1):
-        mine = [example for example in examples if example.source.endswith(f":{number}")]
-        ids = [token for example in mine for token in labelled(example)]
-        assert ids == [*tokenizer.encode(row["response"], add_special_tokens=False), tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
@@ -107,34 +91,19 @@ def test_missing_files_and_folders(tmp_path, tokenizer):
         read_examples(tmp_path, tokenizer, 64)
 
 
-def test_collate_masks_by_length_and_cycle_shows_everything_each_pass(write, tokenizer):
-    examples = read_examples(write("a.txt", "Some words that are cut. " * 30), tokenizer, 32)
-    batch = collate(examples[:3], pad_token_id=examples[0].input_ids[5])  # pads with a token that occurs
-    assert int(batch["attention_mask"].sum()) == sum(len(example.input_ids) for example in examples[:3])
-    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
-    batches = cycle(examples, 4, 0, seed=1)
-    passes = -(-len(examples) // 4)
-    for _ in range(2):
-        rows = [tuple(row[mask.bool()].tolist()) for _ in range(passes) for row, mask in rows_of(next(batches))]
-        assert sorted(rows) == sorted(example.input_ids for example in examples)
-
-
-def rows_of(batch):
-    return list(zip(batch["input_ids"], batch["attention_mask"], strict=True))
-
-
-def test_every_token_is_labelled_once_without_a_begin_token(write, tokenizer):
-    """Many tokenizers (GPT-2, Qwen) begin with no token: only the very first one of a text cannot be predicted."""
-    bare = copy.deepcopy(tokenizer)
-    bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    text = "The quick brown fox jumps over the lazy dog. " * 20
-    ids = bare.encode(text)
-    examples = read_examples(write("a.txt", text), bare, 32)
-    assert len(examples) > 3 and all(len(example.input_ids) <= 32 for example in examples)
-    assert [token for example in examples for token in labelled(example)] == ids[1:]
-    path = write("a.jsonl", json.dumps({"prompt": "", "response": text}))
-    response = [token for example in read_examples(path, bare, 32) for token in labelled(example)]
-    assert response == [*ids[1:], bare.eos_token_id]
+@pytest.mark.parametrize("begins", [True, False])
+def test_prompt_and_response_label_the_response_once(write, tokenizer, begins):
+    """Many tokenizers (GPT-2, Qwen) begin with no token: the very first one of a text cannot be predicted then."""
+    tokenizer = tokenizer if begins else without_begin_token(tokenizer)
+    rows = [{"prompt": "What is it? " * 20, "response": "A long answer. " * 30}, {"prompt": "Q ", "response": "A"}]
+    rows.append({"prompt": "", "response": "The quick brown fox jumps over the lazy dog. " * 20})
+    examples = read_examples(write("a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"), tokenizer, 32)
+    assert all(len(example.input_ids) <= 32 for example in examples)
+    for number, row in enumerate(rows, start=1):
+        mine = [example for example in examples if example.source.endswith(f":{number}")]
+        ids = [token for example in mine for token in labelled(example)]
+        expected = [*tokenizer.encode(row["response"], add_special_tokens=False), tokenizer.eos_token_id]
+        assert ids == (expected if row["prompt"] or begins else expected[1:])
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -142,9 +111,7 @@ def test_every_token_is_labelled_once_without_a_begin_token(write, tokenizer):
 @pytest.mark.parametrize("max_length", [2, 3, 17, 64])
 def test_blocks_lose_no_token_and_label_none_twice(write, tokenizer, monkeypatch, begins, streaming, max_length):
     monkeypatch.setattr(text_module, "BLOCK_CHARACTERS", 100)
-    if not begins:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer = tokenizer if begins else without_begin_token(tokenizer)
     text = "".join(f"Line {number} of a text.\n" for number in range(60)) + "  \n\n no end: " + "long" * 80
     examples = list(read_source(Source(path=write("a.txt", text), streaming=streaming), tokenizer, max_length))
     ids = [token for example in examples for token in labelled(example)]
@@ -188,16 +155,6 @@ def write_lines(path, characters):
             written += file.write(line)
             number += 1
     return path
-
-
-def traced_peak(stream):
-    """Most bytes of Python objects at once while a stream is read, and how many labels it has."""
-    stream.head(10)
-    tracemalloc.start()
-    labels = sum(example.label_count for example in stream)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak, labels
 
 
 def test_a_streamed_file_takes_the_memory_of_a_block(tmp_path, tokenizer, monkeypatch):

@@ -104,7 +104,7 @@ def test_messages_of_a_table_and_of_another_column(chat):
         assert [example.input_ids for example in examples] == [example.input_ids for example in expected]
 
 
-def test_words_that_look_like_the_template_stay_with_whom_they_belong(chat):
+def test_words_that_look_like_the_template_stay_in_their_turn(chat):
     """The answer's own end-of-turn mark does not end the labels, and a question may hold the answer."""
     tokenizer = chat(CHATML)
     (example,) = read({"prompt": "fastforget-answer", "response": "a<|im_end|>fastforget-answer"}, tokenizer)

@@ -69,11 +69,6 @@ def test_seed_only_shuffles_which_topic_goes_where(corpus):
     }
 
 
-def test_small_scale():
-    small = topics.load_corpus(topic_counts=(1, 2, 1), passages_per_topic=2)
-    assert [len(getattr(small, part)) for part in PARTS] == [2, 4, 2]
-
-
 def test_tokenizer_gives_back_any_text_and_begins_with_bos(corpus, tmp_path):
     text = "naïve – “quoted”\n\tif x:\n    y  =  1 ☃"
     corpus.tokenizer.save_pretrained(tmp_path)

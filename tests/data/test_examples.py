@@ -31,25 +31,6 @@ def test_label_count_is_what_the_loss_sees(example):
     assert example.label_count == int((labels[:, 1:] != -100).sum())
 
 
-def test_cycle_shows_every_example_once_a_pass_in_a_new_order():
-    batches = list(itertools.islice(cycle(EXAMPLES, 3, pad_token_id=0, seed=0), 6))
-    assert [len(batch["labels"]) for batch in batches] == [3, 3, 1] * 2
-    first, second = ([row for batch in part for row in rows(batch)] for part in (batches[:3], batches[3:]))
-    assert sorted(first) == sorted(second) == [example.input_ids for example in EXAMPLES]
-    assert first != second
-
-
-def test_cycle_repeats_itself_for_a_seed_only():
-    def order(seed):
-        return [rows(batch) for batch in itertools.islice(cycle(EXAMPLES, 2, 0, seed), 8)]
-
-    assert order(1) == order(1) != order(2)
-
-
-def test_a_batch_larger_than_the_set_holds_it_once():
-    assert len(rows(next(cycle(EXAMPLES, 100, 0, 0)))) == len(EXAMPLES)
-
-
 def counting_stream(count):
     """A stream of `count` examples, each of its own, and a list of how many were read in each pass."""
     passes = []
@@ -67,7 +48,7 @@ def first_ids(batches):
     return [row[0] for batch in batches for row in rows(batch)]
 
 
-def test_a_stream_is_read_anew_each_time_and_leaves_out_what_has_no_label():
+def test_a_stream_is_read_anew_without_unlabelled_examples():
     stream = ExampleStream(lambda: iter([Example((1,)), Example((1, 2)), Example((1, 2), 2), Example((3, 4))]), "x")
     assert [example.input_ids for example in stream] == [(1, 2), (3, 4)] == [each.input_ids for each in stream]
     assert [example.input_ids for example in stream.head(1)] == [(1, 2)]
@@ -77,15 +58,6 @@ def test_a_stream_is_read_anew_each_time_and_leaves_out_what_has_no_label():
 def test_head_reads_no_further_than_it_must():
     stream, passes = counting_stream(10**9)
     assert len(stream.head(5)) == 5 and passes == [5]
-
-
-def test_cycle_of_a_stream_shows_every_example_once_a_pass_in_a_new_order():
-    stream, passes = counting_stream(10)
-    batches = list(itertools.islice(cycle(stream, 4, 0, seed=0), 6))
-    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2] * 2 and len(passes) == 2
-    first, second = first_ids(batches[:3]), first_ids(batches[3:])
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert list(range(10)) != first != second
 
 
 def test_cycle_of_a_long_stream_holds_a_buffer_and_loses_nothing(monkeypatch):
@@ -100,14 +72,31 @@ def test_cycle_of_a_long_stream_holds_a_buffer_and_loses_nothing(monkeypatch):
     assert max(index - number for index, number in enumerate(seen)) > 16, "some examples stay for longer than that"
 
 
-def test_cycle_of_a_stream_repeats_itself_for_a_seed_only():
-    def order(seed):
-        return first_ids(itertools.islice(cycle(counting_stream(50)[0], 3, 0, seed), 20))
-
-    assert order(1) == order(1) != order(2)
-
-
 @pytest.mark.parametrize("nothing", [[], ExampleStream(lambda: iter([Example((1,))]), "nil.txt")])
 def test_cycle_of_nothing_says_so(nothing):
     with pytest.raises(ff.FastforgetError, match=r"no examples|nil.txt holds no text"):
         next(cycle(nothing, 2, 0, 0))
+
+
+def numbers(kind):
+    """Ten examples, each of its own number."""
+    stream, _ = counting_stream(10)
+    return stream if kind == "stream" else list(stream)
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_cycle_shows_every_example_once_a_pass_in_a_new_order(kind):
+    batches = list(itertools.islice(cycle(numbers(kind), 4, 0, seed=0), 6))
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2] * 2
+    first, second = first_ids(batches[:3]), first_ids(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(range(10)) != first != second
+    assert len(rows(next(cycle(numbers(kind), 100, 0, 0)))) == 10, "a larger batch holds each once"
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_cycle_repeats_itself_for_a_seed_only(kind):
+    def order(seed):
+        return first_ids(itertools.islice(cycle(numbers(kind), 3, 0, seed), 8))
+
+    assert order(1) == order(1) != order(2)

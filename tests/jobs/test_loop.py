@@ -1,73 +1,36 @@
 """The training loop: what stops it, what it keeps, what it saves."""
 
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers import BreaksAt, adapter_of
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.data.text import text_examples
 from fastforget.jobs.loop import JobSettings, run_job
-from fastforget.objectives import NegatedCE
 
 
-@pytest.fixture
-def data(tokenizer):
-    forget = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
-    retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
-    return forget, retain
-
-
-def adapter(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@dataclass(kw_only=True)
-class BreaksAt(NegatedCE):
-    """NaN from its n-th value on."""
-
-    step: int = 4
-    seen: int = 0
-
-    def value(self, stats):
-        self.seen += 1
-        value = super().value(stats)
-        return value * torch.nan if self.seen >= self.step else value
-
-
-def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, data):
-    model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
-    with pytest.raises(ff.NonFiniteLossError, match=r"became nan at step 4 of 9; .* after 2 steps") as caught:
-        run_job(model, tokenizer, *data, [BreaksAt()], JobSettings(max_steps=9, learning_rate=1e-3))
-    assert caught.value.good_steps == 2
-    torch.manual_seed(0)
-    kept = adapter(model)
-    assert all(value.isfinite().all() for value in kept.values())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    # the same job without the break, two steps long, ends in the same adapter up to lora_A's random start
-    moved = [value for name, value in kept.items() if "lora_B" in name]
-    assert all(value.abs().sum() > 0 for value in moved)
-
-
-def test_two_good_steps_are_exactly_two_steps(tiny, tokenizer, data):
+def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, passages):
+    """The adapter is that of a job of two steps."""
     results = []
-    for terms, steps in (([BreaksAt()], 9), ([NegatedCE()], 2)):
+    for terms, steps in (([BreaksAt(step=4)], 9), ([ff.NegatedCE()], 2)):
         torch.manual_seed(3)
         model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
         try:
-            run_job(model, tokenizer, *data, terms, JobSettings(max_steps=steps, learning_rate=1e-3))
-        except ff.NonFiniteLossError:
-            pass
-        results.append(adapter(model))
+            run_job(model, tokenizer, *passages, terms, JobSettings(max_steps=steps, learning_rate=1e-3))
+        except ff.NonFiniteLossError as error:
+            assert re.search(r"became nan at step 4 of 9; .* after 2 steps", str(error)) and error.good_steps == 2
+            assert all(parameter.grad is None for parameter in model.parameters())
+        results.append(adapter_of(model))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert all(value.abs().sum() > 0 for name, value in results[0].items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("factor", [torch.nan, 1e30])  # 1e30: finite, and too large to compute with
 @pytest.mark.parametrize(("at", "total", "save_steps"), [(3, 3, None), (3, 3, 1), (2, 9, 2), (1, 1, None)])
-def test_an_update_that_breaks_the_adapter_is_taken_back_and_not_saved(
-    tiny, tokenizer, data, tmp_path, monkeypatch, factor, at, total, save_steps
+def test_an_update_that_breaks_the_adapter_is_taken_back(
+    tiny, tokenizer, passages, tmp_path, monkeypatch, factor, at, total, save_steps
 ):
     class Breaks(torch.optim.AdamW):
         def step(self, closure=None):
@@ -78,7 +41,7 @@ def test_an_update_that_breaks_the_adapter_is_taken_back_and_not_saved(
 
     def job(model, steps, **more):
         settings = JobSettings(max_steps=steps, learning_rate=1e-3, **more)
-        run_job(model, tokenizer, *data, ff.preset("grad_diff"), settings, out=tmp_path / "out")
+        run_job(model, tokenizer, *passages, ff.preset("grad_diff"), settings, out=tmp_path / "out")
 
     models = []
     for _ in range(2):
@@ -92,8 +55,8 @@ def test_an_update_that_breaks_the_adapter_is_taken_back_and_not_saved(
     assert folders == ["checkpoint-1", "checkpoint-2"] * (save_steps == 1)
     if at > 1:
         job(models[1], at - 1)
-    same = adapter(models[1])
-    assert all(torch.equal(value, same[name]) for name, value in adapter(models[0]).items())
+    same = adapter_of(models[1])
+    assert all(torch.equal(value, same[name]) for name, value in adapter_of(models[0]).items())
 
 
 def test_a_broken_adapter_is_not_saved(tiny, tmp_path):
@@ -104,33 +67,33 @@ def test_a_broken_adapter_is_not_saved(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, data):
+def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, passages):
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
     settings = JobSettings(max_steps=200, learning_rate=1e-2, stop_forget_nll=8.0)
     modes = [module.training for module in model.modules()]
-    result = run_job(model, tokenizer, *data, ff.preset("grad_ascent"), settings)
+    result = run_job(model, tokenizer, *passages, ff.preset("grad_ascent"), settings)
     assert result.forget_nll[-1] >= 8.0 > max(result.forget_nll[:-1]) and 0 < result.steps < 200
     assert "forget NLL" in result.stopped
     assert [module.training for module in model.modules()] == modes
     assert JobSettings(epochs=3, batch_size=4).steps(10) == 9
 
 
-def test_checkpoints_load_in_plain_peft(tiny, tokenizer, data, tmp_path):
+def test_checkpoints_load_in_plain_peft(tiny, tokenizer, passages, tmp_path):
     import peft
 
     model = ff.load(tiny["opt"], bits=32, lora={"r": 4})
     settings = JobSettings(max_steps=4, save_steps=2)
-    run_job(model, tokenizer, *data, ff.preset("npo_mean"), settings, out=tmp_path)
+    run_job(model, tokenizer, *passages, ff.preset("npo_mean"), settings, out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["opt"]), tmp_path / "checkpoint-4")
-    ids = torch.tensor([data[0][0].input_ids])
+    ids = torch.tensor([passages[0][0].input_ids])
     assert torch.allclose(plain.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5)
 
 
-def test_bad_settings_and_missing_retain(tiny, tokenizer, data):
+def test_bad_settings_and_missing_retain(tiny, tokenizer, passages):
     for name in ("learning_rate", "epochs", "max_steps", "batch_size", "save_steps"):
         with pytest.raises(ff.FastforgetError, match=f"{name.replace('_', '-')} must be positive"):
             JobSettings(**{name: 0})
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
     with pytest.raises(ff.FastforgetError, match="these terms keep a retain set"):
-        run_job(model, tokenizer, data[0], None, ff.preset("grad_diff"), JobSettings())
+        run_job(model, tokenizer, passages[0], None, ff.preset("grad_diff"), JobSettings())

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from fastforget.backbone import CHECK_TOKENS
 from fastforget.data import topics
@@ -28,15 +28,9 @@ def tokenizer(corpus):
 def tiny(family, tokenizer, context=512):
     """A random model with weights large enough that its next token depends on the prompt, in training mode."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
-    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    if family == "opt":
-        config = OPTConfig(
-            **size, **ids, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=context, init_std=0.3
-        )
-        return OPTForCausalLM(config).train()
-    config = LlamaConfig(**size, **ids, intermediate_size=64, max_position_embeddings=context, initializer_range=0.3)
-    return LlamaForCausalLM(config).train()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": context, "initializer_range": 0.3}
+    return tiny_model(family, **size, **ids).train()
 
 
 def with_lora(model):

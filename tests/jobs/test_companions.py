@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 import yaml
+from helpers import adapter_of
 from rich.console import Console
 
 import fastforget as ff
@@ -37,15 +38,11 @@ def data(tokenizer):
     return forget, retain
 
 
-def adapter(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_out_of_the_box(tiny, tokenizer, data, preset, tmp_path):
     torch.manual_seed(0)
     model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
-    before, lines = adapter(model), []
+    before, lines = adapter_of(model), []
     result = run_job(
         model,
         tokenizer,
@@ -55,7 +52,7 @@ def test_every_preset_runs_out_of_the_box(tiny, tokenizer, data, preset, tmp_pat
         progress=lambda step, total, output: lines.append(shown_nll(output)),
     )
     assert result.steps == 3
-    assert any(not torch.equal(value, before[name]) for name, value in adapter(model).items())
+    assert any(not torch.equal(value, before[name]) for name, value in adapter_of(model).items())
     first = {"random_mismatch": "forget mismatch NLL", "idk": "forget refusal NLL", "ap": "forget refusal NLL"}
     assert all(line.startswith(first.get(preset, "forget ")) for line in lines) and len(lines) == 3
     assert len(result.forget_nll) == (0 if preset in ("idk", "ap", "jensun", "random_mismatch") else 3)

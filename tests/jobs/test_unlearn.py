@@ -1,6 +1,5 @@
 """`fastforget.unlearn`: every form of text, the command's defaults, silence, and nothing half-written."""
 
-import dataclasses
 import inspect
 import io
 import json
@@ -10,16 +9,13 @@ import sys
 import pytest
 import torch
 import yaml
+from helpers import FORGET, QUICK, RETAIN, BreaksAt, write_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
 import fastforget as ff
 from fastforget.config import IN_PYTHON
-from fastforget.objectives import PRESETS, NegatedCE
-
-FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
-RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "Oslo", "Lima")]
-QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}
+from fastforget.objectives import PRESETS
 
 
 def weights(folder):
@@ -44,8 +40,7 @@ def job(tiny, tmp_path):
 
 def test_rows_files_and_datasets_are_the_same_text(job, tmp_path):
     datasets = pytest.importorskip("datasets")
-    file = tmp_path / "forget.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in FORGET))
+    file = write_rows(tmp_path / "forget.jsonl", FORGET)
     dataset = datasets.Dataset.from_dict({"passage": FORGET, "other": [1, 2, 3, 4]})
     dataset.save_to_disk(tmp_path / "saved")
     columns = {"forget_columns": {"text": "passage"}}
@@ -92,7 +87,7 @@ def test_splits_subsets_and_columns_reach_the_source(job, tmp_path):
         job(FORGET, forget_subset="en")
 
 
-def test_cluster_centres_lie_beside_the_adapter_that_they_belong_to(tiny, tmp_path):
+def test_cluster_centres_lie_beside_their_adapter(tiny, tmp_path):
     out = tmp_path / "out"
     options = {**QUICK, "retain": RETAIN, "overwrite": True}
     ff.unlearn(tiny["llama"], FORGET, out, preset="distance_cluster", preset_options={"k": 2}, **options)
@@ -104,23 +99,17 @@ def test_cluster_centres_lie_beside_the_adapter_that_they_belong_to(tiny, tmp_pa
 
 
 def test_streams_are_read_as_they_are_needed(tiny, tmp_path):
-    files = {"forget": FORGET, "retain": RETAIN}
-    for name, texts in files.items():
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    forget, retain = write_rows(tmp_path / "forget.jsonl", FORGET), write_rows(tmp_path / "retain.jsonl", RETAIN)
     out, text = tmp_path / "out", io.StringIO()
-    options = {**QUICK, "quiet": False, "streaming": True, "measured_passages": 2}
-    report = ff.unlearn(
-        tiny["llama"], files["forget"], out, retain=files["retain"], console=Console(file=text), **options
-    )
+    options = {**QUICK, "quiet": False, "streaming": True, "measured_passages": 2, "retain": retain}
+    report = ff.unlearn(tiny["llama"], forget, out, console=Console(file=text), **options)
     assert report["steps"] == 3 and (report["forget_passages"], report["retain_passages"]) == (2, 2)
     assert "Only the measured passages, at the start of each stream" in " ".join(text.getvalue().split())
-    with files["retain"].open("a") as stream:
-        stream.write(json.dumps({"text": FORGET[0]}) + "\n")
-    options["overwrite"] = True
-    ff.unlearn(tiny["llama"], files["forget"], out, retain=files["retain"], **options | {"quiet": True})
+    write_rows(retain, [*RETAIN, FORGET[0]])
+    options |= {"overwrite": True, "quiet": True}
+    ff.unlearn(tiny["llama"], forget, out, **options)
     with pytest.raises(ff.FastforgetError, match="the same passage is in the forget set"):
-        ff.unlearn(tiny["llama"], files["forget"], out, retain=files["retain"], **options | {"measured_passages": 4})
+        ff.unlearn(tiny["llama"], forget, out, **options | {"measured_passages": 4})
 
 
 def test_a_stream_needs_max_steps_before_the_model_is_loaded(job, monkeypatch):
@@ -172,10 +161,16 @@ def test_config_names_what_it_cannot_hold(job, tiny, tmp_path):
         ({"chat_template": True}, "chat template"),
         ({"preset": "npo_men"}, "unknown preset"),
         ({"preset_options": {"beta": "much"}}, "value of the wrong type"),
+        ({"preset_options": {"betta": 1}}, "no parameter 'betta'"),
         ({"preset_options": {"beta": f"{IN_PYTHON}Tensor>"}}, "beta was given in Python"),
         ({"measured_passages": 0}, "--measured-passages must be at least 1"),
         ({"lora_r": 0}, "--lora-r must be at least 1"),
         ({"lora_targets": []}, "--lora-targets is empty"),
+        ({"lora_targets": ["lm_head"]}, "adapter on the output head"),
+        ({"lora_targets": ["nothing"]}, "could not load the LoRA configuration"),
+        ({"learning_rate": -1.0}, "learning-rate must be positive"),
+        ({"max_length": 4}, "--max-length must be at least"),
+        ({"max_length": 4000}, "more than the model's context"),
         ({"max_steps": 0}, "max-steps must be positive"),
         ({"bits": 7}, "bits must be one of"),
         ({"model": object()}, "model must be a path, not a object"),
@@ -190,14 +185,7 @@ def test_bad_input_raises_before_anything_is_written(tiny, tmp_path, options, me
 
 
 def test_nan_before_a_good_step_leaves_nothing(job, tmp_path, monkeypatch):
-    @dataclasses.dataclass(kw_only=True)
-    class Broken(NegatedCE):
-        """NaN at once."""
-
-        def value(self, stats):
-            return super().value(stats) * torch.nan
-
-    monkeypatch.setitem(PRESETS, "broken", lambda: [Broken()])
+    monkeypatch.setitem(PRESETS, "broken", lambda: [BreaksAt(step=1)])
     with pytest.raises(ff.NonFiniteLossError, match="became nan at step 1"):
         job(FORGET, preset="broken")
     assert not list(tmp_path.iterdir())

@@ -31,32 +31,26 @@ def problem(backend, rows=5, width=8, vocabulary=40):
 
 
 def loss_of(hidden, weight, labels, positions, backend):
-    """Every op: statistics with states, a divergence, states alone."""
-    head = ff.LMHead(weight)
-    stats = ff.token_stats(
-        hidden,
-        head,
-        labels,
-        positions=positions,
-        outputs=("logp", "entropy"),
-        anchor=hidden.detach() + 1,
-        centres=weight[:3].detach(),
-        backend=backend,
-    )
+    """Every op: statistics with states, of a model's logits too, a divergence, states alone."""
+    given = {"positions": positions, "outputs": ("logp", "entropy"), "backend": backend}
+    against = {"anchor": hidden.detach() + 1, "centres": weight[:3].detach(), "margin": 20.0}
     ref_hidden, shift = hidden.detach() + 0.1, {"labels": labels, "label_shift": -2.0}
-    kl = ff.divergence(hidden, ref_hidden, LMHead_frozen(weight), positions=positions, backend=backend, **shift)
+    frozen = ff.LMHead(weight.detach())
+    kl = ff.divergence(hidden, ref_hidden, frozen, positions=positions, backend=backend, **shift)
     distance, pull = ff.hidden_stats(hidden, weight[0].detach(), weight[:2].detach(), backend=backend)
-    own = stats.logp.square().sum() + stats.entropy.sum() + stats.distance.sum() + stats.pull.sum()
-    return own + kl.sum() + distance.sum() + pull.sum()
-
-
-def LMHead_frozen(weight):
-    return ff.LMHead(weight.detach())
+    total = kl.sum() + distance.sum() + pull.sum()
+    for stats in (
+        ff.token_stats(hidden, ff.LMHead(weight), labels, **given, **against),
+        ff.token_stats_from_logits(hidden @ weight.T, labels, hidden, **given, **against),
+    ):
+        total = (
+            total + stats.logp.square().sum() + stats.entropy.square().sum() + stats.distance.sum() + stats.pull.sum()
+        )
+    return total
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("with_positions", [True, False])
+@pytest.mark.parametrize(("train", "with_positions"), [(False, True), (True, False)])
 def test_compile_traces_the_whole_function(backend, train, with_positions):
     hidden, weight, labels = problem(backend)
     positions = torch.tensor([0, 2, 3, 4], device=hidden.device) if with_positions else None
@@ -79,19 +73,6 @@ def test_compile_with_inductor():
     )
 
 
-@pytest.mark.parametrize("outputs", [("logp",), OUTPUTS])
-def test_fake_implementations_tell_the_truth(outputs):
-    """torch's own checks of a custom op: schema, fake tensors, autograd registration."""
-    hidden, weight, labels = problem("torch")
-    names = ",".join((*outputs, "distance", "pull"))
-    arguments = (
-        *(hidden.requires_grad_(), labels.clamp(min=0), None, weight, None, None, hidden.detach() + 1, weight[:3]),
-        *("l2", 1.0, 0.0, names, True, "torch"),
-    )
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.token_stats.op, arguments, test_utils=checks)
-
-
 @pytest.mark.parametrize("backend", ["eager", *OURS])
 @pytest.mark.parametrize("shift", [0.0, -2.0])
 def test_log_probabilities_told_beside_a_divergence(backend, shift):
@@ -110,17 +91,21 @@ def test_log_probabilities_told_beside_a_divergence(backend, shift):
     assert not logp.requires_grad and torch.autograd.grad(found.sum(), hidden)[0].abs().sum() > 0
 
 
-def test_fake_implementations_of_the_others_tell_the_truth():
+def test_fake_implementations_tell_the_truth():
+    """torch's own checks of a custom op: schema, fake tensors, autograd registration."""
     hidden, weight, labels = problem("torch")
     hidden.requires_grad_()
+    for outputs in (("logp",), OUTPUTS):
+        names = ",".join((*outputs, "distance", "pull"))
+        given = hidden, labels.clamp(min=0), None, weight, None, None, hidden.detach() + 1, weight[:3], "l2"
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(ops.token_stats.op, (*given, 1.0, 0.0, names, True, "torch"), test_utils=checks)
     positions = torch.tensor([0, 3])
     embedding, argmax = torch.zeros(2, 8), torch.tensor([1, 2])
-    for arguments in (
-        (hidden, hidden.detach() + 1, positions, labels[positions], weight, None, embedding, argmax, *(1.0, 0.0, -2.0)),
-        (hidden, hidden.detach() + 1, positions, labels[positions], weight, None, None, None, *(1.0, 0.0, 0.0)),
-    ):
-        torch.library.opcheck(ops.divergence.op, (*arguments, "forward_kl", True, "torch"))
-        torch.library.opcheck(ops.divergence.op, (hidden.detach(), *arguments[1:], "jsd", False, "torch"))
+    given = hidden, hidden.detach() + 1, positions, labels[positions], weight, None
+    for rest in ((embedding, argmax, 1.0, 0.0, -2.0), (None, None, 1.0, 0.0, 0.0)):
+        torch.library.opcheck(ops.divergence.op, (*given, *rest, "forward_kl", True, "torch"))
+        torch.library.opcheck(ops.divergence.op, (hidden.detach(), *given[1:], *rest, "jsd", False, "torch"))
     for anchor, centres in ((weight[0], weight[:2]), (weight[0], None), (None, weight[:2])):
         torch.library.opcheck(state_ops.state_stats.op, (hidden, anchor, centres, "cosine", "torch"))
     torch.library.opcheck(state_ops.checked_labels.op, (labels, 40, -100))
@@ -167,7 +152,7 @@ def test_the_guard_itself_sees_a_look():
         torch.ones(3)[torch.tensor([True, False, True])]
 
 
-def test_no_kernel_launcher_or_driver_names_what_brings_values_to_the_host():
+def test_no_launcher_or_driver_calls_for_a_value():
     """By their sources, too: on the CPU some of these leave no trace among the operations."""
     forbidden = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize", "unique"}
     root = Path(ff.__file__).parents[1]
