@@ -18,8 +18,13 @@ from fastforget.adapters import ADAPTER_NAME
 from fastforget.errors import FastforgetError
 
 BITS = (4, 8, 16, 32)
-LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
-QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
+LORA_DEFAULTS = {
+    "r": 32,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "target_modules": "all-linear",
+}
 
 
 def load(
@@ -39,9 +44,8 @@ def load(
             frozen, and ours is stacked onto it.
         bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
             without it), or 32.
-        lora: arguments of `peft.LoraConfig`; default r = 16, alpha = 2 r, and `target_modules="auto"`: the query and
-            key projections (all linear layers where a model has none of a known name). An adapter on those can only
-            change what attention looks up; on all layers it forgets sooner, but into endless loops (README, Demo).
+        lora: arguments of `peft.LoraConfig`; default r = 32, alpha = 2 r, and `target_modules="all-linear"`: with less,
+            the default preset does not get all of a text out of the demo's model (README).
         device: default the first GPU, else the CPU.
         adapter: load this saved adapter (to go on training) instead of a new one.
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
@@ -76,13 +80,13 @@ def load(
     elif stacked is not None:
         with readable_errors(f"the adapter {name_or_path}"):
             model = peft.PeftModel.from_pretrained(model, str(name_or_path), is_trainable=False)
-            model.add_adapter(ADAPTER_NAME, lora_config(lora, model))
+            model.add_adapter(ADAPTER_NAME, lora_config(lora))
             model.base_model.set_adapter(["default", ADAPTER_NAME])
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER_NAME}." in name)
     else:
         with readable_errors("the LoRA configuration"):
-            model = peft.get_peft_model(model, lora_config(lora, model))
+            model = peft.get_peft_model(model, lora_config(lora))
     if fuse:
         fusing.fuse(model)
     return model
@@ -98,24 +102,16 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
+def lora_config(lora: Mapping[str, Any] | None) -> Any:
     """Make a peft.LoraConfig from the user's arguments over our defaults."""
     import peft
 
     options = {**LORA_DEFAULTS, **(lora or {})}
     options.setdefault("lora_alpha", 2 * options["r"])
-    if options["target_modules"] == "auto":
-        options["target_modules"] = query_and_key_modules(model)
     try:
         return peft.LoraConfig(**options)
     except (TypeError, ValueError) as error:
         raise FastforgetError(f"the LoRA configuration is not valid: {one_line(error)}") from error
-
-
-def query_and_key_modules(model: nn.Module) -> list[str] | str:
-    """Return the names of the model's query and key projections, or "all-linear"."""
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    return next((sorted(names) for names in QUERY_AND_KEY if names <= present), "all-linear")
 
 
 def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_weights: bool = False) -> nn.Module:

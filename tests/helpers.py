@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -161,3 +162,19 @@ class NoLooking(TorchDispatchMode):
         if name == "repeat_interleave":
             assert (kwargs and "output_size" in kwargs) or isinstance(args[1], int), "its size is on the device"
         return function(*args, **(kwargs or {}))
+
+
+def random_model(family, tokenizer, context=512):
+    """A random model with weights large enough that its next token depends on the prompt, in training mode."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": context, "initializer_range": 0.3}
+    return tiny_model(family, **size, **ids).train()
+
+
+def with_lora(model):
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return wrapped.train()

@@ -21,6 +21,7 @@ from fastforget.errors import FastforgetError
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
+SMALL, SMOLLM2 = "small", "smollm2"  # the demo's models
 GONE = "gone"  # of --until: at the level of passages that the model never saw
 SHORTEST = 16  # tokens: less than this and a passage says nothing
 LARGEST = 10**9  # of steps, passages, tokens: beyond, a number is a slip of the keyboard
@@ -90,7 +91,7 @@ class JobSettings:
     decay: Annotated[
         float, Help("Share of the steps, at the end, over which the learning rate falls to 0.", TRAINING)
     ] = 0.6
-    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 50.0
+    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 66.0
     max_steps: Annotated[int | None, Help("Steps; overrides --epochs.", TRAINING)] = None
     batch_size: Annotated[int, Help("Forget passages a step, and as many retain passages.", TRAINING)] = 8
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
@@ -158,11 +159,9 @@ class UnlearnOptions(RunOptions, JobSettings):
     refusals: Annotated[str | os.PathLike[str] | Sequence[str] | None, Help(REFUSALS, TRAINING)] = None
     bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
     allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
-    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 16
+    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
-    lora_targets: Annotated[
-        str | Sequence[str], Help("Names, comma-separated, all-linear, or auto: query, key.", MODEL)
-    ] = "auto"
+    lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
     device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
 
     def __post_init__(self) -> None:
@@ -194,10 +193,9 @@ class UnlearnOptions(RunOptions, JobSettings):
         names = self.lora_targets.split(",") if isinstance(self.lora_targets, str) else self.lora_targets
         modules = [name.strip() for name in names if name.strip()]
         if not modules:
-            raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")
+            raise FastforgetError("--lora-targets is empty: give module names, or all-linear")
         alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
-        word = modules in (["all-linear"], ["auto"])
-        return {"r": self.lora_r, "target_modules": modules[0] if word else modules, **alpha}
+        return {"r": self.lora_r, "target_modules": modules[0] if modules == ["all-linear"] else modules, **alpha}
 
     def source(self, side: str) -> Source | None:
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
@@ -250,12 +248,19 @@ class DemoOptions(RunOptions):
         "fastforget-demo"
     )
     _: KW_ONLY
+    model: Annotated[str, Help("small, or smollm2: a real one (needs fastforget[real]).", MODEL)] = SMALL
+    until: Annotated[str | None, Help("When it may end: gone, or em=LEVEL.", TRAINING)] = GONE
+    robust: Annotated[bool | None, Help("Measure what lasts of it; default yes.", TRAINING)] = None
     seed: Annotated[int, Help("Which topics are forgotten, and every random draw.", TRAINING)] = 0
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
+        if self.model not in (SMALL, SMOLLM2):
+            raise FastforgetError(f"the demo's model is {SMALL} or {SMOLLM2}, not {self.model!r}")
+        if self.until is not None:
+            parsed_until(self.until)
 
 
 def check_seed(seed: int) -> None:
