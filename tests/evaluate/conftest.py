@@ -1,4 +1,4 @@
-"""Passages of the language reference, and the tokenizer that was trained on it."""
+"""Passages of the language reference."""
 
 import pytest
 
@@ -8,8 +8,3 @@ from fastforget.data import topics
 @pytest.fixture(scope="module")
 def corpus():
     return topics.load_corpus(topic_counts=(1, 2, 1), passages_per_topic=3)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return corpus.tokenizer

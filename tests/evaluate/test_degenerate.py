@@ -8,6 +8,11 @@ from fastforget.data import topics
 from fastforget.evaluate import degenerate
 
 
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return corpus.tokenizer
+
+
 def test_degenerate_examples_of_the_docstring():
     result = doctest.testmod(degenerate)
     assert result.attempted > 0 and result.failed == 0

@@ -10,6 +10,11 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate import generation
 
 
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return corpus.tokenizer
+
+
 @torch.no_grad()
 def plain_loop(model, tokenizer, prompt, characters=200):
     """One prompt, no cache, no padding, no `generate`."""

@@ -10,6 +10,11 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate import leakage as leak
 
 
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return corpus.tokenizer
+
+
 def test_prompt_is_the_shortest_prefix_of_enough_characters(corpus, tokenizer):
     for passage in corpus.forget + corpus.retain:
         length = leak.prompt_tokens(passage, tokenizer)
