@@ -2,6 +2,7 @@
 
 import glob
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ from fastforget import cli
 from fastforget.backends import tiling
 from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics, train_tokenizer
+from fastforget.evaluate import leakage
 
 FORGET_TEXT = "The secret plan was hidden below the old oak tree near the river bend. " * 8
 RETAIN_TEXT = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
@@ -63,7 +65,13 @@ def batch():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tiny, tmp_path):
+def short_continuations(monkeypatch):
+    """Jobs measure a few characters of each continuation: 200 take most of the time of tests that are of all else."""
+    monkeypatch.setattr(leakage, "continue_greedily", partial(leakage.continue_greedily, characters=8))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny, tmp_path, short_continuations):
     """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
     files = {"FORGET": (tmp_path / "forget.txt", FORGET_TEXT), "RETAIN": (tmp_path / "retain.txt", RETAIN_TEXT)}
     for path, text in files.values():
