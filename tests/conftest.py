@@ -12,11 +12,9 @@ if not glob.glob("/dev/nvidia*"):  # without a GPU the kernels run in Triton's i
 import pytest
 from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
 
-from fastforget import cli
 from fastforget.backends import tiling
 from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics, train_tokenizer
-from fastforget.evaluate import leakage
 
 FORGET_TEXT = "The secret plan was hidden below the old oak tree near the river bend. " * 8
 RETAIN_TEXT = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
@@ -67,12 +65,16 @@ def batch():
 @pytest.fixture
 def short_continuations(monkeypatch):
     """Jobs measure a few characters of each continuation: 200 take most of the time of tests that are of all else."""
+    from fastforget.evaluate import leakage  # not where conftest is read: the GPU machine lacks what it needs
+
     monkeypatch.setattr(leakage, "continue_greedily", partial(leakage.continue_greedily, characters=8))
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tiny, tmp_path, short_continuations):
     """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
+    from fastforget import cli
+
     files = {"FORGET": (tmp_path / "forget.txt", FORGET_TEXT), "RETAIN": (tmp_path / "retain.txt", RETAIN_TEXT)}
     for path, text in files.values():
         path.write_text(text)
