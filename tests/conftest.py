@@ -2,6 +2,7 @@
 
 import glob
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +12,6 @@ if not glob.glob("/dev/nvidia*"):  # without a GPU the kernels run in Triton's i
 import pytest
 from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
 
-from fastforget import cli
 from fastforget.backends import tiling
 from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics, train_tokenizer
@@ -63,8 +63,18 @@ def batch():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tiny, tmp_path):
+def short_continuations(monkeypatch):
+    """Jobs measure a few characters of each continuation: 200 take most of the time of tests that are of all else."""
+    from fastforget.evaluate import leakage  # not where conftest is read: the GPU machine lacks what it needs
+
+    monkeypatch.setattr(leakage, "continue_greedily", partial(leakage.continue_greedily, characters=8))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny, tmp_path, short_continuations):
     """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
+    from fastforget import cli
+
     files = {"FORGET": (tmp_path / "forget.txt", FORGET_TEXT), "RETAIN": (tmp_path / "retain.txt", RETAIN_TEXT)}
     for path, text in files.values():
         path.write_text(text)

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import fastforget as ff
 from fastforget.jobs.loop import JobSettings, run_job
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
+
 
 def lora_products(model):
     """{name of the layer: s * B A} of every LoRA layer, float64."""

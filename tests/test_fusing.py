@@ -113,10 +113,10 @@ def test_gradients_of_the_step(folders, kind, bits):
     assert_gradients(found, expected)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("kind", "training"), [("llama", True), ("opt", True), ("llama", False)])
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_divergence_from_the_reference_begins_at_zero(folders, bits, training):
-    model = load(folders["llama"], bits, perturbed=False).train(training)
+def test_divergence_from_the_reference_begins_at_zero(folders, bits, kind, training):
+    model = load(folders[kind], bits, perturbed=False).train(training)
     batch = make_batch(3, 1)
     loss = UnlearnLoss(model, [ff.KL(weight=1.0, on="forget"), ff.KL(weight=1.0, on="retain")])
     out = loss(batch, make_batch(2, 2))

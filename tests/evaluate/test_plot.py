@@ -60,17 +60,6 @@ def test_a_single_step_is_seen(tmp_path, drawn):
     assert lines(drawn[-1])["forget, each batch"].get_marker() == "."
 
 
-def test_pyplot_is_not_touched(tmp_path):
-    code = (
-        "import sys, pathlib, fastforget.evaluate.plot as plot\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        f"plot.plot_curves(pathlib.Path({str(tmp_path / 'curves.png')!r}), [1.0, 2.0])\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "curves.png").is_file()
-
-
 def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -109,3 +98,17 @@ def test_moving_mean_against_sums_by_hand():
         window = plot.smoothing_window(steps)
         assert window % 2 == 1 and 3 <= window <= plot.WIDEST_WINDOW
     assert plot.smoothing_window(162) == 9
+
+
+def test_imports_stay_light_and_pyplot_is_not_touched(tmp_path):
+    code = (
+        "import sys, pathlib, fastforget\n"
+        "assert {'demo', 'unlearn'} <= set(dir(fastforget))\n"
+        "assert not {'transformers', 'datasets', 'peft', 'rich', 'fastforget.jobs'} & set(sys.modules)\n"
+        "import fastforget.evaluate.plot as plot\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        f"plot.plot_curves(pathlib.Path({str(tmp_path / 'curves.png')!r}), [1.0, 2.0])\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "curves.png").is_file()

@@ -20,6 +20,8 @@ from fastforget.jobs.loop import JobSettings, run_job, shown_nll
 
 PRESETS = ("dpo", "idkdpo", "altpo", "idk", "ap", "jensun", "flat", "kto", "random_mismatch", "yao2023")
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
+
 
 @pytest.fixture
 def data(tokenizer):

@@ -106,7 +106,8 @@ def test_another_adapter_is_not_replaced(first, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_quiet_prints_nothing(first, small, tmp_path, capfd):
+def test_quiet_prints_nothing(first, small, short_continuations, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(demo_module, "JobSettings", lambda: JobSettings(max_steps=3))
     report = ff.demo(tmp_path / "out", cache=first.folder / "cache", preset="grad_ascent", quiet=True)
     assert capfd.readouterr().out == ""
     assert report["preset"] == "grad_ascent" and (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -3,8 +3,6 @@
 import inspect
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,8 @@ from safetensors.torch import load_file
 import fastforget as ff
 from fastforget.config import IN_PYTHON
 from fastforget.objectives import PRESETS
+
+pytestmark = pytest.mark.usefixtures("short_continuations")
 
 
 def weights(folder):
@@ -204,13 +204,6 @@ def test_the_functions_names_order_and_defaults():
     assert parameters["seed"].annotation is int and parameters["max_length"].default == 128
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         ff.unlearn("model", [], "out", epoch=1)
-
-
-def test_import_stays_light():
-    code = "import sys, fastforget; assert {'demo', 'unlearn'} <= set(dir(fastforget));"
-    code += "print({'transformers', 'datasets', 'peft', 'rich', 'fastforget.jobs'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(("measurement", "message"), [(1, "it is broken before"), (3, "unlearning broke the model")])

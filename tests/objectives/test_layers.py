@@ -49,13 +49,14 @@ def expected_loss(model, reference, forget, retain, *, layer, c, alpha, reductio
 @pytest.mark.parametrize(("kind", "backend"), KINDS_AND_BACKENDS)
 def test_every_lora_gradient_is_that_of_the_formula(tiny, batch, kind, backend):
     sides, where = (batch(4, 1), batch(3, 2, width=17)), {"c": 6.5, "alpha": 30.0}
-    for bits in (32,) if backend == "triton" else (32, 8):
+    thorough = backend != "triton"
+    for bits in (32, 8) if thorough else (32,):
         model = load_perturbed(tiny[kind], bits)
         for layer, reduction in ((0, "token"), (1, "sequence"), (-1, "token"), (None, "token")):
             where |= {"layer": layer, "reduction": reduction}
             formula = partial(expected_loss, model, reference_of(model), *sides, **where)
             terms = ff.preset("rmu", seed=5, forget_weight=2.0, **where)
-            options = {"bound": 1e-5, "micro_batches": (None, 2), "backend": backend}
+            options = {"bound": 1e-5, "micro_batches": (None, 2) if thorough else (2,), "backend": backend}
             found = assert_follows(formula, model, terms, *sides, **options)
             assert len(found) == {0: 1}.get(layer, 2) * 2 * {"opt": 6, "llama": 7}[kind]
 

@@ -117,3 +117,11 @@ def test_what_is_missing_is_said_before_the_first_forward(model, batch):
         ff.UnlearnLoss(model, [ff.EmbeddingDistance(layer=2)])(batch(2, 1))
     with pytest.raises(ff.FastforgetError, match=r"anchor must be .* not float32 \(3,\)"):
         ff.UnlearnLoss(model, [ff.EmbeddingDistance(anchor=torch.zeros(3))])(batch(2, 1))
+
+
+def test_reference_states_are_cached_by_layer(model, batch):
+    terms = [ff.EmbeddingDistance(layer=0, margin=1.0), ff.EmbeddingDistance(weight=0.5), ff.KL()]
+    loss = ff.UnlearnLoss(model, terms)
+    first = loss(batch(3, 1), batch(3, 2))
+    count = loss.reference.forwards
+    assert float(loss(batch(3, 1), batch(3, 2)).loss) == float(first.loss) and loss.reference.forwards == count == 2
