@@ -215,8 +215,8 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
     streaming = source.streaming or (kind in ("folder", "table") and "[" not in str(source.split))
     dataset: Any
     if kind in ("folder", "table"):
-        for path in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
-            check_depth(path)
+        for file in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
+            check_depth(file)
     with readable_errors(datasets, name, kind):
         if kind == "dataset":
             dataset = source.path
