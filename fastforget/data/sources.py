@@ -317,6 +317,12 @@ def check_depth(path: Path) -> None:
 
 
 def files_of(place: Path, suffixes: Collection[str]) -> list[Path]:
-    """List the file here, or those anywhere in the folder here, that end with one of `suffixes`."""
+    """List the file here, or those anywhere in the folder here, that end with one of `suffixes`.
+
+    Raises FastforgetError where one of any name is a device or a pipe: `datasets` would wait for it.
+    """
     paths = sorted(place.rglob("*")) if place.is_dir() else [place]
+    for path in paths:
+        if not path.is_dir():
+            check_regular(path)
     return [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
