@@ -22,8 +22,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_states(hidden: Tensor, name: str = "hidden") -> None:
     """Raise for what is no (N, D) of a dtype that the backends compute in."""
-    right = is_dense(hidden) and hidden.dim() == 2 and hidden.shape[1] and hidden.dtype in DTYPES
-    if not right:
+    if not is_dense(hidden) or hidden.dim() != 2 or not hidden.shape[1] or hidden.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise FastforgetError(f"{name} must be a floating-point (N, D), D >= 1, of {known}, not {kind_of(hidden)}")
 
