@@ -79,7 +79,7 @@ def to_disk(path: Path) -> None:
 
 def check_regular(place: Path) -> None:
     """Raise FastforgetError where a file, or one in a folder, is none on a disk: a device or a pipe may never end."""
-    for path in (place, *(place.iterdir() if place.is_dir() else ())):
+    for path in (place, *(place.iterdir() if os.path.isdir(place) else ())):
         with contextlib.suppress(OSError):  # `open` says what is wrong
             mode = path.stat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

@@ -63,7 +63,7 @@ def load(
     base_path, stacked = str(name_or_path), None
     for folder in (name_or_path, adapter or name_or_path):
         check_regular(Path(folder))
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    if os.path.isfile(Path(name_or_path) / "adapter_config.json"):
         with readable_errors(f"the adapter {name_or_path}"):
             stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
@@ -240,7 +240,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
     path = str(name_or_path)
     check_regular(Path(path))
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+    if os.path.isfile(Path(path) / "adapter_config.json") and not (Path(path) / "tokenizer_config.json").is_file():
         with readable_errors(f"the adapter {path}"):
             path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     with readable_errors(f"the tokenizer of {path}"):

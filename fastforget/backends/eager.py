@@ -101,7 +101,7 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
     if "max_logit" in outputs or "argmax" in outputs:
         fields["max_logit"], fields["argmax"] = logits.max(dim=-1)
     if "logit_mean" in outputs:
-        fields["logit_mean"] = logits.double().mean(dim=-1).to(logits.dtype)
+        fields["logit_mean"] = logits.mean(dim=-1)
     probs = log_probs.exp()
     if {"entropy", "logp_mean", "logp_var"} & set(outputs):
         mean = mean_log_prob(log_probs)

@@ -214,10 +214,10 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
     # cache. Only a slice of a split ("train[:100]") needs that copy.
     streaming = source.streaming or (kind in ("folder", "table") and "[" not in str(source.split))
     dataset: Any
-    if kind in ("folder", "table"):
-        for file in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
-            check_depth(file)
     with readable_errors(datasets, name, kind):
+        if kind in ("folder", "table"):
+            for file in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
+                check_depth(file)
         if kind == "dataset":
             dataset = source.path
         elif kind == "saved":
