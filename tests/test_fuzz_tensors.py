@@ -180,14 +180,14 @@ def test_a_sample_on_the_cpu(monkeypatch):
         for each in ("torch", "native")
         if ff.backends.why_not_native(torch.device("cpu")) is None or each == "torch"
     ]
-    assert sum(check(seed, backends) for seed in range(250)) > 150
+    assert sum(check(seed, backends) for seed in range(150)) > 90
 
 
 @pytest.mark.parametrize("backend", OURS[2:])
 @pytest.mark.timeout(120)
 def test_a_sample_of_the_kernels(backend, monkeypatch):
     monkeypatch.setenv("FASTFORGET_TILE", "4x64")
-    assert sum(check(seed, [backend]) for seed in range(1000, 1020)) > 10
+    assert sum(check(seed, [backend]) for seed in range(1000, 1012)) > 6
 
 
 @pytest.mark.slow
