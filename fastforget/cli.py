@@ -134,12 +134,13 @@ def doctor() -> None:
     """Show versions, devices, and which backend is in use and why."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fastforget.doctor import report
 
     table = Table(show_header=False, box=None)
     for name, finding in report():
-        table.add_row(name, finding)
+        table.add_row(name, Text(finding))  # a path in it is no markup
     Console().print(table)
 
 

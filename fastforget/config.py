@@ -117,7 +117,7 @@ def read_config(path: str | os.PathLike[str], options: Mapping[str, Option]) -> 
 
 def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
     """List (line, key, value) of each entry of a YAML file; raise FastforgetError where it is no mapping."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which is False, not an error, for a name that is too long
         raise FastforgetError(f"{path} is a folder: --config needs a YAML file")
     with open_text(path) as file:
         text = file.read(LONGEST_FILE + 1)

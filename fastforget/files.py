@@ -77,12 +77,13 @@ def to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def check_regular(path: Path) -> None:
-    """Raise FastforgetError for what is there and is no file on a disk: a device or a pipe may never end."""
-    with contextlib.suppress(OSError):  # `open` says what is wrong
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise FastforgetError(f"{path} is a device, a pipe or a socket: a file is needed")
+def check_regular(place: Path) -> None:
+    """Raise FastforgetError where a file, or one in a folder, is none on a disk: a device or a pipe may never end."""
+    for path in (place, *(place.iterdir() if os.path.isdir(place) else ())):
+        with contextlib.suppress(OSError):  # `open` says what is wrong
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise FastforgetError(f"{path} is a device, a pipe or a socket: a file is needed")
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ class LMHead:
             if bias is not None and not (
                 isinstance(bias, Tensor) and bias.is_floating_point() and bias.shape == weight.shape[:1]
             ):
-                given = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
-                raise FastforgetError(f"the head's bias must be floating point ({weight.shape[0]},), not {given}")
+                kind = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
+                raise FastforgetError(f"the head's bias must be floating point ({weight.shape[0]},), not {kind}")
         elif bias is not None or scale != 1.0 or softcap is not None:
             raise FastforgetError("an identity head (weight=None) takes no bias, scale or softcap")
         if softcap is not None and not 0 < softcap < math.inf:

@@ -16,6 +16,7 @@ from torch import nn
 from fastforget import fusing
 from fastforget.adapters import ADAPTER_NAME
 from fastforget.errors import FastforgetError
+from fastforget.files import check_regular
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {
@@ -64,7 +65,9 @@ def load(
         raise FastforgetError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
     device = usable_device(device)
     base_path, stacked = str(name_or_path), None
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    for folder in (name_or_path, adapter or name_or_path):
+        check_regular(Path(folder))
+    if os.path.isfile(Path(name_or_path) / "adapter_config.json"):
         with readable_errors(f"the adapter {name_or_path}"):
             stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
@@ -130,6 +133,7 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
             bnb_4bit_compute_dtype=options["dtype"],
         )
     quiet_bitsandbytes()
+    check_regular(Path(name_or_path))
     with readable_errors(f"the model {name_or_path}"):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -231,7 +235,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     import transformers
 
     path = str(name_or_path)
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+    check_regular(Path(path))
+    if os.path.isfile(Path(path) / "adapter_config.json") and not (Path(path) / "tokenizer_config.json").is_file():
         with readable_errors(f"the adapter {path}"):
             path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     with readable_errors(f"the tokenizer of {path}"):

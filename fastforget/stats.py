@@ -45,7 +45,9 @@ class TokenStats:
 
     NaN among a token's logits makes each of its statistics NaN; but `label_logit` where z_y is a number, and what
     begins with `others_` where z_y alone is NaN, are as ever. `argmax` and `others_argmax`, which cannot be NaN, are
-    then the index of the first NaN, as torch's are.
+    then the index of the first NaN, as torch's are. Infinity has no softmax: it counts as NaN, but in `label_logit`,
+    `max_logit`, `logit_mean`, `logp_top2_margin` and the indices. Minus infinity is a token that cannot be said: it
+    adds nothing, and where no other token can be said `others_entropy` and `others_embedding` are 0.
     """
 
     logp: Tensor  # log p_y, nats

@@ -48,6 +48,73 @@ def test_a_vocabulary_or_states_of_nothing_are_refused(backend):
             call()
 
 
+@EVERY
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": np.ones((4, 8))}, "hidden must be a floating-point .*not a ndarray"),
+        ({"hidden": torch.ones(4, 8).to_sparse()}, "hidden must be .*sparse"),
+        ({"hidden": torch.ones(4, 8, device="meta")}, "hidden must be .*on meta"),
+        ({"head": torch.nn.Linear(8, 10)}, "head must be an LMHead .*not a Linear"),
+        ({"labels": [1, 2, 3, 4]}, "labels must be int64 .*not a list"),
+        ({"labels": np.ones(4)}, "labels must be int64 .*not a ndarray"),
+        ({"labels": torch.ones(4)}, "labels must be int64 .*not float32"),
+        ({"labels": LABELS.to_sparse()}, "labels must be int64 .*sparse"),
+        ({"labels": torch.tensor([1, 2, 10, 3])}, "label 10 is outside the vocabulary of 10"),
+        ({"labels": torch.tensor([1, 2, 10, 3]), "anchor": "label"}, "label 10 is outside the vocabulary of 10"),
+        ({"labels": torch.tensor([1, 2, -1, 3]), "anchor": "label"}, "label -1 is outside the vocabulary of 10"),
+        ({"positions": [0]}, "positions must be an int64 tensor"),
+        ({"positions": torch.tensor([4])}, "position 4 is none of the 4 rows"),
+        ({"positions": torch.tensor([-1])}, "position -1 is none of the 4 rows"),
+        ({"positions": torch.tensor([0, 0])}, "positions must be distinct"),
+        ({"positions": torch.tensor([2])}, "label -100 is outside"),
+        ({"anchor": [1.0] * 8}, "anchor must be .*not a list"),
+        ({"anchor": np.ones(8)}, "anchor must be .*not a ndarray"),
+        ({"anchor": torch.ones(8, dtype=torch.complex64)}, "anchor must be .*not complex64"),
+        ({"centres": [[1.0] * 8]}, "centres must be .*not a list"),
+        ({"centres": torch.ones(0, 8)}, r"centres must be .*not float32 \(0, 8\)"),
+    ],
+)
+def test_arguments_that_are_no_tensors_or_wrong_ones(backend, changes, message):
+    hidden, weight = problem("eager")
+    given = {"hidden": hidden, "head": ff.LMHead(weight), "labels": LABELS, **changes}
+    with pytest.raises(ff.FastforgetError, match=message):
+        ff.token_stats(**given, backend=backend)
+
+
+@EVERY
+@pytest.mark.parametrize("trains", ["weight", "bias", "logits"])
+def test_frozen_states_with_distances_and_a_head_or_logits_that_train(backend, trains):
+    hidden, weight = problem(backend)
+    found = []
+    for name in ("eager", backend):
+        shapes = {"weight": weight, "bias": weight[:, 0], "logits": hidden @ weight.T}
+        part = shapes[trains].clone().requires_grad_()
+        targets = {"anchor": hidden[0], "centres": weight[:3], "backend": name}
+        if trains == "logits":
+            stats = ff.token_stats_from_logits(part, LABELS, hidden, **targets)
+        else:
+            head = ff.LMHead(part) if trains == "weight" else ff.LMHead(weight, part)
+            stats = ff.token_stats(hidden, head, LABELS, **targets)
+        (stats.logp.sum() + stats.distance.sum() + stats.pull.sum()).backward()
+        found.append(part.grad)
+    torch.testing.assert_close(*found)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_divergence_of_float16_under_autocast(backend, kind):
+    hidden, weight = (each.half() for each in problem(backend))
+    found = []
+    for enabled in (False, True):
+        given = hidden.clone().requires_grad_()
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=enabled):
+            value = ff.divergence(given, hidden.flip(0), ff.LMHead(weight), kind, backend=backend)
+        value.sum().backward()
+        found += [(value.detach(), given.grad)]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,6 +57,14 @@ def test_a_device_or_a_pipe_is_no_file(run, pipe, option):
         assert code == 2 and errors == [f"fastforget: {path} is a device, a pipe or a socket: a file is needed"]
 
 
+def test_a_pipe_in_a_folder_of_data(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}')
+    os.mkfifo(tmp_path / "data" / "b.jsonl")
+    code, errors = run("--forget", str(tmp_path / "data"))
+    assert code == 2 and len(errors) == 1 and "b.jsonl is a device, a pipe or a socket" in errors[0]
+
+
 @pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("brackets", ["[", '{"a":', '{"a":['])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import fastforget as ff
 from fastforget.jobs import demo as demo_module
-from fastforget.jobs.demo import DIGESTS, DemoScale, base_model
+from fastforget.jobs.demo import DIGESTS, SCRATCH, DemoScale, base_model
 from fastforget.models import load_tokenizer
 
 MODULE = """
@@ -165,6 +166,25 @@ def test_a_broken_base_in_the_cache_is_trained_anew(cached, tmp_path, damage):
     for path in (tmp_path / "cache", folder):
         assert path.stat().st_mode & 0o777 == 0o700
     assert not list((tmp_path / "cache").glob(".*")), "no scratch folder stays"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_model_folder_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    for load in (lambda: ff.load(folder, bits=32), lambda: load_tokenizer(folder)):
+        with pytest.raises(ff.FastforgetError, match=f"{name} is a device, a pipe or a socket"):
+            load()
+
+
+def test_what_killed_demos_left_in_the_cache_goes(cached, tmp_path):
+    old, new = (tmp_path / "cache" / f"{SCRATCH}{name}" for name in ("old", "new"))
+    for left in (old, new):
+        left.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    cached()
+    assert new.exists() and not old.exists()
 
 
 def test_a_tokenizer_larger_than_the_model_is_named(tiny, folder, tmp_path):

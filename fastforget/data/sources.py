@@ -214,10 +214,10 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
     # cache. Only a slice of a split ("train[:100]") needs that copy.
     streaming = source.streaming or (kind in ("folder", "table") and "[" not in str(source.split))
     dataset: Any
-    if kind in ("folder", "table"):
-        for path in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
-            check_depth(path)
     with readable_errors(datasets, name, kind):
+        if kind in ("folder", "table"):
+            for file in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
+                check_depth(file)
         if kind == "dataset":
             dataset = source.path
         elif kind == "saved":
@@ -317,6 +317,12 @@ def check_depth(path: Path) -> None:
 
 
 def files_of(place: Path, suffixes: Collection[str]) -> list[Path]:
-    """List the file here, or those anywhere in the folder here, that end with one of `suffixes`."""
+    """List the file here, or those anywhere in the folder here, that end with one of `suffixes`.
+
+    Raises FastforgetError where one of any name is a device or a pipe: `datasets` would wait for it.
+    """
     paths = sorted(place.rglob("*")) if place.is_dir() else [place]
+    for path in paths:
+        if not path.is_dir():
+            check_regular(path)
     return [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]

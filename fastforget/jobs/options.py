@@ -227,7 +227,7 @@ class UnlearnOptions(RunOptions, JobSettings):
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NOT_OF_THE_RUN}
         for name in ("model", "forget", "retain", "refusals", "out"):
             value = values[name]
-            if name == "out" or (isinstance(value, str | os.PathLike) and Path(value).exists()):
+            if name == "out" or (isinstance(value, str | os.PathLike) and os.path.exists(value)):
                 values[name] = str(Path(value).resolve())
             elif value is not None and not isinstance(value, str | os.PathLike):
                 values[name] = placeholder(value)
