@@ -37,24 +37,28 @@ class FuseReport:
     refused: dict[str, str]
 
 
-class FusedForward:
-    """A layer's `forward`: a function of the layer and its input.
+class LayerForward:
+    """A layer's `forward`, replaced on the instance: a function of the layer and its arguments.
 
     It holds the layer weakly, so that a model's memory is freed with its last reference. A copy's is of the copy.
     """
 
-    def __init__(self, run: Callable[..., Tensor], layer: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], layer: nn.Module) -> None:
         self.__setstate__((run, layer))
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.run(self.layer(), x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.layer(), *args, **kwargs)
 
-    def __getstate__(self) -> tuple[Callable[..., Tensor], nn.Module | None]:
+    def __getstate__(self) -> tuple[Callable[..., Any], nn.Module | None]:
         return self.run, self.layer()
 
-    def __setstate__(self, state: tuple[Callable[..., Tensor], nn.Module]) -> None:
+    def __setstate__(self, state: tuple[Callable[..., Any], nn.Module]) -> None:
         self.run, layer = state
         self.layer = weakref.ref(layer)
+
+
+class FusedForward(LayerForward):
+    """That of a fused layer."""
 
 
 def fuse(model: nn.Module) -> FuseReport:

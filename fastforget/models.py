@@ -15,7 +15,9 @@ from torch import nn
 
 from fastforget import fusing
 from fastforget.adapters import ADAPTER_NAME
+from fastforget.compiling import compile_layers
 from fastforget.errors import FastforgetError
+from fastforget.memory import checkpoint_layers
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
@@ -31,6 +33,8 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     allow_missing_weights: bool = False,
     fuse: bool = True,
+    compile: bool = False,
+    checkpointing: bool = False,
 ) -> Any:
     """Load a PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
@@ -47,6 +51,9 @@ def load(
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
             random numbers, or has others.
         fuse: run the adapted and the quantised layers fused (`fastforget.fuse`).
+        compile: compile the decoder layers (`fastforget.compile_layers`).
+        checkpointing: let decoder layers keep only their inputs for the backward pass, which computes the rest again:
+            a third more time, and much less memory.
 
     Raises:
         FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
@@ -83,6 +90,10 @@ def load(
             model = peft.get_peft_model(model, lora_config(lora, model))
     if fuse:
         fusing.fuse(model)
+    if checkpointing:
+        checkpoint_layers(model)
+    if compile:
+        compile_layers(model)
     return model
 
 

@@ -170,8 +170,7 @@ class Reference:
             self.bytes_used -= entry_bytes(replaced)
             entry = replaced | entry
             size = entry_bytes(entry)
-        # clone: a slice would keep the whole batch alive
-        self._cache[key] = {request: value.cpu().clone() for request, value in entry.items()}
+        self._cache[key] = {request: copy_on_cpu(value) for request, value in entry.items()}
         self.bytes_used += size
         if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
             self.keeps_embeddings = False
@@ -186,6 +185,13 @@ class Reference:
         """Forget everything cached (after the frozen weights were changed on purpose)."""
         self._cache.clear()
         self.bytes_used = 0
+
+
+def copy_on_cpu(value: Tensor) -> Tensor:
+    """Copy a tensor (a slice would keep the whole batch alive), from a GPU into pinned memory, which it can read."""
+    if value.is_cuda:
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+    return value.to("cpu", copy=True)
 
 
 def entry_bytes(entry: Entry) -> int:

@@ -14,6 +14,7 @@ from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
 from fastforget.combine import check_sides
+from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
 from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
@@ -89,7 +90,10 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         lora=lora,
         device=options.device,
         allow_missing_weights=options.allow_missing_weights,
+        checkpointing=options.checkpointing,
     )
+    if options.compile:
+        compile_layers(model, progress=console.print)
     Backbone(model).check_layers(layers_of(terms))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and options.max_length > context:
