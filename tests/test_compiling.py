@@ -68,7 +68,9 @@ def test_hooks_that_come_later(tiny, batch):
     for each in (model, plain):
         called = []
         inner = stack_of(each)[1].self_attn.q_proj.lora_A["default"]
-        handle = inner.register_forward_hook(lambda _module, _inputs, output, called=called: called.append(output.shape))
+        handle = inner.register_forward_hook(
+            lambda _module, _inputs, output, called=called: called.append(output.shape)
+        )
         found.append((step_gradients(each, *sides), called))
         handle.remove()
     assert_close(found[0][0], found[1][0])
