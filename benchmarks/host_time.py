@@ -154,8 +154,8 @@ def steps_of(name: str) -> Iterator[tuple[str, Call]]:
     model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_config(config), lora).train()
     states = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
 
-    def forward(input_ids: torch.Tensor, **others: object) -> transformers.modeling_outputs.BaseModelOutput:
-        return transformers.modeling_outputs.BaseModelOutput(states[: len(input_ids), : input_ids.shape[1]])
+    def forward(input_ids: torch.Tensor, **others: object) -> transformers.modeling_outputs.BaseModelOutputWithPast:
+        return transformers.modeling_outputs.BaseModelOutputWithPast(states[: len(input_ids), : input_ids.shape[1]])
 
     model.get_base_model().model.forward = forward
     ids = torch.randint(VOCABULARY, (2, ROWS, LENGTH))

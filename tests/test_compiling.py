@@ -14,12 +14,6 @@ from fastforget.compiling import CompiledForward
 from fastforget.memory import checkpoint_layers
 
 
-@pytest.fixture(autouse=True)
-def own_graphs():
-    """Compiled code of other tests counts against no limit of this one's."""
-    torch._dynamo.reset()
-
-
 def step_gradients(model, forget, retain, terms="npo", **options):
     step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.0)
     step.backward(forget, retain, **options)
@@ -34,92 +28,88 @@ def assert_close(found, expected, tolerance=1e-5):
         assert float((gradient - expected[name]).norm()) <= tolerance * float(expected[name].norm()), name
 
 
-def compiled_pair(folder, bits=8, backend="aot_eager"):
-    """A compiled model, one that is not, and the counter of what is compiled."""
+def compiled_pair(folder, backend, bits=8):
+    """A compiled model, and one that is not."""
     model, plain = load_perturbed(folder, bits), load_perturbed(folder, bits)
-    counter = CompileCounterWithBackend(backend)
-    assert ff.compile_layers(model, backend=counter, progress=None)
-    assert counter.frame_count > 0
-    return model, plain, counter
+    assert ff.compile_layers(model, backend=backend, progress=None)
+    return model, plain
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_gradients_of_the_step(tiny, batch, bits):
-    """With the reference, other lengths, micro-batches and checkpointing; other lengths compile nothing more."""
-    model, plain, counter = compiled_pair(tiny["llama"], bits)
+@pytest.fixture(scope="module")
+def counter():
+    """A backend that counts what it compiles."""
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, counter):
+    torch._dynamo.reset()
+    return compiled_pair(tiny["llama"], counter)
+
+
+def test_gradients_of_the_step(pair, batch, counter):
+    """With the reference and micro-batches; other lengths and numbers of rows compile nothing more."""
+    model, plain = pair
     assert model.state_dict().keys() == plain.state_dict().keys()
     counts = []
-    for width in (20, 33):
-        sides = batch(3, 1, width), batch(4, 2, width)
-        assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
+    for width, micro_batch in ((20, None), (33, None), (20, 2)):
+        sides = batch(4, 1, width), batch(4, 2, width)
+        found = step_gradients(model, *sides, micro_batch=micro_batch)
+        assert_close(found, step_gradients(plain, *sides, micro_batch=micro_batch))
         counts.append(counter.frame_count)
-    assert counts[0] == counts[1]
-    assert_close(step_gradients(model, *sides, micro_batch=1), step_gradients(plain, *sides))
-    checkpoint_layers(model)
-    assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
-def test_hooks_that_come_later(tiny, batch):
-    """Of a layer (RMU's, which ends the forward there) and inside one; and what they see is what is differentiated."""
-    model, plain, _ = compiled_pair(tiny["llama"])
+def test_hooks_that_come_later(pair, batch):
+    """Of a layer (RMU's, which ends the forward there) and inside one; and they go again."""
     sides = batch(3, 1), batch(2, 2)
-    for terms in ("npo", ff.preset("rmu", layer=0), ff.preset("rmu", layer=1), "npo"):
-        assert_close(step_gradients(model, *sides, terms), step_gradients(plain, *sides, terms))
+    for layer in (0, 1):
+        terms = ff.preset("rmu", layer=layer)
+        assert_close(*(step_gradients(model, *sides, terms) for model in pair))
     found = []
-    for each in (model, plain):
-        called = []
-        inner = stack_of(each)[1].self_attn.q_proj.lora_A["default"]
-        handle = inner.register_forward_hook(
-            lambda _module, _inputs, output, called=called: called.append(output.shape)
-        )
-        found.append((step_gradients(each, *sides), called))
+    for model in pair:
+        inner = stack_of(model)[1].self_attn.q_proj.lora_A["default"]
+        handle = inner.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+        found.append(step_gradients(model, *sides))
         handle.remove()
-    assert_close(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1] != []
+    assert_close(*found)
+    without = [step_gradients(model, *sides) for model in pair]
+    assert_close(*without)
+    changed = next(name for name in without[0] if "layers.1.self_attn.q_proj.lora_B" in name)
+    assert not torch.allclose(found[0][changed], without[0][changed])
 
 
-def test_layers_fused_after_they_were_compiled(tiny, batch):
-    model = load_perturbed(tiny["llama"], 8)
-    ff.unfuse(model)
-    ff.compile_layers(model, backend="aot_eager", progress=None)
-    sides = batch(3, 1), batch(2, 2)
-    found = step_gradients(model, *sides)  # the step fuses
-    assert_close(found, step_gradients(load_perturbed(tiny["llama"], 8), *sides))
+def test_generation_is_not_compiled(pair, counter):
+    count = counter.frame_count
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        texts = [model.generate(input_ids=ids, max_new_tokens=8, do_sample=False) for model in pair]
+    assert torch.equal(*texts) and counter.frame_count == count
 
 
-def test_nothing_of_a_trial_remains(tiny, batch):
-    model = load_perturbed(tiny["llama"], 8).eval()
+def test_a_copy_runs_over_its_own_weights(pair, batch):
+    model, _ = pair
+    other = copy.deepcopy(model)
+    layer, original = stack_of(other)[0], stack_of(model)[0]
+    assert CompiledForward.has_replaced(layer) and layer.forward.__self__.layer() is layer
+    assert layer.forward.__self__.run.__self__ is stack_of(other)[1].forward.__self__.run.__self__
+    assert layer.forward.__self__.run.__self__ is not original.forward.__self__.run.__self__
+    assert not layer.forward.__self__.run.__self__.compiled and original.forward.__self__.run.__self__.compiled
+
+
+def test_nothing_of_the_trial_remains(tiny):
+    model = load_perturbed(tiny["llama"]).eval()
     parameter = next(each for each in model.parameters() if each.requires_grad)
     parameter.grad = torch.ones_like(parameter)
     before = parameter.grad, torch.get_rng_state(), [each.training for each in model.modules()]
     lines = []
-    assert ff.compile_layers(model, backend="aot_eager", progress=lines.append)
+    assert ff.compile_layers(model, backend="eager", progress=lines.append)
     assert [line.split()[0] for line in lines] == ["Compiling", "Compiled"] and "2 decoder layers" in lines[0]
     assert parameter.grad is before[0] and torch.equal(parameter.grad, torch.ones_like(parameter))
-    assert gradients(model).keys() == {next(name for name, each in model.named_parameters() if each is parameter)}
+    assert sum(each.grad is not None for each in model.parameters()) == 1
     assert torch.equal(torch.get_rng_state(), before[1])
     assert [each.training for each in model.modules()] == before[2]
     assert ff.compile_layers(model, backend="nothing compiles again", progress=lines.append) and len(lines) == 2
-
-
-def test_generation_is_not_compiled(tiny):
-    model, plain, counter = compiled_pair(tiny["llama"])
-    count = counter.frame_count
-    ids = torch.arange(5, 17)[None]
-    texts = [each.eval().generate(input_ids=ids, max_new_tokens=8, do_sample=False) for each in (model, plain)]
-    assert torch.equal(*texts) and counter.frame_count == count
-
-
-def test_a_copy_is_compiled_over_its_own_weights(tiny, batch):
-    model, plain, _ = compiled_pair(tiny["llama"])
-    other = copy.deepcopy(model)
-    sides = batch(3, 1), batch(2, 2)
-    for each in other.parameters():
-        if each.requires_grad:
-            each.data.zero_()
-    assert not any(float(each.norm()) for name, each in step_gradients(other, *sides).items() if "lora_A" in name)
-    assert CompiledForward.has_replaced(stack_of(other)[0])
-    assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
 
 
 class Refusing:
@@ -167,19 +157,22 @@ def test_load_compiles(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_inductor(tiny, batch):
-    model, plain, _ = compiled_pair(tiny["llama"], 8, "inductor")
+def test_layers_fused_after_they_were_compiled(tiny, batch):
+    model = load_perturbed(tiny["llama"], 8)
+    ff.unfuse(model)
+    ff.compile_layers(model, backend="aot_eager", progress=None)
     sides = batch(3, 1), batch(2, 2)
-    assert_close(step_gradients(model, *sides), step_gradients(plain, *sides))
+    found = step_gradients(model, *sides)  # the step fuses
+    assert_close(found, step_gradients(load_perturbed(tiny["llama"], 8), *sides))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_gradient_of_every_architecture(tmp_path, batch, kind, bits):
-    """Compiled by inductor, checkpointed, and both: as neither."""
+    """Checkpointed, compiled (in 8 bit by inductor, otherwise without the C++ compiler), and both: as neither."""
+    torch._dynamo.reset()
     folder = save_architecture(kind, tmp_path / kind)
     plain, checkpointed = load_perturbed(folder, bits), load_perturbed(folder, bits)
     checkpoint_layers(checkpointed)
@@ -189,6 +182,6 @@ def test_every_gradient_of_every_architecture(tmp_path, batch, kind, bits):
     assert all(float(gradient.norm()) > 0 for gradient in expected.values())
     assert_close(step_gradients(checkpointed, *sides, terms), expected, 1e-6)
     for each in (plain, checkpointed):
-        assert ff.compile_layers(each, progress=None)
+        assert ff.compile_layers(each, backend="inductor" if bits == 8 else "aot_eager", progress=None)
         assert_close(step_gradients(each, *sides, terms), expected)
-        assert_close(step_gradients(each, *sides, terms, micro_batch=1), expected)
+    assert_close(step_gradients(plain, *sides, terms, micro_batch=1), expected)
