@@ -65,7 +65,7 @@ class LayerCompiler:
     def give_up(self, error: Exception) -> None:
         """Run every layer as it was, and warn."""
         self.failed = True
-        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = " ".join(str(error).split("\n")[:2])  # of a backend's failure the first line says only that it failed
         warnings.warn(
             f"the decoder layers cannot be compiled, and run as they are, right but slower: {type(error).__name__}: "
             f"{reason}",

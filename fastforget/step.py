@@ -100,7 +100,8 @@ class UnlearnStep(torch.optim.Optimizer):
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
         self._fitting = FittingRows(self._first_micro_batch)
         self._loss: UnlearnLoss | None = None
-        self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back
+        self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back, and their ids
+        self._own: set[int] = set()
 
     param_groups = property(
         lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups)
@@ -120,6 +121,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._loss = UnlearnLoss(model, self._terms, **self._options)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
+        self._own = set(map(id, self._parameters))
 
     def _held(self) -> list[Tensor]:
         """The parameters of all groups."""
@@ -191,7 +193,10 @@ class UnlearnStep(torch.optim.Optimizer):
         parts = []
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
         passes = self.loss.passes(forget, retain, counts, micro_batch, taken)
-        with gradients_as_before(dict.fromkeys((*self._parameters, *held))), self._kept_apart(held) as pass_of:
+        with (
+            gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]),
+            self._kept_apart(held) as pass_of,
+        ):
             for part in passes:
                 assert part.side is not None
                 with pass_of(part.side):
