@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fastforget.adapters import save_adapter, task_vector
 from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
+from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
@@ -115,6 +116,7 @@ __all__ = [
     "UnlearnStep",
     "Unlikelihood",
     "cluster_centres",
+    "compile_layers",
     "count_labels",
     "demo",
     "divergence",

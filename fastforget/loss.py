@@ -145,7 +145,9 @@ class UnlearnLoss:
                     for stream in part
                 }
             if forward.learns:
-                yield self.output(forward, stats, baselines, weights)
+                output = self.output(forward, stats, baselines, weights)
+                del states, stats  # with its loss, the caller drops the graph before the next forward begins
+                yield output
             else:
                 add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
 

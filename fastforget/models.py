@@ -15,8 +15,10 @@ from torch import nn
 
 from fastforget import fusing
 from fastforget.adapters import ADAPTER_NAME
+from fastforget.compiling import compile_layers
 from fastforget.errors import FastforgetError
 from fastforget.files import check_regular
+from fastforget.memory import checkpoint_layers
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {
@@ -37,6 +39,8 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     allow_missing_weights: bool = False,
     fuse: bool = True,
+    compile: bool = False,
+    checkpointing: bool = False,
 ) -> Any:
     """Load a PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
@@ -52,6 +56,9 @@ def load(
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
             random numbers, or has others.
         fuse: run the adapted and the quantised layers fused (`fastforget.fuse`).
+        compile: compile the decoder layers (`fastforget.compile_layers`).
+        checkpointing: let decoder layers keep only their inputs for the backward pass, which computes the rest again:
+            a third more time, and much less memory.
 
     Raises:
         FastforgetError: an unknown number of bits, a device that is not there, a model or adapter that cannot be loaded
@@ -92,6 +99,10 @@ def load(
             model = peft.get_peft_model(model, lora_config(lora))
     if fuse:
         fusing.fuse(model)
+    if checkpointing:
+        checkpoint_layers(model)
+    if compile:
+        compile_layers(model)
     return model
 
 

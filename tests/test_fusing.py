@@ -9,42 +9,19 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-import transformers
-from helpers import VOCABULARY, assert_gradients, gradients, make_batch
+from architectures import ARCHITECTURES, save_architecture
+from helpers import assert_gradients, gradients, make_batch
 from torch import nn
 
 import fastforget as ff
 from fastforget.fusing import is_fused
 from fastforget.loss import UnlearnLoss
 
-COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
-LLAMA = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
-MODELS = {
-    "opt": (transformers.OPTConfig, {
-        "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "init_std": 0.2,
-    }),
-    "llama": (transformers.LlamaConfig, LLAMA),
-    "qwen2": (transformers.Qwen2Config, LLAMA),
-    "gemma2": (transformers.Gemma2Config, {**LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16}),
-    "gpt2": (transformers.GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
-    "mixtral": (transformers.MixtralConfig, {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """{kind: folder of a tiny model}"""
-    found = {}
-    for kind, (config, options) in MODELS.items():
-        torch.manual_seed(0)
-        found[kind] = tmp_path_factory.mktemp(kind)
-        model = transformers.AutoModelForCausalLM.from_config(config(**COMMON, **options))
-        model.save_pretrained(found[kind])
-    return found
+    return {kind: save_architecture(kind, tmp_path_factory.mktemp(kind)) for kind in ARCHITECTURES}
 
 
 def load(folder, bits=8, fuse=True, perturbed=True, **lora):
@@ -95,7 +72,7 @@ def layer(model, name="q_proj"):
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_gradients_of_the_step(folders, kind, bits):
     """Those of the same weights in float32 through PEFT's own layers."""
     model = load(folders[kind], bits)
@@ -253,7 +230,7 @@ def test_copies_and_pickles(folders, bits):
     ids = make_batch(2, 3)["input_ids"]
     before = model(input_ids=ids).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert is_fused(layer(other)) and layer(other).forward.layer() is layer(other)
+        assert is_fused(layer(other)) and layer(other).forward.__self__.layer() is layer(other)
         assert torch.equal(other(input_ids=ids).logits, before)
         layer(other).lora_B["default"].weight.data.zero_()
         assert not torch.equal(other(input_ids=ids).logits, before)

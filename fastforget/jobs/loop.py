@@ -27,7 +27,7 @@ from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
-from fastforget.step import UnlearnStep
+from fastforget.step import MicroBatch, UnlearnStep
 
 WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024
@@ -104,6 +104,7 @@ def run_job(
         terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
         combine=settings.combine,
+        first_micro_batch=settings.micro_batch,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
@@ -111,6 +112,7 @@ def run_job(
     scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
     forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
+    micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
     result = JobResult(stopped=f"all {total} steps taken")
     start = time.perf_counter()
     with contextlib.ExitStack() as afterwards:
@@ -123,7 +125,7 @@ def run_job(
                 companions.attach("forget", next(forget_batches)),
                 companions.attach("retain", next(retain_batches)) if retain_batches else None,
             )
-            out_step = step.backward(*batches, micro_batch=settings.micro_batch)
+            out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
                 until.note()
             norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
@@ -151,7 +153,7 @@ def run_job(
                     until.take_all()
             saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
             if saves or number == pace.last:
-                what = what_the_update_broke(model, step, batches, settings.micro_batch, trainable)
+                what = what_the_update_broke(model, step, batches, step.rows_at_once(micro_batch), trainable)
                 if what is not None:
                     result.steps = number - 1
                     where = f"the {what} after the update of step {number} of {total}"

@@ -95,6 +95,7 @@ class JobSettings:
     max_steps: Annotated[int | None, Help("Steps; overrides --epochs.", TRAINING)] = None
     batch_size: Annotated[int, Help("Forget passages a step, and as many retain passages.", TRAINING)] = 8
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
+    auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
     save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
     stop_forget_nll: Annotated[
@@ -159,6 +160,8 @@ class UnlearnOptions(RunOptions, JobSettings):
     refusals: Annotated[str | os.PathLike[str] | Sequence[str] | None, Help(REFUSALS, TRAINING)] = None
     bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
     allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
+    compile: Annotated[bool, Help("Compile the decoder layers first (torch.compile), for a GPU.", MODEL)] = False
+    checkpointing: Annotated[bool, Help("Keep less of each layer for the backward pass; slower.", MODEL)] = False
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"

@@ -15,6 +15,7 @@ from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
 from fastforget.combine import check_sides
+from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
 from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
@@ -91,8 +92,11 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         lora=lora,
         device=device,
         allow_missing_weights=options.allow_missing_weights,
+        checkpointing=options.checkpointing,
     )
     check_ids(examples, measured, model, tokenizer.pad_token_id)
+    if options.compile:
+        compile_layers(model, progress=console.print)
     Backbone(model).check_layers(layers_of(terms))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and options.max_length > context:
