@@ -46,6 +46,7 @@ from fastforget.objectives import (
     Unlikelihood,
     preset,
 )
+from fastforget.plan import plan
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
 
@@ -120,6 +121,7 @@ __all__ = [
     "load",
     "load_centres",
     "mismatched",
+    "plan",
     "preset",
     "save_adapter",
     "task_vector",

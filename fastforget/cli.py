@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | presets | doctor."""
+"""The command line: fastforget demo | unlearn | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
 from fastforget.jobs.options import HEADINGS, DemoOptions, UnlearnOptions
+from fastforget.jobs.planning import PlanOptions, run_plan
 
 app = typer.Typer(
     help="Make a causal language model forget chosen text, quickly and in little memory.",
@@ -95,6 +96,15 @@ def unlearn(**options: Any) -> None:
     from fastforget.jobs.unlearn import unlearn
 
     unlearn(**options)
+
+
+@app.command()
+@taking(PlanOptions)
+def plan(**options: Any) -> None:
+    """Say how much memory a job on MODEL will need, from its config alone, and which settings fit a device."""
+    from rich.console import Console
+
+    run_plan(PlanOptions(**options), Console())
 
 
 @app.command()

@@ -130,6 +130,9 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_targets: Annotated[
         str | Sequence[str], Help("Names, comma-separated, all-linear, or auto: query, key.", MODEL)
     ] = "auto"
+    fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
+        None
+    )
     device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
 
     def __post_init__(self) -> None:
@@ -152,13 +155,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     @property
     def lora(self) -> dict[str, Any]:
         """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
-        names = self.lora_targets.split(",") if isinstance(self.lora_targets, str) else self.lora_targets
-        modules = [name.strip() for name in names if name.strip()]
-        if not modules:
-            raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")
-        alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
-        word = modules in (["all-linear"], ["auto"])
-        return {"r": self.lora_r, "target_modules": modules[0] if word else modules, **alpha}
+        return lora_arguments(self.lora_r, self.lora_targets, self.lora_alpha)
 
     def source(self, side: str) -> Source | None:
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
@@ -217,6 +214,17 @@ class DemoOptions(RunOptions):
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+
+
+def lora_arguments(rank: int, targets: str | Sequence[str], alpha: int | None = None) -> dict[str, Any]:
+    """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
+    names = targets.split(",") if isinstance(targets, str) else targets
+    modules = [name.strip() for name in names if name.strip()]
+    if not modules:
+        raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")
+    scale = {} if alpha is None else {"lora_alpha": alpha}
+    word = modules in (["all-linear"], ["auto"])
+    return {"r": rank, "target_modules": modules[0] if word else modules, **scale}
 
 
 def checked_preset(name: str, options: Mapping[str, Any] | None) -> list[Term]:
