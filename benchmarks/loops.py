@@ -84,6 +84,7 @@ class StepSetting:
     length: int = 128
     labelled: float = 0.4  # share of the tokens
     rank: int = 8
+    targets: str = "auto"  # of LoRA
     batches: int = 2  # an epoch
     ragged: bool = False
     seed: int = 0
@@ -127,8 +128,9 @@ def load_policy(setting: StepSetting) -> Any:
     model.tie_weights()
     disable_dropout(model)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = setting.bits == 8, setting.bits == 4  # so PEFT knows its layers
+    lora = {"r": setting.rank, "target_modules": setting.targets}
     torch.manual_seed(setting.seed)  # PEFT draws A
-    return peft.get_peft_model(model.requires_grad_(False), lora_config({"r": setting.rank}, model)).train()
+    return peft.get_peft_model(model.requires_grad_(False), lora_config(lora, model)).train()
 
 
 def quantised(layer: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:

@@ -3,31 +3,30 @@
 The model is built from its config on torch's meta device, where tensors have shapes and no values. Its forward and
 backward passes run there with the code that a job runs (transformers' layers, PEFT's adapter, `linear.py`'s products),
 while a dispatch mode adds up the storages that are alive: what autograd keeps is counted, not derived from formulas.
-Two things stand in for the real ones. Attention of a GPU, which the meta device does not choose, is emulated: it keeps
-query, key, value, output and logsumexp. And the sweep over the head, whose passes are compiled, allocates the buffers
-that `tiling.py` gives it.
-
-For the CPU fake tensors take the meta device's place: with them torch chooses the attention that it runs there.
+Two things stand in for the real ones. Fused attention, which the meta device does not have, keeps query, key, value,
+output and logsumexp; whether a CPU has one for these heads, torch is asked. And the sweep over the head, whose passes
+are compiled, allocates the buffers that `tiling.py` gives it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastforget import fusing
+from fastforget import fusing, linear
 from fastforget.backbone import Backbone
 from fastforget.backends import tiling
 from fastforget.backends.gradients import NEEDS_SWEEP
@@ -128,9 +127,35 @@ class KeptAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def gpu_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """In place of `torch.nn.functional.scaled_dot_product_attention`."""
-    return KeptAttention.apply(query, key, value, attn_mask)
+def attention_on(device: torch.device) -> Callable[..., Tensor]:
+    """Make what takes the place of `torch.nn.functional.scaled_dot_product_attention`, as it is on a device."""
+    unfused = F.scaled_dot_product_attention
+
+    @functools.cache
+    def fuses(
+        dtype: torch.dtype, heads: tuple[int, int], widths: tuple[int, int], masked: bool, causal: bool, grouped: bool
+    ) -> bool:
+        sizes = zip((heads[0], heads[1], heads[1]), (widths[0], widths[0], widths[1]), strict=True)
+        given = [torch.zeros(1, count, 2, width, dtype=dtype, device="cpu") for count, width in sizes]
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="cpu") if masked else None
+        return torch._fused_sdp_choice(*given, mask, is_causal=causal, enable_gqa=grouped) != SDPBackend.MATH.value
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        kind = (query.shape[1], key.shape[1]), (query.shape[-1], value.shape[-1]), attn_mask is not None
+        if device.type == "cpu" and not fuses(query.dtype, *kind, is_causal, enable_gqa):
+            return unfused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return KeptAttention.apply(query, key, value, attn_mask)
+
+    return attention
 
 
 def attention_mask(
@@ -162,8 +187,7 @@ class BatchSize:
     padded: bool
 
 
-@dataclass(frozen=True)
-class PassBytes:
+class PassBytes(NamedTuple):
     """Bytes of one pass, forward and backward, beyond what was there before it.
 
     Attributes:
@@ -176,7 +200,7 @@ class PassBytes:
     activations: int
     head: int
     working: int
-    compiled: int = 0
+    compiled: int
 
     @property
     def peak(self) -> int:
@@ -203,23 +227,24 @@ class Skeleton:
     lora: dict[str, Any]
     device: torch.device
     model: Any = field(init=False)
+    _shallow: list[Skeleton] | None = None
 
     def __post_init__(self) -> None:
         import peft
         import transformers
 
-        self._fused = False
-        self._fake = FakeTensorMode() if self.device.type == "cpu" else None
+        self._fused = self._checkpointed = False
+        self._attention = attention_on(self.device)
         try:
-            with self.running(padded=False):
+            with torch.device("meta"):
                 causal_lm = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
                 disable_dropout(causal_lm)
                 self.quantisable = quantisable(causal_lm)
                 self.model = peft.get_peft_model(causal_lm.requires_grad_(False), lora_config(self.lora, causal_lm))
-                for parameter in self.adapter:  # as they are after the first pass; they count as gradients
-                    parameter.grad = torch.empty_like(parameter)
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise FastforgetError(f"the model cannot be built from its config: {one_line(error)}") from error
+        for parameter in self.adapter:  # as they are after the first pass; they count as gradients
+            parameter.grad = torch.empty_like(parameter)
         self.model.train()
         self.backbone = Backbone(self.model)
         self.backbone.checked = True  # there are no values to compare
@@ -230,11 +255,11 @@ class Skeleton:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
         with contextlib.ExitStack() as stack:
-            if self._fake is not None:
-                stack.enter_context(self._fake)
-            else:
-                stack.enter_context(torch.device("meta"))
-                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", gpu_attention))
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", self._attention))
+            # autocast, for which torch cannot be asked of this device
+            stack.enter_context(mock.patch.object(linear, "product_dtype", lambda x: x.dtype))
+            stack.enter_context(mock.patch.object(linear, "without_autocast", lambda x: contextlib.nullcontext()))
             own = functools.partial(attention_mask, padded=padded)
             stack.enter_context(mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, sdpa=own))
             yield
@@ -248,6 +273,38 @@ class Skeleton:
     def adapter_bytes(self) -> int:
         """Bytes of the parameters that train, float32."""
         return sum(parameter.nbytes for parameter in self.adapter)
+
+    def shallow(self) -> list[Skeleton]:
+        """Two models of its first layers, from which a deep one's bytes follow; itself where its layers do not repeat.
+
+        Not of one layer alone: the lowest needs no gradient of its input, and so takes less than others.
+        """
+        if self._shallow is None:
+            self._shallow = [self]
+            stack = self.backbone.stack()
+            kinds = getattr(self.text_config, "layer_types", None) or [""] * len(stack)
+            made = [
+                (kind, *(each.shape for each in layer.parameters())) for kind, layer in zip(kinds, stack, strict=True)
+            ]
+            period = next(size for size in range(1, len(made) + 1) if made == (made[:size] * len(made))[: len(made)])
+            if len(made) > 4 * period:
+                depths = (2 * period, 3 * period)
+                self._shallow = [replace(self, config=self.first_layers(depth), _shallow=None) for depth in depths]
+        return self._shallow
+
+    def first_layers(self, count: int) -> Any:
+        """The config of a model of so many layers."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = count
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:count]
+        return config
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is the language model's."""
+        return self.config.get_text_config()
 
     def base_bytes(self, bits: int) -> int:
         """Bytes of the frozen base, with what `fastforget.load` does not quantise, and its buffers."""
@@ -291,10 +348,13 @@ class Skeleton:
     def set_checkpointing(self, on: bool) -> None:
         """Switch gradient checkpointing of the decoder layers."""
         causal_lm = self.model.get_base_model()
+        if on == self._checkpointed:
+            return
+        self._checkpointed = on
         if on:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             causal_lm.enable_input_require_grads()
-        elif causal_lm.is_gradient_checkpointing:
+        else:
             causal_lm.gradient_checkpointing_disable()
             causal_lm.disable_input_require_grads()
 
@@ -303,18 +363,20 @@ class Skeleton:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return LiveBytes([*tensors, *(each.grad for each in tensors if each.grad is not None)])
 
-    def pass_bytes(self, forward: ForwardPlan, batch: BatchSize) -> PassBytes:
+    def pass_bytes(self, forward: ForwardPlan, batch: BatchSize, checkpointing: bool) -> PassBytes:
         """One forward and its backward pass in the first epoch, when the reference runs too.
 
         Raises:
             FastforgetError: a model whose forward looks at values, which are not there.
         """
+        self.fuse()
+        self.set_checkpointing(checkpointing)
         with refused_on_values(self.model), self.running(batch.padded), self.counting() as memory:
             inputs, positions = self.inputs(batch), self.positions(batch.labelled)
             with memory.noting_saved():
                 states = self.backbone.states(inputs, positions, forward.layers)
             activations = memory.live
-            layers = self.config.get_text_config().num_hidden_layers
+            layers = self.text_config.num_hidden_layers
             width = self.model.get_input_embeddings().weight.shape[1]
             compiled = memory.saved_products() + 2 * layers * batch.rows * batch.length * width * self.dtype.itemsize
             streams = list(forward.streams.values())
@@ -431,6 +493,17 @@ def keep_input(layer: nn.Module, x: Tensor) -> Tensor:
     return KeptInput.apply(x, features(layer)[0])
 
 
+def at_depth(skeleton: Skeleton, count: Callable[[Skeleton], Sequence[int]]) -> list[int]:
+    """Numbers of bytes, counted on a skeleton, or on two shallow ones and extrapolated to its depth."""
+    shallow = skeleton.shallow()
+    found = [count(each) for each in shallow]
+    if len(found) == 1:
+        return list(found[0])
+    depths = [each.text_config.num_hidden_layers for each in (*shallow, skeleton)]
+    steps = (depths[2] - depths[0]) / (depths[1] - depths[0])
+    return [round(one + steps * (two - one)) for one, two in zip(*found, strict=True)]
+
+
 @contextlib.contextmanager
 def refused_on_values(model: Any) -> Iterator[None]:
     """Say whose forward cannot run without values."""
@@ -441,7 +514,7 @@ def refused_on_values(model: Any) -> Iterator[None]:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         name = type(model.get_base_model()).__name__
         raise FastforgetError(
-            f"{name} cannot be planned for: its forward does not run on torch's meta device ({one_line(error)})"
+            f"{name} cannot be planned for: its forward does not run without values ({one_line(error)})"
         ) from error
 
 

@@ -223,8 +223,10 @@ class Planner:
 
     def usual(self, bits: int) -> Footprint:
         """The usual loop's footprint, of the whole batch at once."""
-        skeleton = self.skeleton(bits)
-        activations, logits, working = skeleton.usual_bytes(self.batch_size(self.batch), bits)
+        from fastforget.footprint import at_depth
+
+        skeleton, batch = self.skeleton(bits), self.batch_size(self.batch)
+        activations, logits, working = at_depth(skeleton, lambda each: each.usual_bytes(batch, bits))
         base = skeleton.base_bytes(bits)
         found = {"base": base, "second copy": base + skeleton.adapter_bytes, **self.trained(skeleton)}
         found |= {"activations": activations, "logits": logits, "working memory": working}
@@ -251,14 +253,16 @@ class Planner:
         return self.passes_of(self.dtype(settings.bits), min(rows, self.batch), settings.checkpointing)
 
     def _passes_of(self, dtype: torch.dtype, rows: int, checkpointing: bool) -> PassBytes:
-        skeleton = self._skeletons[dtype]
-        skeleton.fuse()
-        skeleton.set_checkpointing(checkpointing)
-        found = []
+        from fastforget.footprint import PassBytes, Skeleton, at_depth
+
+        skeleton, found = self._skeletons[dtype], []
         for forward in self.heaviest_forwards():
             streams = len(forward.streams)
             together = max(1, rows // streams) if rows < self.batch or streams == 1 else -(-rows // streams)
-            found.append(skeleton.pass_bytes(forward, self.batch_size(together * streams)))
+            batch = self.batch_size(together * streams)
+            count = functools.partial(Skeleton.pass_bytes, forward=forward, batch=batch, checkpointing=checkpointing)
+            to_head = forward.layers == {None}  # else it ends at a layer, of which shallow models may have none
+            found.append(PassBytes(*(at_depth(skeleton, count) if to_head else count(skeleton))))
         return max(found, key=lambda each: each.peak)
 
     def heaviest_forwards(self) -> list[ForwardPlan]:
