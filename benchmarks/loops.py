@@ -173,7 +173,7 @@ def compile_layers(model: Any) -> None:
 def checkpoint_layers(model: Any) -> None:
     """Let decoder layers keep only their inputs."""
     causal_lm = model.get_base_model()
-    causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     causal_lm.enable_input_require_grads()
 
 

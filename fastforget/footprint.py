@@ -352,10 +352,10 @@ class Skeleton:
             return
         self._checkpointed = on
         if on:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            causal_lm.activation_checkpointing_enable({"use_reentrant": False})
             causal_lm.enable_input_require_grads()
         else:
-            causal_lm.gradient_checkpointing_disable()
+            causal_lm.activation_checkpointing_disable()
             causal_lm.disable_input_require_grads()
 
     def counting(self) -> LiveBytes:
@@ -429,7 +429,8 @@ class Skeleton:
         return kept
 
     def tile(self, count: int, buffers: int, width: int) -> list[Tensor]:
-        """The buffers of a tile, and the part of a 16-bit head that a CPU casts to float32 for it."""
+        """The buffers of a tile; and where a CPU casts a 16-bit head, its states and two parts of the weight: the next
+        one is made before the last one goes."""
         head, itemsize = self.backbone.head, buffers * torch.float32.itemsize
         if head.is_identity:
             shape = tiling.whole_rows(count, width, self.device, itemsize)
@@ -438,7 +439,10 @@ class Skeleton:
         vocabulary = head.weight.shape[0]
         shape = tiling.tile_shape(count, vocabulary, self.device, itemsize, width if casts else 0)
         found = [torch.empty(shape.rows, tiling.aligned(shape.columns)) for _ in range(buffers)]
-        return [*found, torch.empty(shape.columns, width)] if casts else found
+        if casts:
+            found += [torch.empty(shape.rows, width) for _ in range(buffers)]
+            found += [torch.empty(shape.columns, width) for _ in range(2 if shape.columns < vocabulary else 1)]
+        return found
 
     def usual_bytes(self, batch: BatchSize, bits: int) -> tuple[int, int, int]:
         """The loop that people write: (activations, logits, working memory); before the layers are fused.

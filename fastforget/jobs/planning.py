@@ -20,7 +20,7 @@ from fastforget.objectives import Term
 from fastforget.objectives.presets import DEFAULT_PRESET
 from fastforget.plan import LEFT_FREE, Plan, plan
 
-BAR_WIDTH = 28
+BAR_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,27 @@ def run_plan(options: PlanOptions, console: Console) -> None:
 
 
 def print_plan(found: Plan, console: Console) -> None:
-    """Print a bar for each component, of ours and of the usual loop, and what fits best."""
-    shown = {"this step": found.asked, "the usual loop": found.usual}
-    if found.best is not None and found.best.settings != found.asked.settings:
-        shown = {"this step": found.asked, "what fits": found.best, "the usual loop": found.usual}
-    largest = max(footprint.peak for footprint in shown.values())
-    names = dict.fromkeys(name for footprint in shown.values() for name in footprint.components)
-    columns = [part for title in shown for part in (Column(f"{title}, GB", justify="right"), Column(""))]
-    table = Table("component", *columns, title=f"{found.model}: {found.asked.settings}", title_justify="left")
+    """Print a bar for each component beside the usual loop's, of the settings that fit best or were asked for."""
+    ours = found.best or found.asked
+    largest = max(ours.peak, found.usual.peak)
+    columns = [each for title in ("this step", "the usual loop") for each in (Column("GB", justify="right"), title)]
+    table = Table(Column("component", no_wrap=True), *columns, title=str(ours.settings), title_justify="left")
+    names = list(dict.fromkeys((*ours.components, *found.usual.components)))
     for name in (*names, "peak"):
-        sizes = [each.peak if name == "peak" else each.components.get(name, 0) for each in shown.values()]
         cells: list[Any] = [name]
-        for size in sizes:
+        for each in (ours, found.usual):
+            size = each.peak if name == "peak" else each.components.get(name, 0)
             cells += [gigabytes(size) if size else "", Bar(largest, 0, size, width=BAR_WIDTH) if size else ""]
-        table.add_row(*cells, end_section=name == list(names)[-1])
+        table.add_row(*cells, end_section=name == names[-1])
     console.print(table)
-    compiled = gigabytes(found.compiled_activations)
-    console.print(f"Activations with compiled layers: about {compiled} GB (estimated).", highlight=False)
+    compiled, cache = gigabytes(found.compiled_activations), gigabytes(found.cache_bytes)
+    lines = [f"With compiled layers: activations of about {compiled} GB, estimated."]
     if found.device != "cpu" and found.cache_bytes:
-        cache = gigabytes(found.cache_bytes)
-        console.print(f"The host caches {cache} GB of what the reference says of one step's passages.", highlight=False)
+        lines.append(f"The host caches {cache} GB of what the reference says of one step's passages.")
     if found.budget is not None:
-        console.print(verdict(found), highlight=False)
+        lines.append(verdict(found))
+    for line in lines:
+        console.print(line, highlight=False)
 
 
 def verdict(found: Plan) -> str:
@@ -94,7 +93,10 @@ def verdict(found: Plan) -> str:
     budget = f"{gigabytes(found.budget or 0)} GB, of which {LEFT_FREE:.0%} are left free"
     if found.best is None:
         return f"Nothing fits into {budget}: take a shorter --seq-len, or a smaller model."
-    return f"What fits {budget}, best: {found.best.settings}; peak {gigabytes(found.best.peak)} GB."
+    return (
+        f"What fits {budget}, best: {found.best.settings}, peak {gigabytes(found.best.peak)} GB (as asked, "
+        f"{found.asked.settings}: {gigabytes(found.asked.peak)} GB)."
+    )
 
 
 def gigabytes(size: int) -> str:
