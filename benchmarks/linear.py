@@ -28,7 +28,11 @@ def contestant(setting: loops.StepSetting, fuse: bool) -> Callable[[], None]:
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms="npo_mean", lr=1e-5, fuse=fuse)
     (batches,) = loops.epoch(setting)
     sides = [dict(batches[side]) for side in loops.SIDES]
-    return lambda: step(*sides) and None
+
+    def run() -> None:
+        step(*sides)
+
+    return run
 
 
 def main() -> None:

@@ -136,18 +136,20 @@ def load_policy(setting: StepSetting) -> Any:
 def quantised(layer: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
     """Quantise a linear layer where it lies, as `fastforget.load` does."""
     quiet_bitsandbytes()
-    import bitsandbytes as bnb
+    from bitsandbytes import functional
+    from bitsandbytes.nn import modules
 
+    made: Any
     shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
     if bits == 8:
-        made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=0.0, device="meta")
-        codes, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
+        made = modules.Linear8bitLt(*shape, has_fp16_weights=False, threshold=0.0, device="meta")
+        codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
+        made.weight = modules.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
     else:
-        made = bnb.nn.Linear4bit(*shape, dtype, compress_statistics=True, quant_type="nf4", device="meta")
-        packed, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-        options = {"quant_state": state, "quant_type": "nf4", "bnb_quantized": True, "module": made}
-        made.weight, made.quant_state = bnb.nn.Params4bit(packed, requires_grad=False, **options), state
+        made = modules.Linear4bit(*shape, dtype, compress_statistics=True, quant_type="nf4", device="meta")
+        packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        options: Any = {"quant_state": state, "quant_type": "nf4", "bnb_quantized": True, "module": made}
+        made.weight, made.quant_state = modules.Params4bit(packed, requires_grad=False, **options), state
     made.bias = layer.bias
     return made
 

@@ -160,7 +160,7 @@ class Problem:
             torch.cuda.synchronize()
         spent = dict.fromkeys((*KERNELS, "element-wise"), 0.0)
         for event in profiler.key_averages():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == torch.profiler.DeviceType.CUDA:
                 spent[group_of(event.key)] += event.self_device_time_total / 1e3
         figures = {f"{group} ms": f"{spent[group]:.1f}" for group in spent}
         return {

@@ -122,7 +122,7 @@ class KeptAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
@@ -136,9 +136,10 @@ def attention_on(device: torch.device) -> Callable[..., Tensor]:
         dtype: torch.dtype, heads: tuple[int, int], widths: tuple[int, int], masked: bool, causal: bool, grouped: bool
     ) -> bool:
         sizes = zip((heads[0], heads[1], heads[1]), (widths[0], widths[0], widths[1]), strict=True)
-        given = [torch.zeros(1, count, 2, width, dtype=dtype, device="cpu") for count, width in sizes]
+        query, key, value = (torch.zeros(1, count, 2, width, dtype=dtype, device="cpu") for count, width in sizes)
         mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="cpu") if masked else None
-        return torch._fused_sdp_choice(*given, mask, is_causal=causal, enable_gqa=grouped) != SDPBackend.MATH.value
+        choice = torch._fused_sdp_choice(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+        return choice != SDPBackend.MATH.value
 
     def attention(
         query: Tensor,
@@ -488,7 +489,7 @@ class KeptInput(torch.autograd.Function):
         return x.new_empty((*x.shape[:-1], out_features))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
@@ -522,7 +523,7 @@ def refused_on_values(model: Any) -> Iterator[None]:
         ) from error
 
 
-def quantisable(causal_lm: Any) -> Sequence[nn.Module]:
+def quantisable(causal_lm: Any) -> list[Any]:
     """The layers that transformers quantises: all linear ones but the head."""
     from transformers.pytorch_utils import Conv1D
 

@@ -73,9 +73,9 @@ def test_rmu_at_layer_7_of_24_costs_at_most_0_4_of_a_full_step(tmp_path):
 def test_a_wrong_loop_is_seen(monkeypatch, tmp_path, loss_factor, gradient_factor, flag):
     right, path = loops.ours, tmp_path / "step.json"
 
-    def wrong(unlearn, cached):
+    def wrong(unlearn, **options):
         def backward(batches):
-            loss = right(unlearn, cached=cached)(batches)
+            loss = right(unlearn, **options)(batches)
             unlearn.param_groups[0]["params"][0].grad.mul_(gradient_factor)
             return loss * loss_factor
 

@@ -62,7 +62,7 @@ def batch_of(config, rows, length, padded, seed):
 
 
 def take_steps(folder, given, between=lambda: None):
-    """A job's step twice, the second time with a reference that has forgotten what it said; `between` is called then."""
+    """A job's step twice, the second time with a reference that has forgotten what it said; before it `between`."""
     given = {"preset": "npo_mean", "seq_len": LENGTH, "padded": False, "batch": ROWS} | given
     model = ff.load(folder, bits=given["bits"], lora=given.get("lora"), device="cpu").train()
     for parameter in model.parameters():  # those that are not quantised are views of the checkpoint, which stays mapped
