@@ -40,11 +40,12 @@ def rows_of(path):
     return json.loads(path.read_text())["rows"]
 
 
-@pytest.mark.parametrize("bits", ["32", "8"])
-def test_the_dry_run(tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize("bits, more", [("32", []), ("8", ["--alone"])])
+def test_the_dry_run(tmp_path, monkeypatch, bits, more):
     monkeypatch.setitem(step.TERMS, "rmu", lambda: step.ff.preset("rmu", layer=0))
     path = tmp_path / "step.json"
-    assert step.main([*DRY, "--bits", bits, "--methods", "mismatch,grad_diff,rmu", "--json", str(path)]) == 0
+    arguments = [*DRY, *more, "--bits", bits, "--methods", "mismatch,grad_diff,rmu", "--json", str(path)]
+    assert step.main(arguments) == 0
     early = [row for row in rows_of(path) if "full" in row["contestants"]]
     compared = [row for row in rows_of(path) if row not in early]
     assert len(compared) == 2 * len(early) == 4
