@@ -23,7 +23,7 @@ from fastforget.loss_plan import ForwardPlan, plan_loss
 from fastforget.models import BITS, readable_errors
 from fastforget.objectives import Field, Term
 from fastforget.objectives.presets import DEFAULT_PRESET
-from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING
+from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, ReferenceRequest
 
 if TYPE_CHECKING:
     from fastforget.footprint import PassBytes, Skeleton
@@ -131,10 +131,9 @@ def plan(
     check(bits=bits, seq_len=seq_len, batch=batch, micro_batch=micro_batch, labelled=labelled, device=device)
     terms = objectives.preset(preset, **(preset_options or {})) if isinstance(preset, str) else list(preset)
     budget = None if gpu is None else parse_size(gpu)
-    loss_plan = plan_loss(named_terms(terms))
     planner = Planner(
         config=read_config(model),
-        forwards=loss_plan.forwards,
+        forwards=plan_loss(named_terms(terms)).forwards,
         seq_len=seq_len,
         batch=batch,
         lora=dict(lora or {}),
@@ -281,21 +280,14 @@ class Planner:
 
     def cache_bytes(self, bits: int) -> int:
         """Bytes of what is cached of the reference, within the cache's limit."""
-        width, itemsize = self.config.get_text_config().hidden_size, self.dtype(bits).itemsize
+        state = self.config.get_text_config().hidden_size * self.dtype(bits).itemsize
         labelled = max(1, round(self.labelled * (self.seq_len - 1)))
         each_side = (self.examples or 2 * self.batch) / 2
-        found = 0
-        for forward in self.forwards:
-            for stream in forward.streams.values():
-                for request in stream.reference_requests(known=True):
-                    scalar = isinstance(request, Field) and request != EMBEDDING
-                    size = (
-                        (torch.int64.itemsize if request == ARGMAX else torch.float32.itemsize)
-                        if scalar
-                        else width * itemsize
-                    )
-                    found += round(each_side * labelled * size)
-        return min(found, DEFAULT_CACHE_BYTES)
+        streams = [stream for forward in self.forwards for stream in forward.streams.values()]
+        of_a_token = sum(
+            said_bytes(each, state) for stream in streams for each in stream.reference_requests(known=True)
+        )
+        return min(round(each_side * labelled * of_a_token), DEFAULT_CACHE_BYTES)
 
     def best(self, most: Settings, budget: int, may_checkpoint: bool) -> Footprint | None:
         """The settings that leave some of a budget free: the most bits, then no checkpointing, then most rows."""
@@ -308,6 +300,13 @@ class Planner:
                     if found.peak <= allowed:
                         return found
         return None
+
+
+def said_bytes(request: ReferenceRequest, state: int) -> int:
+    """Bytes of what the reference says of one token; `state`: of a state."""
+    if isinstance(request, Field) and request != EMBEDDING:
+        return (torch.int64 if request == ARGMAX else torch.float32).itemsize
+    return state
 
 
 def sweeps(forward: ForwardPlan) -> tuple[int, int]:

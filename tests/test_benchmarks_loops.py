@@ -34,9 +34,9 @@ def test_quantised_copies_share_their_weights_and_not_their_layers(bits, kind):
     (batches,) = loops.epoch(setting)
     ours = ff.UnlearnLoss(copied, "grad_diff")(batches["forget"], batches["retain"]).loss
     theirs = ff.UnlearnLoss(model, "grad_diff")(batches["forget"], batches["retain"]).loss
-    assert ours.isfinite() and ours != theirs and abs(ours - theirs) < 0.05  # bitsandbytes rounds the activations
+    assert ours.isfinite() and abs(ours - theirs) < 1e-3
     ours = ff.UnlearnLoss(copied, "grad_diff")(batches["forget"], batches["retain"]).loss  # after its own have run
-    assert ours.isfinite() and abs(ours - theirs) < 0.05
+    assert ours.isfinite() and abs(ours - theirs) < 1e-3
 
 
 @pytest.mark.parametrize(
