@@ -218,6 +218,7 @@ class Skeleton:
         dtype: of activations, and of weights that are not quantised.
         lora: as in `fastforget.load`.
         device: what the job would run on, of which only the type counts.
+        fused: whether the adapted layers run fused, else as PEFT's own.
 
     Raises:
         FastforgetError: a model that cannot be built from its config, or a LoRA configuration that does not fit it.
@@ -227,6 +228,7 @@ class Skeleton:
     dtype: torch.dtype
     lora: dict[str, Any]
     device: torch.device
+    fused: bool = True
     model: Any = field(init=False)
     _shallow: list[Skeleton] | None = None
 
@@ -234,7 +236,7 @@ class Skeleton:
         import peft
         import transformers
 
-        self._fused = self._checkpointed = False
+        self._ready = self._checkpointed = False
         self._attention = attention_on(self.device)
         try:
             with torch.device("meta"):
@@ -326,12 +328,13 @@ class Skeleton:
             sizes.append(tile_rows(weight, self.dtype) * in_features * self.dtype.itemsize)
         return max(sizes, default=0) * (2 if bits == 4 and self.device.type == "cpu" else 1)
 
-    def fuse(self) -> None:
+    def make_ready(self) -> None:
         """Let the adapted layers run fused, and take note of a head that cannot be read; once."""
-        if self._fused:
+        if self._ready:
             return
-        self._fused = True
-        fusing.fuse(self.model)
+        self._ready = True
+        if self.fused:
+            fusing.fuse(self.model)
         with self.running(padded=False), torch.no_grad():
             final = self.backbone.states(self.inputs(BatchSize(1, 2, 1, False)), self.positions(1))[None]
         if final.shape[-1] != self.backbone.head.weight.shape[1]:
@@ -370,7 +373,7 @@ class Skeleton:
         Raises:
             FastforgetError: a model whose forward looks at values, which are not there.
         """
-        self.fuse()
+        self.make_ready()
         self.set_checkpointing(checkpointing)
         with refused_on_values(self.model), self.running(batch.padded), self.counting() as memory:
             inputs, positions = self.inputs(batch), self.positions(batch.labelled)

@@ -15,7 +15,7 @@ import fastforget as ff
 from benchmarks import harness
 from fastforget import cli
 from fastforget.errors import FastforgetError
-from fastforget.footprint import BatchSize, Skeleton, at_depth
+from fastforget.footprint import BatchSize, PassBytes, Skeleton, at_depth
 from fastforget.jobs.options import UnlearnOptions
 from fastforget.jobs.planning import fitted
 from fastforget.loss import named_terms
@@ -156,6 +156,26 @@ def test_of_a_70b_model_in_seconds(tmp_path):
     adapter = 80 * 16 * (2 * 8192 + 8192 + 1024) * 4
     assert found.asked.components["adapter"] == adapter == found.asked.components["optimizer"] / 2
     assert found.best.settings.bits == 4 and found.best.peak < 0.9 * 48e9 < found.asked.peak
+
+
+@pytest.mark.parametrize(
+    "kind, config, rows, length, measured",
+    [
+        ("llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}, 4, 1024, 48.49 - 25.32),
+        ("opt", {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24}, 8, 512, 10.09 - 4.17),
+    ],
+)
+def test_of_an_h100(kind, config, rows, length, measured):
+    """GB beyond the model in a first epoch of NPO and KL, 16 bit, one H100, 2026-11-28, with PEFT's own layers."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    own = {"llama": {"vocab_size": 128256} | heads, "opt": {"vocab_size": 50272, "num_attention_heads": 32}}[kind]
+    model = AutoConfig.for_model(kind, **config, **own)
+    skeleton = Skeleton(model, torch.bfloat16, {"r": 16}, torch.device("cuda"), fused=False)
+    forward = plan_loss(named_terms(ff.preset("npo_mean"))).forwards[-1]
+    batch = BatchSize(rows, length, rows * (length - 1), padded=False)
+    found = PassBytes(*at_depth(skeleton, lambda each: each.pass_bytes(forward, batch, False))).peak
+    trained = 3 * skeleton.adapter_bytes  # gradients and AdamW's state
+    assert abs((found + trained) / 1e9 / measured - 1) < 0.02
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
