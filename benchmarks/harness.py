@@ -46,6 +46,7 @@ RAN, OUT_OF_TIME = "ran, not timed", "not measured: out of time"
 FIRST_CALLS, ROUNDS = 0.5, 0.8  # shares of the limit after which no first call, and no round, begins any more
 FORM = 2  # of results files; those of 2026-11-28 and before have none
 A_DAY, PEAK_LIMIT = 86400.0, 600.0  # seconds of everything, of the memory of one contestant
+LEFT_MB = 8.0  # on a GPU, after a contestant, beyond what was there before it
 
 
 class NotMeasured(Exception):
@@ -53,7 +54,11 @@ class NotMeasured(Exception):
 
 
 class Problem(Protocol):
-    """A setting's inputs. whole_peak: memory counts from before a step was built, else from after its first call."""
+    """A setting's inputs. whole_peak: memory counts from before a step was built, else from after its first call.
+
+    Where contestants go one after the other (`--alone`) it has two more: `release()` drops what a step has left in it,
+    and `profile(step)` is what is added to a record.
+    """
 
     device_name: str
     whole_peak: bool
@@ -87,7 +92,12 @@ def measure_rows(
         print(f"{number + 1}/{len(settings)} {setting.name}:", flush=True)
         if limit > 0:
             problem = importlib.import_module(module).Problem(given)
-            records = in_turn(problem, names, options, began, limit)
+            for group in [[name] for name in names] if options.alone else [names]:
+                now, rest = time.monotonic(), len(names) - len(records)
+                share = (began + limit - now) / rest if options.alone else limit
+                records |= in_turn(problem, group, options, now if options.alone else began, share)
+                if options.alone:
+                    check_freed(problem, records[group[0]], options.device)
             del problem
             free_memory(options.device)
         for name in names:
@@ -112,6 +122,7 @@ def in_turn(
         began: when the setting began, on `time.monotonic`; what was done since then counts against the limit.
     """
     device, steps, times = problem.device_name, dict[str, Step](), dict[str, list[float]]()
+    loaded = memory_mb(device) if problem.whole_peak and device == "cuda" else None
     records: dict[str, Record] = {}
 
     def first_call(name: str) -> None:
@@ -146,9 +157,20 @@ def in_turn(
         runs = times[name][options.warmup :]
         if runs:
             records[name] |= {"status": MEASURED, "median_ms": statistics.median(runs), "runs_ms": runs}
-        if runs and device == "cuda" and not problem.whole_peak and not options.no_memory:
-            take_turn(name, lambda: records[name].update(peak(steps[name], device)))  # noqa: B023
+        if runs and device == "cuda" and options.alone >= problem.whole_peak and not options.no_memory:
+            take_turn(name, lambda: records[name].update(peak(steps[name], device, loaded)))  # noqa: B023
+        if runs and options.alone:
+            take_turn(name, lambda: records[name].update(problem.profile(steps[name])))  # type: ignore[attr-defined]  # noqa: B023
     return records
+
+
+def check_freed(problem: Any, record: Record, device: str) -> None:
+    """Drop what a contestant's step has left, and flag what of it is still allocated on a GPU."""
+    problem.release()
+    free_memory(device)
+    left = memory_mb(device) - problem.loaded_mb if device == "cuda" else 0.0
+    if left > LEFT_MB:
+        record["flags"] = [*record.get("flags", ()), f"{left:.0f} MB were not freed"]
 
 
 @contextlib.contextmanager
@@ -229,7 +251,11 @@ def peak(action: Callable[[], object], device: str, loaded: float | None = None)
     except (OSError, ValueError) as error:
         return {"peak_mb": None, "peak_note": f"not measured: {type(error).__name__}"}
     beyond = before if loaded is None else loaded
-    return {"peak_mb": round(highest - beyond, 1), "rise_mb": round(highest - before, 1)}
+    return {
+        "peak_mb": round(highest - beyond, 1),
+        "rise_mb": round(highest - before, 1),
+        "highest_mb": round(highest, 1),
+    }
 
 
 def memory_mb(device: str, field: str = "VmRSS") -> float:
@@ -366,6 +392,7 @@ def parser_of(module: str, documentation: str | None) -> argparse.ArgumentParser
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--tiny", action="store_true", help="sizes of no interest: a dry run, no figure of speed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(alone=False)
     parser.add_argument("--date", type=datetime.date.fromisoformat, default=datetime.date.today(), help="YYYY-MM-DD")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of dated results; default %(default)s")
     parser.add_argument("--json", type=Path, help="file of the results; the tables go beside it, as .md")

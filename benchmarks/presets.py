@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +126,6 @@ def converge(preset: str, seed: int, folder: str) -> Record:
     return measured(report)
 
 
-def make_wide(folder: str) -> Record:
-    """Save the model whose step's memory is measured; a task."""
-    return loops.make_base(asdict(replace(STEP, folder=folder)))
-
-
 def step_memory(preset: str, seed: int, folder: str) -> Record:
     """Measure the peak of a second step beyond the loaded model; a task.
 
@@ -142,8 +136,8 @@ def step_memory(preset: str, seed: int, folder: str) -> Record:
 
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD of malloc.h
-    setting, (name, options) = replace(STEP, folder=folder), options_of(preset)
-    model, (batches,), terms = loops.load_policy(setting), loops.epoch(setting), ff.preset(name, **options)
+    name, options = options_of(preset)
+    model, (batches,), terms = loops.load_policy(STEP), loops.epoch(STEP), ff.preset(name, **options)
     fit_centres(terms, model, [dict(batches["retain"])], seed)
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-4)
     backward = loops.ours(step, cached=True)
@@ -216,7 +210,7 @@ def row_of(suite: str, names: Sequence[str], everything: Mapping[str, Mapping[st
 
 
 TASKS = {"seeds": run_demo, "presets": run_demo, "convergence": converge, "memory": step_memory}
-PREPARE = {"convergence": make_memorised, "memory": make_wide}
+PREPARE = {"convergence": make_memorised}
 
 
 def main(arguments: Sequence[str] | None = None, runner: harness.Runner = harness.isolated) -> int:

@@ -49,6 +49,7 @@ from fastforget.objectives import (
     Unlikelihood,
     preset,
 )
+from fastforget.plan import plan
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
 
@@ -126,6 +127,7 @@ __all__ = [
     "load_centres",
     "merge",
     "mismatched",
+    "plan",
     "preset",
     "save_adapter",
     "task_vector",

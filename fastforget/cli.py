@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | evaluate | presets | doctor."""
+"""The command line: fastforget demo | unlearn | evaluate | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
 from fastforget.jobs.options import HEADINGS, DemoOptions, EvaluateOptions, UnlearnOptions
+from fastforget.jobs.planning import PlanOptions, run_plan
 
 app = typer.Typer(
     help="Make a causal language model forget chosen text, quickly and in little memory.",
@@ -104,6 +105,15 @@ def evaluate(**options: Any) -> None:
     from fastforget.jobs.evaluate import evaluate
 
     evaluate(**options)
+
+
+@app.command()
+@taking(PlanOptions)
+def plan(**options: Any) -> None:
+    """Say how much memory a job on MODEL will need, from its config alone, and which settings fit a device."""
+    from rich.console import Console
+
+    run_plan(PlanOptions(**options), Console())
 
 
 @app.command()

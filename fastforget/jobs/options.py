@@ -165,6 +165,9 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
+    fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
+        None
+    )
     device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
 
     def __post_init__(self) -> None:
@@ -193,12 +196,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     @property
     def lora(self) -> dict[str, Any]:
         """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
-        names = self.lora_targets.split(",") if isinstance(self.lora_targets, str) else self.lora_targets
-        modules = [name.strip() for name in names if name.strip()]
-        if not modules:
-            raise FastforgetError("--lora-targets is empty: give module names, or all-linear")
-        alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
-        return {"r": self.lora_r, "target_modules": modules[0] if modules == ["all-linear"] else modules, **alpha}
+        return lora_arguments(self.lora_r, self.lora_targets, self.lora_alpha)
 
     def source(self, side: str) -> Source | None:
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
@@ -322,6 +320,16 @@ def parsed_until(until: str) -> float | None:
     except ValueError:
         pass
     raise FastforgetError(f"until must be gone, or em=LEVEL with a level from 0 to 1, not {until!r}")
+
+
+def lora_arguments(rank: int, targets: str | Sequence[str], alpha: int | None = None) -> dict[str, Any]:
+    """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
+    names = targets.split(",") if isinstance(targets, str) else targets
+    modules = [name.strip() for name in names if name.strip()]
+    if not modules:
+        raise FastforgetError("--lora-targets is empty: give module names, or all-linear")
+    scale = {} if alpha is None else {"lora_alpha": alpha}
+    return {"r": rank, "target_modules": modules[0] if modules == ["all-linear"] else modules, **scale}
 
 
 def checked_preset(name: str, options: Mapping[str, Any] | None) -> list[Term]:

@@ -30,6 +30,7 @@ from fastforget.jobs.companions import check_sets
 from fastforget.jobs.loop import check_stopping, run_job, shown_nll
 from fastforget.jobs.options import JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
+from fastforget.jobs.planning import fitted
 from fastforget.jobs.running import measure, progress_bar, say, surroundings
 from fastforget.jobs.sets import check_ids, read_sets
 from fastforget.models import load, load_tokenizer, usable_device
@@ -56,6 +57,8 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         refusals: what terms that teach a refusal draw from: a text file, one a line, or texts; default a list of ours.
         allow_missing_weights: take a checkpoint that lacks weights of the model, which are then random, or has others.
         epochs, max_steps: passes over the forget set, or, where given, steps.
+        fit: memory of the device ("16GB"): take the most bits, at most `bits`, and the largest micro-batch that fit it
+            (`fastforget.plan`).
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
@@ -77,6 +80,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     start = time.perf_counter()
     out = Path(options.out)
     terms = job_terms(options, console)
+    options = fitted(options, terms, console)
     check_stopping(terms, options)
     check_sides(options.combine, terms)
     refusals = read_refusals(options.refusals)
