@@ -1,4 +1,4 @@
-"""The stopping rule: what is gone leaves the batches, what recovers comes back, and the rate falls when all are gone."""
+"""The stopping rule: what is gone leaves the batches, what recovers comes back, the rate falls at the end."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from fastforget.jobs.until import ForgetUntilGone, level_of
 EXAMPLES = [Example(tuple(range(start, start + 12)), prompt_length=4) for start in (10, 40, 70, 100, 130)]
 
 
-def tracker(level=0.5, terms=(ff.NegatedCE(),), batch_size=2, tokenizer=None):
-    return ForgetUntilGone(EXAMPLES, tokenizer, level, terms, batch_size=batch_size, seed=0)
+def tracker(tokenizer, batch_size=2):
+    return ForgetUntilGone(EXAMPLES, tokenizer, 0.5, [ff.NegatedCE()], batch_size=batch_size, seed=0)
 
 
 def greedy_rows(*shares):
@@ -26,7 +26,7 @@ def greedy_rows(*shares):
 
 
 def test_what_is_gone_leaves_and_what_is_known_stays(tokenizer):
-    forget = tracker(tokenizer=tokenizer)
+    forget = tracker(tokenizer)
     for _ in range(3):
         next(forget)
         forget.watched.parts += greedy_rows(*(0.25 if place in (0, 3) else 0.75 for place in forget.batch))
@@ -40,7 +40,7 @@ def test_what_is_gone_leaves_and_what_is_known_stays(tokenizer):
 
 
 def test_parts_of_a_batch_are_rows_in_order(tokenizer):
-    forget = tracker(tokenizer=tokenizer, batch_size=3)
+    forget = tracker(tokenizer, batch_size=3)
     next(forget)
     first, second, third = forget.batch
     forget.watched.parts += [*greedy_rows(0.75, 0.25), *greedy_rows(0.75)]
@@ -49,7 +49,7 @@ def test_parts_of_a_batch_are_rows_in_order(tokenizer):
 
 
 def test_what_recovers_comes_back(tokenizer, monkeypatch):
-    forget, model = tracker(tokenizer=tokenizer), random_model("llama", tokenizer)
+    forget, model = tracker(tokenizer), random_model("llama", tokenizer)
     forget.known = set()
     shares = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.0, 4: 0.6}
 
