@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # What needs a GPU, in one command that takes at most LIMIT seconds (a fresh machine's 5 minutes): the tests marked gpu,
-# eight shapes of the tiles, and the head's benchmark against its peers; or whole steps. GPU time is scarce: each part has a limit of
-# its own, prints as it goes, and leaves what it has found so far.
+# eight shapes of the tiles, and the head's benchmark against its peers; or whole steps. GPU time is scarce: each part
+# has a limit of its own, prints as it goes, and leaves what it has found so far.
 #
-#   bash benchmarks/gpu.sh [options of benchmarks.head]      PARTS="tests tiles head" chooses; "step" and "sanitizer"
-#                                                            are others, and STEP="--shape S --bits B ..." what step runs
+#   bash benchmarks/gpu.sh [options of benchmarks.head]      PARTS="tests tiles head" chooses; "sanitizer" is another
+#   PARTS=step STEP="--shape opt-1.3b --bits 8" bash benchmarks/gpu.sh
 #
 # Everything goes to $OUT, after each row; the figures are kept by copying head.json and head.md to benchmarks/results/
 # as DATE-head-DEVICE.json and .md. A part that fails does not keep the next from running; the exit code is then 1.

@@ -46,7 +46,6 @@ RAN, OUT_OF_TIME = "ran, not timed", "not measured: out of time"
 FIRST_CALLS, ROUNDS = 0.5, 0.8  # shares of the limit after which no first call, and no round, begins any more
 FORM = 2  # of results files; those of 2026-11-28 and before have none
 A_DAY, PEAK_LIMIT = 86400.0, 600.0  # seconds of everything, of the memory of one contestant
-LEFT_MB = 8.0  # on a GPU, after a contestant, beyond what was there before it
 
 
 class NotMeasured(Exception):
@@ -56,8 +55,8 @@ class NotMeasured(Exception):
 class Problem(Protocol):
     """A setting's inputs. whole_peak: memory counts from before a step was built, else from after its first call.
 
-    Where contestants go one after the other (`--alone`) it has two more: `release()` drops what a step has left in it,
-    and `profile(step)` is what is added to a record.
+    Where contestants go one after the other (`--alone`) it has `release(record)` too, which drops what a step has left,
+    and `profile(step)`, which is added to the record.
     """
 
     device_name: str
@@ -97,7 +96,7 @@ def measure_rows(
                 share = (began + limit - now) / rest if options.alone else limit
                 records |= in_turn(problem, group, options, now if options.alone else began, share)
                 if options.alone:
-                    check_freed(problem, records[group[0]], options.device)
+                    problem.release(records[group[0]])
             del problem
             free_memory(options.device)
         for name in names:
@@ -162,15 +161,6 @@ def in_turn(
         if runs and options.alone:
             take_turn(name, lambda: records[name].update(problem.profile(steps[name])))  # type: ignore[attr-defined]  # noqa: B023
     return records
-
-
-def check_freed(problem: Any, record: Record, device: str) -> None:
-    """Drop what a contestant's step has left, and flag what of it is still allocated on a GPU."""
-    problem.release()
-    free_memory(device)
-    left = memory_mb(device) - problem.loaded_mb if device == "cuda" else 0.0
-    if left > LEFT_MB:
-        record["flags"] = [*record.get("flags", ()), f"{left:.0f} MB were not freed"]
 
 
 @contextlib.contextmanager
@@ -251,11 +241,8 @@ def peak(action: Callable[[], object], device: str, loaded: float | None = None)
     except (OSError, ValueError) as error:
         return {"peak_mb": None, "peak_note": f"not measured: {type(error).__name__}"}
     beyond = before if loaded is None else loaded
-    return {
-        "peak_mb": round(highest - beyond, 1),
-        "rise_mb": round(highest - before, 1),
-        "highest_mb": round(highest, 1),
-    }
+    found = {"peak_mb": highest - beyond, "rise_mb": highest - before, "highest_mb": highest}
+    return {name: round(megabytes, 1) for name, megabytes in found.items()}
 
 
 def memory_mb(device: str, field: str = "VmRSS") -> float:

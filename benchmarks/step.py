@@ -55,6 +55,7 @@ LOOPS = {  # name -> what it is, its role
     "full": ("UnlearnStep, a full step of grad_diff", "ours"),
 }
 RMU_LOOPS = ("full", "ours_first", "ours_later")
+LEFT_MB = 8.0  # on a GPU, after a contestant, beyond what was there before it
 NOT_ON_CPU = ("ours_compiled",)  # unless it is asked for: a C++ compiler takes minutes
 KERNELS = {  # groups of a GPU's kernels, by parts of their names, in this order; the rest are element-wise
     "head": ("label_tile", "paired_tile", "coupled_tile", "gradient_tile", "state_pass"),
@@ -140,8 +141,8 @@ class Problem:
                 loops.checkpoint_layers(made)
         return self._models[kind]
 
-    def release(self) -> None:
-        """Drop what steps have left here, on the device and in libraries, and undo what they have learned."""
+    def release(self, record: Record) -> None:
+        """Drop what a step has left here and in libraries, undo what it has learned; flag what a GPU still holds."""
         for parameter, values in self._adapter:
             parameter.data.copy_(values)
         self.__dict__.pop("reference", None)
@@ -149,6 +150,10 @@ class Problem:
         free_buffers()
         if self.device_name == "cuda":
             torch._C._cuda_clearCublasWorkspaces()
+        harness.free_memory(self.device_name)
+        left = harness.memory_mb(self.device_name) - self.loaded_mb
+        if self.device_name == "cuda" and left > LEFT_MB:
+            record["flags"] = [*record.get("flags", ()), f"{left:.0f} MB were not freed"]
 
     def profile(self, step: Step) -> Record:
         """Say how many ms a GPU spends in each group of kernels, and what GEMMs and attention alone would take."""

@@ -47,7 +47,7 @@ CASES = {  # what is measured: the shape, and arguments of `plan`
     "llama, 32 bit": ("llama", {"bits": 32}),
     "llama, 8 bit, padded": ("llama", {"bits": 8, "padded": True}),
     "llama, 4 bit, all linear": ("llama", {"bits": 4, "lora": {"target_modules": "all-linear", "r": 32}}),
-    # oneDNN keeps 13 MB of 16-bit kernels that it compiles: of a larger batch they are a small share
+    # oneDNN keeps 13 MB of 16-bit kernels that it compiles, whatever the model: of a larger batch a small share
     "llama, 16 bit, no reference": ("llama", {"bits": 16, "preset": "grad_diff", "batch": 12}),
     "opt, 32 bit, refusals": ("opt", {"bits": 32, "preset": "dpo", "seq_len": 64}),
     "llama, 8 bit, checkpointed, one row": ("llama", {"bits": 8, "checkpointing": True, "micro_batch": 1}),
