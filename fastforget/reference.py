@@ -101,15 +101,17 @@ def reference_mode(model: Any) -> Iterator[None]:
 def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
     """Switch off those PEFT layers among the modules that are on, as `disable_adapter()` does.
 
-    That one surveys every weight first, 20 ms for 64 layers with LoRA. Of PEFT's usual
-    layers only the flag is set: without gradients it does not matter which weights require one.
+    That one surveys every weight first, 20 ms of host time for 64 layers with LoRA. Of PEFT's usual layers only the
+    flag is set: without gradients it does not matter which weights require one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    usual, others = [], []
+    usual: list[Any] = []
+    others: list[Any] = []
     for module in modules:
         switch = getattr(type(module), "enable_adapters", None)
-        if switch is not None and not module.disable_adapters:
+        # transformers' own models have methods of these names
+        if switch is not None and getattr(module, "disable_adapters", None) is False:
             (usual if switch is BaseTunerLayer.enable_adapters else others).append(module)
     try:
         for layer in usual:
