@@ -14,6 +14,7 @@ from rich.console import Console
 import fastforget as ff
 from fastforget import cli
 from fastforget.config import LONGEST_FILE, options_of, read_config
+from fastforget.data import sources
 from fastforget.data import text as data_text
 from fastforget.data.sources import DEEPEST, Source, read_source
 from fastforget.data.text import read_rows
@@ -76,6 +77,21 @@ def test_nested_json_is_refused(tmp_path, tokenizer, name, kind, brackets):
     (tmp_path / name).write_text('{"text": "ok"}\n' + content + "\n")
     with pytest.raises(ff.FastforgetError, match=f"{name}.*(too deep|stand in each other)"):
         read_source(Source(path=tmp_path / name if kind == "file" else tmp_path), tokenizer, 32)
+
+
+def test_folders_that_are_walked_through_for_ever(tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip("datasets")
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "a.jsonl").write_text('{"text": "a few words"}')
+    monkeypatch.setattr(sources, "MOST_FILES", 3)
+    assert read_source(Source(path=tmp_path), tokenizer, 32)
+    (inner / "loop").symlink_to(tmp_path)
+    with pytest.raises(ff.FastforgetError, match="holds more than 3 files"):
+        read_source(Source(path=tmp_path), tokenizer, 32)
+    monkeypatch.setattr(sources, "MOST_FILES", 4)
+    with pytest.raises(ff.FastforgetError, match="loop links to a folder around it"):
+        read_source(Source(path=tmp_path), tokenizer, 32)
 
 
 def test_brackets_in_strings_are_no_depth(tmp_path, tokenizer):

@@ -39,7 +39,7 @@ TEXTS = (
     "[/red]",
     "[bold",
     "../x",
-    "~",
+    "~/nowhere",
     "a=b",
     "=",
     "\udcff",

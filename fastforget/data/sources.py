@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import logging
 import mmap
 import os
@@ -37,6 +38,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 DEFAULT_SPLIT = "train"
 # a string, which may hold brackets, or a bracket; never the same byte twice, whatever the file
 BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[{])|([\]}])', re.DOTALL)
+MOST_FILES = 100_000  # of a dataset's folder
 DEEPEST = 200  # brackets inside each other: from some thousands on, the JSON parsers of `datasets` overflow their stack
 
 
@@ -319,10 +321,15 @@ def check_depth(path: Path) -> None:
 def files_of(place: Path, suffixes: Collection[str]) -> list[Path]:
     """List the file here, or those anywhere in the folder here, that end with one of `suffixes`.
 
-    Raises FastforgetError where one of any name is a device or a pipe: `datasets` would wait for it.
+    Raises FastforgetError for what `datasets` would wait for or walk through for ever: one of any name that is a device
+    or a pipe, a folder that links to one around it, or more files than a dataset has (a home folder, say).
     """
-    paths = sorted(place.rglob("*")) if place.is_dir() else [place]
+    paths = sorted(itertools.islice(place.rglob("*"), MOST_FILES + 1)) if place.is_dir() else [place]
+    if len(paths) > MOST_FILES:
+        raise FastforgetError(f"{place} holds more than {MOST_FILES:,} files: give the folder of the dataset itself")
     for path in paths:
         if not path.is_dir():
             check_regular(path)
+        elif path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+            raise FastforgetError(f"{path} links to a folder around it: remove the link")
     return [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
