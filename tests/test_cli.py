@@ -24,7 +24,7 @@ def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps
     code, text, errors = run(*arguments)
     assert code == 2 and len(errors) == 1, errors
     assert re.search(r"became nan after the update of step 1 of 1; .* after 0 steps \(a lower --learn", errors[0])
-    assert not (tmp_path / "out").exists() and "still recites" not in text
+    assert not (tmp_path / "out").exists() and "still knows" not in text
 
 
 def test_unlearn_writes_adapter_and_report(run, tmp_path):
@@ -38,7 +38,7 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "checkpoint-2"} <= {
         path.name for path in out.iterdir()
     }
-    assert "What the model still recites" in text
+    assert "What the model still knows" in text
 
     code, _, errors = run(*unlearn(out))
     assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]

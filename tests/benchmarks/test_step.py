@@ -17,9 +17,11 @@ from fastforget.objectives.presets import PRESETS
 
 DRY = ["--device", "cpu", "--tiny"]
 FIGURES = {"forget_nll": (0.08, 2.5), "retain_nll": (0.06, 0.07), "forget_leak": (1.0, 0.0), "retain_leak": (1.0, 1.0)}
+FIGURES |= {"forget_memorisation": (1.0, 0.03), "retain_memorisation": (1.0, 1.0), "forget_extraction": (1.0, 0.01)}
 REPORT = {f"{name}_{when}": pair[when == "after"] for name, pair in FIGURES.items() for when in ("before", "after")}
 REPORT |= {"forget_rouge_after": 0.18, "unseen_rouge": 0.11, "degenerate_share": 0.05}
-REPORT |= {"unlearn_seconds": 3.4, "peak_rss_mb": 931, "seconds": 100.0}
+REPORT |= {"unseen_memorisation": 0.08, "unseen_extraction": 0.0, "forget_fluency_after": 2.9}
+REPORT |= {"unseen_fluency_before": 2.5, "unlearn_seconds": 3.4, "peak_rss_mb": 931, "seconds": 100.0}
 GOOD = {"status": MEASURED, "report": REPORT, "peak_mb": 150.0, "rise_mb": 140.0}
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a peak is read off /proc")
 
@@ -181,7 +183,7 @@ def test_the_verdict():
 def test_everything_is_measured_once_and_what_is_missed_is_told(proof, capsys):
     collapsed = {"report": REPORT | {"retain_nll_after": 4.0}}
     code, asked = proof(grad_ascent=collapsed, ceu=collapsed)
-    assert code == 0 and {name.partition(" ")[0] for name in ALL} == set(PRESETS) and len(asked) == 3 + 3 * len(ALL)
+    assert code == 0 and {name.partition(" ")[0] for name in ALL} == set(PRESETS) and len(asked) == 5 + 3 * len(ALL)
     default = {DEFAULT_PRESET: {"report": REPORT | {"forget_leak_after": 0.25}, "peak_mb": 196.0}}
     assert proof("--seeds", "1", npo={"status": "failed: no luck", "report": None}, **default)[0] == 1
     printed = capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_quiet_is_silent_and_console_gets_the_report(job, tiny, tmp_path, capfd)
     text = io.StringIO()
     ff.unlearn(tiny["llama"], FORGET, tmp_path / "out", console=Console(file=text), **QUICK | {"quiet": False})
     assert "4 passages to forget, 0 to keep" in text.getvalue() and "No --retain" in text.getvalue()
-    assert "What the model still recites" in text.getvalue() and capfd.readouterr().out == ""
+    assert "What the model still knows" in text.getvalue() and capfd.readouterr().out == ""
 
 
 def test_config_names_what_it_cannot_hold(job, tiny, tmp_path):
