@@ -130,7 +130,7 @@ def load_policy(setting: StepSetting) -> Any:
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = setting.bits == 8, setting.bits == 4  # so PEFT knows its layers
     lora = {"r": setting.rank, "target_modules": setting.targets}
     torch.manual_seed(setting.seed)  # PEFT draws A
-    return peft.get_peft_model(model.requires_grad_(False), lora_config(lora, model)).train()
+    return peft.get_peft_model(model.requires_grad_(False), lora_config(lora)).train()
 
 
 def quantised(layer: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:

@@ -114,7 +114,7 @@ class Skeleton:
                 causal_lm = transformers.AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
                 disable_dropout(causal_lm)
                 self.quantisable = quantisable(causal_lm)
-                self.model = peft.get_peft_model(causal_lm.requires_grad_(False), lora_config(self.lora, causal_lm))
+                self.model = peft.get_peft_model(causal_lm.requires_grad_(False), lora_config(self.lora))
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise FastforgetError(f"the model cannot be built from its config: {one_line(error)}") from error
         for parameter in self.adapter:  # as they are after the first pass; they count as gradients

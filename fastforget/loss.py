@@ -202,16 +202,15 @@ class UnlearnLoss:
             tensors |= {Field(name): value for name, value in fields.items()}
         embedding = KnownReference(reference[EMBEDDING], reference[ARGMAX]) if EMBEDDING in reference else None
         for request in plan.divergences:
-            as_it_is = request.sharpness == 1.0
             frozen = reference[LayerStates(None)]
             tensors[request], logp = backend.divergence(
                 states[None],
-                frozen if as_it_is else frozen * request.sharpness,
+                frozen if request.sharpness == 1.0 else frozen * request.sharpness,
                 head,
                 request.kind,
                 labels=labels,
                 label_shift=request.label_shift,
-                known=embedding if as_it_is else None,  # it is the unsharpened distribution's
+                known=embedding if request.embedding_helps else None,
             )
             tensors.setdefault(LOGP, logp)
         tokens, sequences = totals

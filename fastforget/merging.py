@@ -44,7 +44,7 @@ def merge(
         raise FastforgetError(f"bits of a merged model must be 16 or 32, not {bits}: load it in 8 or 4 bit afterwards")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FastforgetError(f"{folder} exists already and is not an empty folder: give another one")
-    model = merged(base, adapter).to(torch.bfloat16 if bits == 16 else torch.float32)
+    model: Any = merged(base, adapter).to(torch.bfloat16 if bits == 16 else torch.float32)
     model.save_pretrained(folder)
     load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base).save_pretrained(folder)
     return folder

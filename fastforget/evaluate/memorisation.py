@@ -126,7 +126,7 @@ def measure_batch(
     if prepared is None:
         return 0.0, [None] * len(examples)
     norm = final_norm(backbone) if lens else None
-    layers = range(len(backbone.stack())) if norm is not None else ()
+    layers = list(range(len(backbone.stack()))) if norm is not None else []
     states = backbone.states(prepared.inputs, prepared.positions, (None, *layers))
     logp, greedy = likeliest(backbone, states[None], prepared.labels)
     ends = dict(zip(prepared.rows, torch.tensor(prepared.lengths).cumsum(0).tolist(), strict=True))

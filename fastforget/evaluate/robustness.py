@@ -10,6 +10,7 @@ part of what was forgotten, or on other text (arXiv 2406.13356). So the passages
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class RobustnessRow:
 
 
 def robustness(
-    base: str | Path,
-    adapter: str | Path,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
     tokenizer: Any,
     forget: Sequence[Example],
     unseen: Sequence[Example],
@@ -67,7 +68,7 @@ def robustness(
         for treatment, merged_bits in (("merged, 16 bit", 16), ("merged, then 8 bit", 8), ("merged, then 4 bit", 4)):
             rows.append(row(treatment, load(folder, bits=merged_bits, device=device), tokenizer, forget, unseen))
         halves = [(part[::2], part[1::2]) for part in (forget, unseen)]
-        shares = []
+        shares: list[tuple[float | None, float | None]] = []
         for learned, measured in halves:
             if not learned or not measured:
                 shares.append((None, None))

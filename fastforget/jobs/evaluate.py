@@ -34,7 +34,9 @@ def read_examples(options: EvaluateOptions, tokenizer: Any) -> dict[str, list[Ex
         texts = getattr(options, name)
         if texts is None:
             continue
-        source = Source(texts, options.columns or {}, options.split, chat_template=options.chat_template)
+        source = Source(
+            path=texts, columns=options.columns or {}, split=options.split, chat_template=options.chat_template
+        )
         check_source(source, name)
         sets[name] = list(read_source(source, tokenizer, options.max_length))[: options.measured_passages]
     return sets

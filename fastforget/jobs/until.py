@@ -21,6 +21,7 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.memorisation import memorisation, prompt_tokens
 from fastforget.jobs.options import parsed_until
 from fastforget.objectives import Field, Request, SideStats, Term, reaches_head
+from fastforget.objectives.terms import present
 
 ABOVE_UNSEEN = 0.05  # of exact memorisation: "gone" is that of never-trained passages, and this much
 WITHOUT_UNSEEN = 0.15  # "gone" where no never-trained passages are at hand
@@ -50,7 +51,7 @@ class GreedyShare(Term):
         return (ARGMAX,)
 
     def value(self, stats: SideStats) -> Tensor:
-        greedy = stats[ARGMAX] == stats.labels
+        greedy = stats[ARGMAX] == present(stats.labels, "labels")
         self.parts.append((greedy, stats.sequence, stats.sequence_count))
         return stats.token_mean(greedy.float())
 

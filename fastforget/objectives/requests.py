@@ -58,6 +58,11 @@ class Divergence:
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise FastforgetError(f"sharpness must be finite and positive, not {self.sharpness}")
 
+    @property
+    def embedding_helps(self) -> bool:
+        """Whether the reference's cached embedding, which is of its distribution as it is, saves a product."""
+        return self.kind == "forward_kl" and self.sharpness == 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class StateRequest:

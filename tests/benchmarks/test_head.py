@@ -53,7 +53,7 @@ class Turns:
 
 
 def test_contestants_take_turns_until_the_limit():
-    options, problem = argparse.Namespace(rounds=1000, warmup=1, dry=False, no_memory=True), Turns()
+    options, problem = argparse.Namespace(rounds=1000, warmup=1, dry=False, no_memory=True, alone=False), Turns()
     found = harness.in_turn(problem, ["a", "b", "c"], options, time.monotonic(), 4.0)
     assert problem.turns[:6] == ["a", "b", "a", "b", "a", "b"] and 3 < problem.turns.count("a") < 250
     assert found["a"]["status"] == MEASURED and len(found["a"]["runs_ms"]) == problem.turns.count("a") - 2

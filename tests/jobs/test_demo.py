@@ -120,7 +120,7 @@ def test_another_adapter_is_not_replaced(first, tmp_path):
 
 
 def test_quiet_prints_nothing(first, small, short_continuations, monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(demo_module, "JobSettings", lambda: JobSettings(max_steps=3))
+    monkeypatch.setattr(demo_module, "JobSettings", lambda until: JobSettings(max_steps=3))
     report = ff.demo(tmp_path / "out", cache=first.folder / "cache", preset="grad_ascent", robust=False, quiet=True)
     assert capfd.readouterr().out == ""
     assert report["preset"] == "grad_ascent" and (tmp_path / "out" / "adapter_model.safetensors").is_file()
