@@ -125,7 +125,7 @@ def measure_batch(
     prepared = backbone.prepare(batch)
     if prepared is None:
         return 0.0, [None] * len(examples)
-    norm = final_norm(backbone) if lens else None
+    norm = final_norm(backbone) if lens and not backbone.head.is_identity else None
     layers = list(range(len(backbone.stack()))) if norm is not None else []
     states = backbone.states(prepared.inputs, prepared.positions, (None, *layers))
     logp, greedy = likeliest(backbone, states[None], prepared.labels)
@@ -133,8 +133,9 @@ def measure_batch(
     behind = [max(len(example.input_ids) - prompt_tokens(example, tokenizer), 0) for example in examples]
     rows = [range(ends[row] - count, ends[row]) if count else range(0) for row, count in enumerate(behind)]
     lenses: list[Tensor] = []
-    if norm is not None and not backbone.head.is_identity and applies(norm, states[layers[-1]], states[None]):
-        kept = torch.tensor([place for each in rows for place in each], device=greedy.device)
+    places = [place for each in rows for place in each]
+    if places and norm is not None and applies(norm, states[layers[-1]], states[None]):
+        kept = torch.tensor(places, device=greedy.device)
         lenses = [
             greedy.new_zeros(greedy.shape).index_put_(
                 (kept,), likeliest(backbone, norm(states[layer][kept]), prepared.labels[kept])[1]
@@ -143,11 +144,11 @@ def measure_batch(
         ]
     greedy, lenses = greedy.cpu(), [each.cpu() for each in lenses]
     found: list[Memorisation | None] = []
-    for places in rows:
-        if not places:
+    for own in rows:
+        if not own:
             found.append(None)
             continue
-        part = slice(places.start, places.stop)
+        part = slice(own.start, own.stop)
         exact, extraction = reproduced(greedy[part].tolist())
         probability = math.exp(float(logp[part].mean()))
         by_layer = tuple(float(each[part].float().mean()) for each in lenses)
