@@ -52,7 +52,7 @@ def test_sharpness_one_is_the_divergence_itself(tiny, batch):
 
 def test_it_is_the_default_and_keeps_the_rest():
     term, *rest = ff.preset("other_tokens")
-    assert (term.beta, term.sharpness, [each.name for each in rest]) == (30.0, 2.0, ["ce", "kl"])
+    assert (term.beta, term.sharpness, [each.name for each in rest]) == (30.0, 1.5, ["ce", "kl"])
 
 
 @pytest.mark.parametrize("sharpness", [0.0, -1.0, float("nan"), float("inf")])
