@@ -42,7 +42,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist worksteal
 
 ## make test-install  build the sdist and the wheel, install them into clean environments, and import
 test-install: $(STAMP)
@@ -59,7 +59,9 @@ sanitize: $(STAMP)
 	$(CXX) -std=c++17 -O1 -ffp-contract=off -g -fno-omit-frame-pointer $(SANITIZE) -fopenmp -fPIC -shared csrc/*.cpp -o build/sanitize/_csrc.so; \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	FASTFORGET_CSRC=build/sanitize/_csrc.so $(BIN)/python -m pytest -q -p no:cacheprovider tests/backends tests/test_native.py
+	FASTFORGET_CSRC=build/sanitize/_csrc.so $(BIN)/python -m pytest -q -p no:cacheprovider \
+	    $(addprefix tests/backends/test_,native_passes.py native_library.py oracle.py odd_values.py) \
+	    -k "native or scalar or avx"
 
 ## make bench         a short form of every benchmark on the CPU: a dated table and a plot under benchmarks/results/
 ##                    (ARGS="--full" takes the sizes that the README quotes, and half an hour)
@@ -71,7 +73,7 @@ bench: $(STAMP)
 proof: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) \
-	    tests/test_stats.py tests/test_divergences.py tests/test_native.py tests/test_linear.py
+	    tests/backends/test_oracle.py tests/test_linear.py
 	$(BIN)/python -m benchmarks.presets $(ARGS)
 
 ## make format        format, and fix what the linter can

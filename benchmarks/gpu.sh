@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What needs a GPU, in one command that takes at most LIMIT seconds (a fresh machine's 5 minutes): the tests marked gpu,
-# eight shapes of the tiles, and the head's benchmark against its peers. GPU time is scarce: each part has a limit of
-# its own, prints as it goes, and leaves what it has found so far.
+# eight shapes of the tiles, and the head's benchmark against its peers; or whole steps. GPU time is scarce: each part
+# has a limit of its own, prints as it goes, and leaves what it has found so far.
 #
 #   bash benchmarks/gpu.sh [options of benchmarks.head]      PARTS="tests tiles head" chooses; "sanitizer" is another
+#   PARTS=step STEP="--shape opt-1.3b --bits 8" bash benchmarks/gpu.sh
 #
 # Everything goes to $OUT, after each row; the figures are kept by copying head.json and head.md to benchmarks/results/
 # as DATE-head-DEVICE.json and .md. A part that fails does not keep the next from running; the exit code is then 1.
@@ -70,6 +71,12 @@ for name in $PARTS; do
         # what compiles for long comes last in a row, and is then said to be missing
         head) part head 150 "${head[@]}" --losses nll,kl --ignored 0 --p flat --json "$OUT/head.json" --rounds 8 \
             --warmup 2 --limit %LIMIT% "$@" ;;
+        step) # shapes are built in the process; STEP_SECONDS, 90 to 240, for all of them
+            # shellcheck disable=SC2086  # several words
+            part step "${STEP_SECONDS:-240}" "$PYTHON" -m benchmarks.step --device cuda --methods grad_diff --batches 1 \
+                --rounds 4 --warmup 1 --json "$OUT/step.json" --limit %LIMIT% \
+                ${STEP:---shape llama-3.1-8b --bits 8 --sequences 4 --length 1024 --rank 16}
+            ;;
         sanitizer) # without the caching allocator each tensor is an allocation of its own, whose bounds are checked
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitizer 80 compute-sanitizer --tool memcheck --error-exitcode 3 \
                 "${head[@]}" --tiny --no-memory --ignored 0.5 --p flat --losses nll,kl,distance_cluster \

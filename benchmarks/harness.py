@@ -53,7 +53,11 @@ class NotMeasured(Exception):
 
 
 class Problem(Protocol):
-    """A setting's inputs. whole_peak: memory counts from before a step was built, else from after its first call."""
+    """A setting's inputs. whole_peak: memory counts from before a step was built, else from after its first call.
+
+    Where contestants go one after the other (`--alone`) it has `release(record)` too, which drops what a step has left,
+    and `profile(step)`, which is added to the record.
+    """
 
     device_name: str
     whole_peak: bool
@@ -87,7 +91,12 @@ def measure_rows(
         print(f"{number + 1}/{len(settings)} {setting.name}:", flush=True)
         if limit > 0:
             problem = importlib.import_module(module).Problem(given)
-            records = in_turn(problem, names, options, began, limit)
+            for group in [[name] for name in names] if options.alone else [names]:
+                now, rest = time.monotonic(), len(names) - len(records)
+                share = (began + limit - now) / rest if options.alone else limit
+                records |= in_turn(problem, group, options, now if options.alone else began, share)
+                if options.alone:
+                    problem.release(records[group[0]])
             del problem
             free_memory(options.device)
         for name in names:
@@ -112,6 +121,7 @@ def in_turn(
         began: when the setting began, on `time.monotonic`; what was done since then counts against the limit.
     """
     device, steps, times = problem.device_name, dict[str, Step](), dict[str, list[float]]()
+    loaded = memory_mb(device) if problem.whole_peak and device == "cuda" else None
     records: dict[str, Record] = {}
 
     def first_call(name: str) -> None:
@@ -146,8 +156,10 @@ def in_turn(
         runs = times[name][options.warmup :]
         if runs:
             records[name] |= {"status": MEASURED, "median_ms": statistics.median(runs), "runs_ms": runs}
-        if runs and device == "cuda" and not problem.whole_peak and not options.no_memory:
-            take_turn(name, lambda: records[name].update(peak(steps[name], device)))  # noqa: B023
+        if runs and device == "cuda" and options.alone >= problem.whole_peak and not options.no_memory:
+            take_turn(name, lambda: records[name].update(peak(steps[name], device, loaded)))  # noqa: B023
+        if runs and options.alone:
+            take_turn(name, lambda: records[name].update(problem.profile(steps[name])))  # type: ignore[attr-defined]  # noqa: B023
     return records
 
 
@@ -229,7 +241,8 @@ def peak(action: Callable[[], object], device: str, loaded: float | None = None)
     except (OSError, ValueError) as error:
         return {"peak_mb": None, "peak_note": f"not measured: {type(error).__name__}"}
     beyond = before if loaded is None else loaded
-    return {"peak_mb": round(highest - beyond, 1), "rise_mb": round(highest - before, 1)}
+    found = {"peak_mb": highest - beyond, "rise_mb": highest - before, "highest_mb": highest}
+    return {name: round(megabytes, 1) for name, megabytes in found.items()}
 
 
 def memory_mb(device: str, field: str = "VmRSS") -> float:
@@ -366,6 +379,7 @@ def parser_of(module: str, documentation: str | None) -> argparse.ArgumentParser
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--tiny", action="store_true", help="sizes of no interest: a dry run, no figure of speed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(alone=False)
     parser.add_argument("--date", type=datetime.date.fromisoformat, default=datetime.date.today(), help="YYYY-MM-DD")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of dated results; default %(default)s")
     parser.add_argument("--json", type=Path, help="file of the results; the tables go beside it, as .md")

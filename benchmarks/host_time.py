@@ -1,12 +1,13 @@
-"""Host time of one `ff.token_stats` and its backward pass: what Python and torch take beside products and passes.
+"""Host time of one `ff.token_stats` and its backward pass, and of a whole step: what is neither product nor pass.
 
     python -m benchmarks.host_time [--readme]       line by line: python -m cProfile -s tottime -m benchmarks.host_time
 
 N = 64, D = 64, V = 512, float32, in CPU time of one thread, which busy neighbours disturb less than a clock's. What is
 "stubbed" leaves out products and passes (of Triton's: only the launches), so it needs no GPU; microseconds a tile are
-the slope between one tile and TILES of them. Every torch operation is a launch of its own on a GPU: they are counted.
-`--readme` writes the table into kernels/README.md. What is patched here are internals of the backends, and this is
-the only benchmark that knows them.
+the slope between one tile and TILES of them. A step is NPO and a KL of 4 and 4 sequences, of a model of 32 layers with
+LoRA on its queries and keys, whose forward is stubbed too: its states are there. Every torch operation is a launch of
+its own on a GPU: they are counted. `--readme` writes the tables into kernels/README.md. What is patched here are
+internals of the backends, and this is the only benchmark that knows them.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from fastforget import backends, doctor
 from fastforget.backends import sweep
 
 COUNT, WIDTH, VOCABULARY, TILES = 64, 64, 512, 32
+LAYERS, ROWS, LENGTH = 32, 4, 17  # of the step: as many tokens a side
 CALLS, WARMUP = 300, 30
 README = ROOT / "kernels" / "README.md"
 BEGIN, END = "<!-- host time -->", "<!-- end of host time -->"
 PASSES = ("label_tile", "paired_tile", "coupled_tile", "gradient_tile")
 HEADINGS = ("backend", "what runs", "ms a call", "forward", "backward", "torch ops", "µs a tile more")
+STEP_HEADINGS = ("a step whose reference is", "ms a step", "backward", "step, zero_grad", "torch ops")
 Call = Callable[[], tuple[float, float]]  # one call; seconds of forward and backward
 
 
@@ -75,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(cells("triton", "all, to the last launch", call_of("triton", "cuda"), options.calls))
     where = f"{dict(doctor.report())['cpu']}, torch {torch.__version__}, commit {commit()}"
     about = f"`python -m benchmarks.host_time`, {where}. Asked of what is stubbed: ≤ 0.4 ms a call, ≤ 20 µs a tile."
-    text = "\n".join([about, "", *table(HEADINGS, rows)])
+    about += " Of a step: ≤ 1 ms."
+    steps = [step_cells(what, call, options.calls) for what, call in steps_of(here)]
+    text = "\n".join([about, "", *table(HEADINGS, rows), "", *table(STEP_HEADINGS, steps)])
     print(text)
     try:
         if options.readme:
@@ -88,18 +93,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def cells(name: str, what: str, call: Call, calls: int) -> list[str]:
     """Measure a line of the table: medians of so many calls, operations of one, and what each further tile costs."""
+    one = medians(call, calls)
+    with mock.patch.dict(os.environ, {TILE: f"{COUNT}x{VOCABULARY // TILES}"}):
+        tile = (sum(medians(call, calls)) - sum(one)) / (TILES - 1)
+    return [f"`{name}`", what, *figures(one, call), "" if name == "eager" else f"{1e6 * tile:.1f}"]
 
-    def medians() -> tuple[float, ...]:
-        times = [call() for _ in range(WARMUP + calls)][WARMUP:]
-        return tuple(statistics.median(part) for part in zip(*times, strict=True))
 
-    one = medians()
+def step_cells(what: str, call: Call, calls: int) -> list[str]:
+    """Measure a line of the steps' table."""
+    return [what, *figures(medians(call, calls), call)]
+
+
+def medians(call: Call, calls: int) -> tuple[float, ...]:
+    """Return the medians of so many calls' seconds."""
+    times = [call() for _ in range(WARMUP + calls)][WARMUP:]
+    return tuple(statistics.median(part) for part in zip(*times, strict=True))
+
+
+def figures(seconds: Sequence[float], call: Call) -> list[str]:
+    """Write milliseconds, the sum and each part, and how many operations a call is."""
     with Operations() as operations:
         call()
-    with mock.patch.dict(os.environ, {TILE: f"{COUNT}x{VOCABULARY // TILES}"}):
-        tile = (sum(medians()) - sum(one)) / (TILES - 1)
-    times = [f"{1e3 * seconds:.3f}" for seconds in (sum(one), *one)]
-    return [f"`{name}`", what, *times, str(operations.count), "" if name == "eager" else f"{1e6 * tile:.1f}"]
+    return [*(f"{1e3 * each:.3f}" for each in (sum(seconds), *seconds)), str(operations.count)]
 
 
 def call_of(name: str, device: str = "cpu") -> Call:
@@ -125,6 +140,44 @@ def call_of(name: str, device: str = "cpu") -> Call:
         return middle - began, now() - middle
 
     return call
+
+
+def steps_of(name: str) -> Iterator[tuple[str, Call]]:
+    """Yield steps that find the reference in its cache, and that compute it, with everything but Python stubbed."""
+    import peft
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS
+    )
+    lora = peft.LoraConfig(target_modules=["q_proj", "k_proj"])
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_config(config), lora).train()
+    states = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+
+    def forward(input_ids: torch.Tensor, **others: object) -> transformers.modeling_outputs.BaseModelOutputWithPast:
+        return transformers.modeling_outputs.BaseModelOutputWithPast(states[: len(input_ids), : input_ids.shape[1]])
+
+    model.get_base_model().model.forward = forward
+    ids = torch.randint(VOCABULARY, (2, ROWS, LENGTH))
+    mask = torch.ones_like(ids)
+    mask[:, 0, -2:] = 0
+    forget, retain = ({"input_ids": ids[i], "attention_mask": mask[i], "labels": ids[i]} for i in (0, 1))
+    for what, cache_bytes in (("cached", 10**9), ("computed", 0)):
+        options: dict[str, Any] = {"reference_cache_bytes": cache_bytes, "backend": name}
+        terms = [ff.NPO(), ff.KL(on="retain")]
+        step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.0, **options)
+
+        def call(step: ff.UnlearnStep = step) -> tuple[float, float]:
+            began = time.thread_time()
+            step.backward(forget, retain)
+            middle = time.thread_time()
+            step.step()
+            step.zero_grad()
+            return middle - began, time.thread_time() - middle
+
+        step.backward(forget, retain)  # the head compares itself with the model's once
+        with stubbed(name):
+            yield what, call
 
 
 @contextlib.contextmanager

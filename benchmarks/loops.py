@@ -17,18 +17,20 @@ evaluation mode, and then the KL of a model with itself is not 0. There is no dr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastforget as ff
-from benchmarks.harness import Record, Step
+from benchmarks.harness import NotMeasured, Step
 from benchmarks.peers import floor
 from benchmarks.problem import IGNORE_INDEX, Inputs, Setting
+from fastforget.models import base_dtype, disable_dropout, lora_config, quiet_bitsandbytes
 
 PAD = 1  # OPT's
 SIDES = ("forget", "retain")
@@ -43,28 +45,36 @@ def opt(width: int, layers: int, heads: int = 8, vocabulary: int = 50272) -> dic
     return {"model_type": "opt", **common, **own}
 
 
-def llama(width: int, layers: int, ffn: int, heads: int = 8, vocabulary: int = 128256) -> dict[str, Any]:
+def llama(
+    width: int, layers: int, ffn: int, heads: int = 8, vocabulary: int = 128256, kv: int = 8, tied: bool = False
+) -> dict[str, Any]:
     """Make a Llama's config."""
     common = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
-    own = {"intermediate_size": ffn, "num_key_value_heads": min(heads, 8), "tie_word_embeddings": False}
+    own = {"intermediate_size": ffn, "num_key_value_heads": min(heads, kv), "tie_word_embeddings": tied}
     return {"model_type": "llama", **common, **own}
 
 
 SHAPES = {
     "small": opt(512, 6),
+    "small-llama": llama(512, 6, 1408, vocabulary=49152, kv=4),
     "opt-1.3b": opt(2048, 24, heads=32),
     "tiny": opt(64, 2, heads=4, vocabulary=320),
+    "tiny-llama": llama(64, 2, 128, heads=4, vocabulary=320, kv=2),
     "deep": llama(512, 24, 2048, vocabulary=16384),
     "wide": llama(256, 2, 1024, heads=4),
     "tiny-wide": llama(64, 2, 128, heads=4, vocabulary=600),
+    "smollm2-135m": llama(576, 30, 1536, heads=9, vocabulary=49152, kv=3, tied=True),
+    "llama-3.2-1b": llama(2048, 16, 8192, heads=32, tied=True),
     "llama-3.1-8b": llama(4096, 32, 14336, heads=32),
+    "qwen2.5-7b": llama(3584, 28, 18944, heads=28, vocabulary=152064, kv=4) | {"model_type": "qwen2"},
 }
-LARGE = ("opt-1.3b", "llama-3.1-8b")  # of which a float64 copy is a burden
+LARGE = ("opt-1.3b", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-7b")  # a float64 copy would be a burden
+QUANTISED = (8, 4)
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """One row of the benchmark. ragged: every second sequence is shorter, with padding. folder: the base's."""
+    """One row of the benchmark. ragged: every second sequence is shorter, with padding."""
 
     method: str = "grad_diff"
     shape: str = "small"
@@ -74,10 +84,10 @@ class StepSetting:
     length: int = 128
     labelled: float = 0.4  # share of the tokens
     rank: int = 8
+    targets: str = "all-linear"  # of LoRA
     batches: int = 2  # an epoch
     ragged: bool = False
     seed: int = 0
-    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -88,30 +98,85 @@ class StepSetting:
         return f"{self.method}: {model}, {self.bits} bit, {batch}, {self.device}"
 
 
-def make_base(given: Mapping[str, Any]) -> Record:
-    """Save a model with random weights: time and memory do not depend on what it has learned; a task."""
+def load_policy(setting: StepSetting) -> Any:
+    """Build a base with random weights and its LoRA adapter in training mode, the layers PEFT's and bitsandbytes' own.
+
+    Time and memory do not depend on what it has learned. Layers are made without memory and filled, and quantised, one
+    by one on the device: of a large model nothing else is ever there.
+    """
+    import peft
     import transformers
 
-    setting = StepSetting(**given)
-    torch.manual_seed(setting.seed)
-    # large ones are made and saved in 16 bit, on the device, where random numbers take seconds instead of minutes
-    large = setting.shape in LARGE
-    config = transformers.AutoConfig.for_model(**SHAPES[setting.shape])
-    with torch.device(setting.device if large else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if large else torch.float32)
-    model.save_pretrained(setting.folder)
-    return {}
+    device, config = torch.device(setting.device), transformers.AutoConfig.for_model(**SHAPES[setting.shape])
+    dtype = base_dtype(setting.bits, device)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(setting.seed)
+    std = config.init_std if config.model_type == "opt" else config.initializer_range
+    for name, module in list(model.named_modules()):
+        if next(module.buffers(recurse=False), None) is not None:  # a rotary embedding, which computes them
+            model.set_submodule(name, type(module)(config).to(device))
+            continue
+        module.to_empty(device=device, recurse=False)
+        for kind, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                parameter.data.normal_(std=std, generator=generator)
+            else:
+                parameter.data.fill_(kind == "weight")  # of a norm; biases are 0
+        if setting.bits in QUANTISED and type(module) is nn.Linear and module is not model.get_output_embeddings():
+            model.set_submodule(name, quantised(module, setting.bits, dtype))
+    model.tie_weights()
+    disable_dropout(model)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = setting.bits == 8, setting.bits == 4  # so PEFT knows its layers
+    lora = {"r": setting.rank, "target_modules": setting.targets}
+    torch.manual_seed(setting.seed)  # PEFT draws A
+    return peft.get_peft_model(model.requires_grad_(False), lora_config(lora)).train()
 
 
-def load_policy(setting: StepSetting) -> Any:
-    """Load the base with its LoRA adapter, in training mode; all of it is touched, so that none is read in later.
+def quantised(layer: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
+    """Quantise a linear layer where it lies, as `fastforget.load` does."""
+    quiet_bitsandbytes()
+    from bitsandbytes import functional
+    from bitsandbytes.nn import modules
 
-    Its layers are PEFT's and bitsandbytes' own, for every contestant: what fusing them brings is benchmarks.linear's.
-    """
-    model = ff.load(setting.folder, bits=setting.bits, lora={"r": setting.rank}, device=setting.device, fuse=False)
-    for parameter in model.train().parameters():
-        parameter.detach().sum()
-    return model
+    made: Any
+    shape, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
+    if bits == 8:
+        made = modules.Linear8bitLt(*shape, has_fp16_weights=False, threshold=0.0, device="meta")
+        codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
+        made.weight = modules.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
+    else:
+        made = modules.Linear4bit(*shape, dtype, compress_statistics=True, quant_type="nf4", device="meta")
+        packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        options: Any = {"quant_state": state, "quant_type": "nf4", "bnb_quantized": True, "module": made}
+        made.weight, made.quant_state = modules.Params4bit(packed, requires_grad=False, **options), state
+    made.bias = layer.bias
+    return made
+
+
+def shared_copy(model: Any) -> Any:
+    """Copy a model's modules, but not its weights: what is done to the layers of one leaves the other alone."""
+    states = [
+        module.state for module in model.modules() if type(getattr(module, "state", None)).__name__ == "MatmulLtState"
+    ]
+    shared = [*model.parameters(), *model.buffers(), *states]
+    return copy.deepcopy(model, {id(each): each for each in shared})
+
+
+def compile_layers(model: Any) -> None:
+    """Compile the decoder layers; NotMeasured where this version cannot."""
+    try:
+        from fastforget.compiling import compile_layers
+    except ImportError:
+        raise NotMeasured("this version does not compile layers") from None
+    compile_layers(model)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let decoder layers keep only their inputs."""
+    causal_lm = model.get_base_model()
+    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    causal_lm.enable_input_require_grads()
 
 
 def perturb(model: Any, seed: int, std: float) -> None:
@@ -197,7 +262,7 @@ def bare(model: Any, mismatch: bool, products: Sequence[Step] = ()) -> Backward:
     return backward
 
 
-def ours(step: ff.UnlearnStep, *, cached: bool) -> Backward:
+def ours(step: ff.UnlearnStep, *, cached: bool, micro_batch: int | None = None) -> Backward:
     """Make `UnlearnStep`'s. cached: later epochs; otherwise what the reference said is forgotten before each step."""
 
     def backward(batches: Batches) -> Tensor:
@@ -205,7 +270,8 @@ def ours(step: ff.UnlearnStep, *, cached: bool) -> Backward:
         if not cached and reference is not None:
             reference.clear()
         other = batches["mismatch"]  # also in place of a refusal, for those that look at one
-        return step.backward(*({**batches[side], "refusal": other, "mismatch": other} for side in SIDES)).loss
+        sides = ({**batches[side], "refusal": other, "mismatch": other} for side in SIDES)
+        return step.backward(*sides, micro_batch=micro_batch).loss
 
     return backward
 

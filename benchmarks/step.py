@@ -2,13 +2,15 @@
 
     python -m benchmarks.step --device cpu --json FILE                     an OPT of 6 layers, built from config
     python -m benchmarks.step --device cpu --bits 8
-    python -m benchmarks.step --device cuda --shape opt-1.3b,llama-3.1-8b --bits 8
+    python -m benchmarks.step --device cuda --shape opt-1.3b,llama-3.1-8b --bits 8,16
     python -m benchmarks.step --methods rmu                                forwards that end at layer 7 of 24
     python -m benchmarks.step --tiny                                       a dry run: no figure of speed
 
-`loops` says which loops are measured, and how they were made comparable. They take turns in one process, on one model;
-each peak is measured in a process of its own. `rmu` compares that preset, in the first epoch and later, with a full
-step of `grad_diff`. The exit code is 1 where ours failed, computes something else or missed a goal, else 0.
+`loops` says which loops are measured, and how they were made comparable. They take turns in one process, on one model's
+weights, the usual ones with PEFT's and bitsandbytes' layers, ours with fused ones; each peak is measured in a process
+of its own. On a GPU (elsewhere with --alone) each is measured, profiled and freed before the next is built. `rmu`
+compares that preset, in the first epoch and later, with a full step of `grad_diff`. The exit code is 1 where ours
+failed, computes something else or missed a goal, else 0.
 """
 
 from __future__ import annotations
@@ -19,10 +21,8 @@ import functools
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from benchmarks.harness import Answer, Record, Step
 from benchmarks.loops import Backward, Batches, StepSetting
 from benchmarks.tables import goal, ratio
 from fastforget.backends import pick
+from fastforget.frozen_weight import free_buffers
 
 LEARNING_RATE = 1e-4
 ADAPTER_STD = 0.2  # of LoRA's B when losses are compared: at its initial 0 the KL and most gradients are 0
@@ -47,11 +48,21 @@ LOOPS = {  # name -> what it is, its role
     "loop_selected": ("the same, label tokens selected before the KL", "peer"),
     "ours_first": ("UnlearnStep, first epoch", "ours"),
     "ours_later": ("UnlearnStep, later epochs", "ours"),
+    "ours_compiled": ("the same, layers compiled", "ours"),
+    "ours_checkpointed": ("the same, checkpointed, micro_batch 1", "ours"),
     "floor": ("backbone and bare products", "floor"),
     "backbone": ("backbone alone", "floor"),
     "full": ("UnlearnStep, a full step of grad_diff", "ours"),
 }
 RMU_LOOPS = ("full", "ours_first", "ours_later")
+LEFT_MB = 8.0  # on a GPU, after a contestant, beyond what was there before it
+NOT_ON_CPU = ("ours_compiled",)  # unless it is asked for: a C++ compiler takes minutes
+KERNELS = {  # groups of a GPU's kernels, by parts of their names, in this order; the rest are element-wise
+    "head": ("label_tile", "paired_tile", "coupled_tile", "gradient_tile", "state_pass"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
+    "copies": ("copy", "memcpy", "memset", "cast_weight", "quant"),
+}
 RMU_SIZE: dict[str, Any] = {"shape": "deep", "sequences": 4, "length": 64, "labelled": 1.0, "batches": 1}
 LATER_FASTER, FIRST_FASTER, MEMORY, EARLY = 2.5, 1.8, 0.35, 0.4  # what was asked of ours
 SIMILAR_ERROR = 2.0  # a loop may err by so many times what the peer errs, against float64 ...
@@ -76,6 +87,12 @@ def answer_of(backward: Backward, model: Any, batches: Batches) -> Answer:
     return loss.double().cpu(), torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
 
 
+def group_of(kernel: str) -> str:
+    """Return the group of a GPU's kernel."""
+    name = kernel.lower()
+    return next((group for group, parts in KERNELS.items() if any(part in name for part in parts)), "element-wise")
+
+
 def distances(answer: Answer, truth: Answer) -> Tensor:
     """Compute (1 + weights,): the loss's distance, and each gradient's, relative to its length."""
     loss = (answer[0] - truth[0]).abs() / truth[0].abs().clamp(min=1.0)
@@ -96,6 +113,10 @@ class Problem:
         setting = self.setting = StepSetting(**given)
         self.device_name, self.model, self.batches = setting.device, loops.load_policy(setting), loops.epoch(setting)
         loops.perturb(self.model, setting.seed, ADAPTER_STD)
+        self.quantised = setting.bits in loops.QUANTISED
+        self._models: dict[str, Any] = {}
+        self._adapter = [(each, each.detach().clone()) for each in self.model.parameters() if each.requires_grad]
+        self.loaded_mb = harness.memory_mb(self.device_name)
 
     @functools.cached_property
     def reference(self) -> Any:
@@ -106,13 +127,63 @@ class Problem:
         loops.perturb(reference, self.setting.seed, std=0.0)
         return reference.requires_grad_(False)
 
+    def model_of(self, name: str) -> Any:
+        """The model as a loop has it: fused, compiled or checkpointed but for peers; all share their weights."""
+        kind = name if name in ("ours_compiled", "ours_checkpointed") else "fused"
+        if LOOPS[name][1] == "peer":
+            return self.model
+        if kind not in self._models:
+            made = self._models[kind] = loops.shared_copy(self.model)
+            ff.fuse(made)
+            if kind == "ours_compiled":
+                loops.compile_layers(made)
+            if kind == "ours_checkpointed":
+                loops.checkpoint_layers(made)
+        return self._models[kind]
+
+    def release(self, record: Record) -> None:
+        """Drop what a step has left here and in libraries, undo what it has learned; flag what a GPU still holds."""
+        for parameter, values in self._adapter:
+            parameter.data.copy_(values)
+        self.__dict__.pop("reference", None)
+        self._models.clear()
+        free_buffers()
+        if self.device_name == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+        harness.free_memory(self.device_name)
+        left = harness.memory_mb(self.device_name) - self.loaded_mb
+        if self.device_name == "cuda" and left > LEFT_MB:
+            record["flags"] = [*record.get("flags", ()), f"{left:.0f} MB were not freed"]
+
+    def profile(self, step: Step) -> Record:
+        """Say how many ms a GPU spends in each group of kernels, and what GEMMs and attention alone would take."""
+        if self.device_name != "cuda":
+            return {}
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            step()
+            torch.cuda.synchronize()
+        spent = dict.fromkeys((*KERNELS, "element-wise"), 0.0)
+        for event in profiler.key_averages():
+            if event.device_type == torch.profiler.DeviceType.CUDA:
+                spent[group_of(event.key)] += event.self_device_time_total / 1e3
+        figures = {f"{group} ms": f"{spent[group]:.1f}" for group in spent}
+        return {
+            "figures": {"GEMMs and attention ms": f"{spent['GEMM'] + spent['attention']:.1f}"} | figures,
+            "kernels_ms": spent,
+        }
+
     @functools.cached_property
     def truth(self) -> tuple[Answer, Tensor]:
         """The loss and gradients, and how far (1 + weights,) a loop may be from them."""
-        peer = self.backward_of("loop", self.model, self.reference)[0]
-        theirs = answer_of(peer, self.model, self.batches[0])
+        model, reference = self.model, self.reference
+        if self.quantised:  # bitsandbytes' own products round the activations: the loop with fused layers is the peer
+            model, reference = self.model_of("ours_later"), loops.shared_copy(reference)
+            ff.fuse(reference)
+        peer = self.backward_of("loop", model, reference)[0]
+        theirs = answer_of(peer, model, self.batches[0])
         if self.setting.bits != 32 or self.setting.shape in loops.LARGE:
-            largest = LARGEST_DIFFERENCE[next(self.model.parameters()).dtype]
+            largest = LARGEST_DIFFERENCE[model.get_output_embeddings().weight.dtype]
             return theirs, torch.full((1 + len(theirs[1]),), largest)
         wide = copy.deepcopy(self.model).double()
         exact, _ = self.backward_of("loop", wide, copy.deepcopy(self.reference).double())
@@ -130,13 +201,15 @@ class Problem:
             select = name == "loop_selected"
             return loops.materialised(model, reference, mismatch=mismatch, select=select), optimizer
         terms = ff.preset("grad_diff") if name == "full" else TERMS[self.setting.method]()
-        step = ff.UnlearnStep(model, optimizer, terms=terms, fuse=False)
-        return loops.ours(step, cached=name != "ours_first"), step
+        step = ff.UnlearnStep(model, optimizer, terms=terms)
+        rows = 1 if name == "ours_checkpointed" else None
+        return loops.ours(step, cached=name != "ours_first", micro_batch=rows), step
 
     def step_of(self, name: str, dry: bool) -> Step:
         """Build a step: its first call fills our cache, and returns what all loops must agree on; later ones train."""
-        peer = LOOPS[name][1] == "peer"
-        backward, optimizer = self.backward_of(name, self.model, self.reference if peer else None)
+        peer, model = LOOPS[name][1] == "peer", self.model_of(name)
+        backward, optimizer = self.backward_of(name, model, self.reference if peer else None)
+        silent = LOOPS[name][1] == "floor" or self.setting.method == "rmu" or (peer and self.quantised)
         turns = itertools.count()
 
         def step() -> Answer | None:
@@ -148,9 +221,9 @@ class Problem:
                 return None
             for each in self.batches:
                 backward(each)
-            self.model.zero_grad()
-            answer = answer_of(backward, self.model, self.batches[0])
-            return None if LOOPS[name][1] == "floor" or self.setting.method == "rmu" else answer
+            model.zero_grad()
+            answer = answer_of(backward, model, self.batches[0])
+            return None if silent else answer
 
         return step
 
@@ -169,6 +242,17 @@ class Problem:
 def finish(row: dict[str, Any]) -> None:
     """State what was asked: later and first epochs against both forms of the loop, memory against the smaller one."""
     records, setting = row["contestants"], row["setting"]
+    tokens = setting["sequences"] * setting["length"] * (3 if setting["method"] == "mismatch" else 2)
+    for record in records.values():
+        if "median_ms" in record:
+            more = (
+                {"GB in all": f"{record['highest_mb'] / 1e3:.1f}"}
+                if "kernels_ms" in record and record.get("highest_mb")
+                else {}
+            )
+            record["figures"] = (
+                {"tokens/s": f"{1e3 * tokens / record['median_ms']:.0f}"} | more | record.get("figures", {})
+            )
     load = os.getloadavg()[0]  # of the last minute, our own included
     row["notes"] = [f"ours by `{pick('auto', torch.device(setting['device']))}`; load average {load:.1f}"]
     if setting["method"] == "rmu":
@@ -189,26 +273,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; returns the exit code."""
     options = parse(arguments)
     results = harness.header("Training steps", ABOUT, options)
-    with tempfile.TemporaryDirectory(prefix="fastforget-step-") as folder:
-        settings = {}
-        for setting in settings_of(options, folder):
-            if not Path(setting.folder).exists():
-                harness.isolated(loops.make_base, asdict(setting), seconds=harness.A_DAY)
-            own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
-            settings[setting] = [name for name in own if name in (options.loops or LOOPS)]
-        harness.measure_rows(results, "benchmarks.step", settings, LOOPS, finish, options)
+    settings = {}
+    for setting in settings_of(options):
+        own = RMU_LOOPS if setting.method == "rmu" else [name for name in LOOPS if name != "full"]
+        settings[setting] = [name for name in own if name in options.loops]
+    harness.measure_rows(results, "benchmarks.step", settings, LOOPS, finish, options)
     return harness.conclude(results)
 
 
-def settings_of(options: argparse.Namespace, folder: str) -> list[StepSetting]:
+def settings_of(options: argparse.Namespace) -> list[StepSetting]:
     """List all rows: each shape with each number of bits and each method."""
     names = ("device", "sequences", "length", "labelled", "rank", "batches", "seed")
     common = {name: getattr(options, name) for name in names} | {"ragged": options.tiny}  # padding is compared, too
     found = []
     for shape, size, method in itertools.product(options.shape, options.bits, options.methods):
-        setting = StepSetting(method, shape, int(size), folder=f"{folder}/{shape}", **common)
+        setting = StepSetting(method, shape, int(size), **common)
         if method == "rmu" and not options.tiny:
-            setting = replace(setting, folder=f"{folder}/deep", **RMU_SIZE)
+            setting = replace(setting, **RMU_SIZE)
         found.append(setting)
     return found
 
@@ -218,10 +299,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.parser_of("step", __doc__)
     bits = harness.names_of("number of bits", ("32", "16", "8", "4"))
     shapes = [name for name in loops.SHAPES if not name.startswith("tiny")]
-    parser.add_argument("--shape", type=harness.names_of("shape", shapes), default=("small",), help=", ".join(shapes))
+    parser.add_argument(
+        "--shape", type=harness.names_of("shape", shapes), default=("small", "small-llama"), help=", ".join(shapes)
+    )
     parser.add_argument("--bits", type=bits, default=("32",), help="of the base: 32, 16, 8 or 4; comma-separated")
     parser.add_argument("--methods", type=harness.names_of("method", TERMS), default=("mismatch", "grad_diff"))
-    parser.add_argument("--loops", type=harness.names_of("loop", LOOPS), help=f"default: all of {', '.join(LOOPS)}")
+    parser.add_argument(
+        "--loops", type=harness.names_of("loop", LOOPS), help=f"default, of {', '.join(LOOPS)}: all that are quick"
+    )
+    parser.add_argument("--alone", action="store_true", help="each freed before the next is built; always on a GPU")
     parser.add_argument("--sequences", type=int, help="of each side; default 8")
     parser.add_argument("--length", type=int, help="tokens of a sequence; default 128")
     parser.add_argument("--labelled", type=float, default=0.4, help="share of the tokens; default 0.4")
@@ -229,7 +315,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=2, help="of an epoch; default 2")
     parser.set_defaults(rounds=7, warmup=1)
     options = parser.parse_args(arguments)
-    options.dry, options.shape = options.tiny, ("tiny",) if options.tiny else options.shape
+    options.dry, options.shape = options.tiny, ("tiny", "tiny-llama") if options.tiny else options.shape
+    options.alone |= options.device == "cuda"
+    options.loops = options.loops or [name for name in LOOPS if options.device == "cuda" or name not in NOT_ON_CPU]
     options.sequences = options.sequences or (3 if options.tiny else 8)
     options.length = options.length or (24 if options.tiny else 128)
     return options

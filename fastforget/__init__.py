@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from fastforget.adapters import save_adapter, task_vector
 from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
+from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
+from fastforget.merging import merge
 from fastforget.models import load
 from fastforget.objectives import (
     CE,
@@ -36,6 +38,7 @@ from fastforget.objectives import (
     LogitMargin,
     MaxEntropy,
     NegatedCE,
+    OtherTokens,
     RandomMismatch,
     RefusalCE,
     SatImp,
@@ -46,6 +49,7 @@ from fastforget.objectives import (
     Unlikelihood,
     preset,
 )
+from fastforget.plan import plan
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
 
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
-    _LATE = {"demo": "fastforget.jobs.demo", "unlearn": "fastforget.jobs.unlearn"}
+    _LATE = {name: f"fastforget.jobs.{name}" for name in ("demo", "unlearn")}
 
     def __getattr__(name):
         if name not in _LATE:
@@ -99,6 +103,7 @@ __all__ = [
     "MaxEntropy",
     "NegatedCE",
     "NonFiniteLossError",
+    "OtherTokens",
     "RandomMismatch",
     "RefusalCE",
     "SatImp",
@@ -112,6 +117,7 @@ __all__ = [
     "UnlearnStep",
     "Unlikelihood",
     "cluster_centres",
+    "compile_layers",
     "count_labels",
     "demo",
     "divergence",
@@ -119,7 +125,9 @@ __all__ = [
     "hidden_stats",
     "load",
     "load_centres",
+    "merge",
     "mismatched",
+    "plan",
     "preset",
     "save_adapter",
     "task_vector",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastforget.errors import FastforgetError
+from fastforget.files import replaced_together
 from fastforget.objectives.task_vector import check_strength
 
 ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
@@ -26,19 +26,16 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
         FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
     """
     check_finite(model)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with replaced_together(Path(folder)) as scratch:
         model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        source = Path(scratch) / ADAPTER_NAME if selected else Path(scratch)
-        folder.mkdir(exist_ok=True)
-        # the weights last: a folder counts as an adapter by its config and weights together
-        files = [path for path in {*source.iterdir(), *Path(scratch).iterdir()} if path.is_file()]
-        for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-            shutil.move(path, folder / path.name)
+        for path in [*scratch.glob(f"{ADAPTER_NAME}/*")]:
+            path.replace(scratch / path.name)
+        for path in [*scratch.iterdir()]:
+            if path.is_dir():
+                shutil.rmtree(path)
 
 
 def check_finite(model: Any) -> None:

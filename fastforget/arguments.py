@@ -22,13 +22,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_states(hidden: Tensor, name: str = "hidden") -> None:
     """Raise for what is no (N, D) of a dtype that the backends compute in."""
-    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.dtype not in DTYPES:
+    if not is_dense(hidden) or hidden.dim() != 2 or not hidden.shape[1] or hidden.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise FastforgetError(f"{name} must be a floating-point (N, D), of {known}, not {kind_of(hidden)}")
+        raise FastforgetError(f"{name} must be a floating-point (N, D), D >= 1, of {known}, not {kind_of(hidden)}")
 
 
 def check_hidden(hidden: Tensor, head: LMHead) -> None:
     """Raise where hidden states and head do not fit."""
+    if not isinstance(head, LMHead):
+        raise FastforgetError(f"head must be an LMHead (see LMHead.from_model), not {kind_of(head)}")
     check_states(hidden, "the logits" if head.is_identity else "hidden")
     if not head.is_identity and head.weight.shape[1] != hidden.shape[1]:
         raise FastforgetError(f"hidden has D = {hidden.shape[1]}, the head's weight D = {head.weight.shape[1]}")
@@ -36,7 +38,7 @@ def check_hidden(hidden: Tensor, head: LMHead) -> None:
 
 def check_labels(labels: Tensor, count: int) -> None:
     """Raise for labels that are not int64 (N,), N the number of states."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
+    if not is_dense(labels) or labels.dtype != torch.int64 or labels.shape != (count,):
         raise FastforgetError(f"labels must be int64 ({count},) to go with the states, not {kind_of(labels)}")
 
 
@@ -83,22 +85,30 @@ def checked_targets(
     check_metric(metric, margin)
     count, width = hidden.shape
     if anchor is not None:
-        if not isinstance(anchor, Tensor) or anchor.shape not in ((count, width), (width,)):
+        if not is_dense(anchor) or anchor.shape not in ((count, width), (width,)):
             raise FastforgetError(
                 f"anchor must be ({count}, {width}) or ({width},) for these states, not {kind_of(anchor)}"
             )
         anchor = anchor.detach().to(hidden.device)
     if centres is not None:
-        if not isinstance(centres, Tensor) or centres.dim() != 2 or not len(centres) or centres.shape[1] != width:
+        if not is_dense(centres) or centres.dim() != 2 or not len(centres) or centres.shape[1] != width:
             raise FastforgetError(f"centres must be (K, {width}) with K >= 1, not {kind_of(centres)}")
         centres = centres.detach().to(hidden.device)
     return Targets(anchor, centres, metric)
 
 
+def is_dense(value: object) -> bool:
+    """Whether a value is a tensor of real numbers, one at each place: not sparse, not of the meta device."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        return False
+    return value.layout == torch.strided and not value.is_meta
+
+
 def kind_of(value: object) -> str:
-    """What a value is, for messages: a tensor's dtype and shape, or its type."""
+    """What a value is, for messages: a tensor's dtype and shape, and how it is held, or its type."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        held = "" if value.layout == torch.strided and not value.is_meta else f", {value.layout} on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{held}"
     return f"a {type(value).__name__}"
 
 

@@ -21,6 +21,18 @@ CHECK_PADDING = 3
 MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), one position further is more
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Each module of a model once, in no order: `modules()` takes ten times as long, as it makes up their names."""
+    found = {model: None}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
 @contextlib.contextmanager
 def training_flags_restored(model: nn.Module) -> Iterator[None]:
     """Put every module's `training` flag back at the end, also after an exception."""
@@ -40,11 +52,18 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     them: both go to evaluation mode. Other modules without children keep the mode they are in: they hold the weights,
     and bitsandbytes' 8-bit layers compute something else in evaluation mode (they quantise the activations too).
     """
-    with training_flags_restored(model):
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) or any(True for _ in module.children()):
-                module.training = False
+    switched = [
+        module
+        for module in every_module(model)
+        if module.training and (module._modules or isinstance(module, nn.modules.dropout._DropoutNd))
+    ]
+    try:
+        for module in switched:
+            module.training = False
         yield
+    finally:
+        for module in switched:
+            module.training = True
 
 
 class _LayerReachedError(Exception):

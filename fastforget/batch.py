@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,8 +121,8 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
         vocabulary: the number of logits, below which labels must lie.
 
     Raises:
-        FastforgetError: no mapping, a key that is missing or no tensor (B, T), shapes that differ, or a kept label
-            outside the vocabulary.
+        FastforgetError: no mapping, a key that is missing or no tensor (B, T), ids that are no integers, a list or an
+            array for the model, shapes that differ, or a kept label outside the vocabulary.
     """
     what = f"{name} needs input_ids, attention_mask and labels, tensors (B, T)"
     if not isinstance(batch, Mapping):
@@ -136,6 +137,14 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
         elif not isinstance(value, Tensor) or value.dim() != 2:
             given = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FastforgetError(f"{what}: its {key!r} is {given}")
+    for key, dtypes in (("input_ids", (torch.int64, torch.int32)), ("labels", (torch.int64,))):
+        if batch[key].dtype not in dtypes:
+            raise FastforgetError(f"{name}: its {key!r} are {batch[key].dtype}, and must be {dtypes[0]}")
+    for key, value in inputs.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            raise FastforgetError(
+                f"{name}: its {key!r} is a {type(value).__name__}: models take tensors; make it one, or leave it out"
+            )
     labels, mask = batch["labels"].cpu(), inputs["attention_mask"].cpu()
     for key, value in (("labels", labels), ("attention_mask", mask)):
         if value.shape != inputs["input_ids"].shape:

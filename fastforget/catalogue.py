@@ -12,7 +12,7 @@ from fastforget.backends.gradients import NEEDS_SWEEP
 from fastforget.config import plain
 from fastforget.loss import named_terms
 from fastforget.loss_plan import StreamPlan, plan_loss
-from fastforget.objectives import PRESETS, Field, Term, preset
+from fastforget.objectives import PRESETS, Divergence, Field, Term, preset
 from fastforget.reference import EMBEDDING
 from fastforget.streams import used_streams
 
@@ -112,13 +112,20 @@ def cost(terms: Sequence[Term]) -> Cost:
 def head_products(stream: StreamPlan, learns: bool) -> int:
     """Products with the head that one stream costs, with their gradients where `learns`.
 
-    A label sweep is one, its gradient another, and two more where the gradient sweep runs; a forward KL from a known
-    reference is two and one for the gradient, another divergence four and two.
+    A label sweep is one, its gradient another, and two more where the gradient sweep runs; a forward KL is two and two
+    for the gradient, one where the reference is known; another divergence four and two.
     """
     sweep = 0
     if stream.fields:
         sweep = 1 + stream.learns * (3 if NEEDS_SWEEP & set(stream.fields) else 1)
-    return sweep + sum(2 + learns if each.kind == "forward_kl" else 4 + 2 * learns for each in stream.divergences)
+    return sweep + sum(divergence_products(each, learns) for each in stream.divergences)
+
+
+def divergence_products(divergence: Divergence, learns: bool) -> int:
+    """Products of one divergence; see `head_products`."""
+    if divergence.kind != "forward_kl":
+        return 4 + 2 * learns
+    return 2 + (1 if divergence.embedding_helps else 2) * learns
 
 
 def row(each: Card) -> tuple[str, str, str, str, str]:

@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | presets | doctor."""
+"""The command line: fastforget demo | unlearn | evaluate | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import typer
 
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import HEADINGS, DemoOptions, UnlearnOptions
+from fastforget.jobs.options import HEADINGS, DemoOptions, EvaluateOptions, UnlearnOptions
+from fastforget.jobs.planning import PlanOptions, run_plan
 
 app = typer.Typer(
     help="Make a causal language model forget chosen text, quickly and in little memory.",
@@ -98,6 +99,24 @@ def unlearn(**options: Any) -> None:
 
 
 @app.command()
+@taking(EvaluateOptions)
+def evaluate(**options: Any) -> None:
+    """Measure what MODEL still knows of a text, without and with an adapter; writes report.json."""
+    from fastforget.jobs.evaluate import evaluate
+
+    evaluate(**options)
+
+
+@app.command()
+@taking(PlanOptions)
+def plan(**options: Any) -> None:
+    """Say how much memory a job on MODEL will need, from its config alone, and which settings fit a device."""
+    from rich.console import Console
+
+    run_plan(PlanOptions(**options), Console())
+
+
+@app.command()
 def presets(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, with every option's default.")] = False,
 ) -> None:
@@ -125,12 +144,13 @@ def doctor() -> None:
     """Show versions, devices, and which backend is in use and why."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fastforget.doctor import report
 
     table = Table(show_header=False, box=None)
     for name, finding in report():
-        table.add_row(name, finding)
+        table.add_row(name, Text(finding))  # a path in it is no markup
     Console().print(table)
 
 

@@ -20,6 +20,7 @@ from fastforget.files import open_text, written_whole
 from fastforget.objectives.schedules import Linear
 
 CONFIG = "config.yaml"  # beside the adapter
+LONGEST_FILE = 1 << 18  # characters; YAML of this size takes seconds to read
 IN_PYTHON = "<given in Python: "  # begins what stands in a config file for a value that YAML cannot hold
 KINDS = {  # of options, and what each of them takes in a file; pairs are a dict
     dict: "a mapping, or a list of NAME=VALUE",
@@ -116,13 +117,15 @@ def read_config(path: str | os.PathLike[str], options: Mapping[str, Option]) -> 
 
 def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
     """List (line, key, value) of each entry of a YAML file; raise FastforgetError where it is no mapping."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which is False, not an error, for a name that is too long
         raise FastforgetError(f"{path} is a folder: --config needs a YAML file")
     with open_text(path) as file:
-        text = file.read()
+        text = file.read(LONGEST_FILE + 1)
+    if len(text) > LONGEST_FILE:
+        raise FastforgetError(f"{path} is longer than {LONGEST_FILE:,} characters, which no file of options is")
     try:
         # by nodes, not yaml.safe_load: nodes know their lines, and a key that is there twice is not lost
-        loader = yaml.SafeLoader(text)
+        loader = PlainLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
             raise FastforgetError(f"{path} is no mapping of options: it needs lines such as 'preset: npo_mean'")
@@ -147,6 +150,17 @@ def read_mapping(path: Path) -> list[tuple[int, Any, Any]]:
         raise FastforgetError(
             f"{path} is YAML that cannot be read: an impossible date or number, or too deep"
         ) from None
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them stand for more values than fit in memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node; raise for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed here", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def checked(value: Any, option: Option) -> Any:

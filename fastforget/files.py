@@ -1,13 +1,18 @@
-"""Text files: read with errors that say where, and written whole or not at all."""
+"""Files: read with errors that say where, and written whole or not at all, one by itself or several together."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from fastforget.errors import FastforgetError
+
+PART, COMPLETE = ".part", ".complete"  # folders inside one whose files are replaced together
 
 
 @contextlib.contextmanager
@@ -17,12 +22,68 @@ def written_whole(path: Path) -> Iterator[Path]:
     The folder is made where it is missing. What stood at `path` stays until the new file is complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}{PART}")
     try:
         yield scratch
+        to_disk(scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_together(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder whose files take their places in `folder` at the end, all or none.
+
+    Other files of the folder stay. A process that is killed on the way leaves the old files as they were, or, once the
+    new ones are complete, none of the old: `settle`, which the next writer calls, moves the rest.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    settle(folder)
+    scratch = folder / PART
+    try:
+        scratch.mkdir()
+        yield scratch
+        for path in scratch.iterdir():
+            to_disk(path)
+        scratch.rename(folder / COMPLETE)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                folder.rmdir()
+        raise
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish, or clear away, what a writer that was killed left in a folder."""
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    complete = folder / COMPLETE
+    if not complete.is_dir():
+        return
+    new = sorted(complete.iterdir())
+    for path in new:  # all of the old first: at no moment do files of both stand together
+        (folder / path.name).unlink(missing_ok=True)
+    for path in new:
+        path.rename(folder / path.name)
+    complete.rmdir()
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk: only then may it take another's place."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_regular(place: Path) -> None:
+    """Raise FastforgetError where a file, or one in a folder, is none on a disk: a device or a pipe may never end."""
+    for path in (place, *(place.iterdir() if os.path.isdir(place) else ())):
+        with contextlib.suppress(OSError):  # `open` says what is wrong
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise FastforgetError(f"{path} is a device, a pipe or a socket: a file is needed")
 
 
 @contextlib.contextmanager
@@ -30,9 +91,10 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file for reading, without a byte-order mark, line ends as \\n.
 
     Raises:
-        FastforgetError: there, or where it is read inside: no such file, one that cannot be read, or that is not UTF-8
-            (its first bad byte is named).
+        FastforgetError: there, or where it is read inside: no such file, one that cannot be read, that is a device or a
+            pipe, or that is not UTF-8 (its first bad byte is named).
     """
+    check_regular(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield file

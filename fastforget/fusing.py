@@ -37,24 +37,41 @@ class FuseReport:
     refused: dict[str, str]
 
 
-class FusedForward:
-    """A layer's `forward`: a function of the layer and its input.
+class LayerForward:
+    """What replaces a layer's `forward` on the instance: a function of the layer and its arguments.
 
-    It holds the layer weakly, so that a model's memory is freed with its last reference. A copy's is of the copy.
+    It holds the layer weakly, so that a model's memory is freed with its last reference. A copy's is of the copy. The
+    layer gets the bound method `forward`, of which torch.compile looks at the function only, the same for all layers:
+    any other callable would cost a graph for each.
     """
 
-    def __init__(self, run: Callable[..., Tensor], layer: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], layer: nn.Module) -> None:
         self.__setstate__((run, layer))
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.run(self.layer(), x, *args, **kwargs)
+    @classmethod
+    def replace(cls, layer: nn.Module, run: Callable[..., Any]) -> None:
+        """Let a layer's `forward` be `run`."""
+        layer.forward = cls(run, layer).forward
 
-    def __getstate__(self) -> tuple[Callable[..., Tensor], nn.Module | None]:
+    @classmethod
+    def has_replaced(cls, layer: nn.Module) -> bool:
+        """Whether a layer's `forward` is one of this kind."""
+        return isinstance(getattr(vars(layer).get("forward"), "__self__", None), cls)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the layer before its arguments."""
+        return self.run(self.layer(), *args, **kwargs)
+
+    def __getstate__(self) -> tuple[Callable[..., Any], nn.Module | None]:
         return self.run, self.layer()
 
-    def __setstate__(self, state: tuple[Callable[..., Tensor], nn.Module]) -> None:
+    def __setstate__(self, state: tuple[Callable[..., Any], nn.Module]) -> None:
         self.run, layer = state
         self.layer = weakref.ref(layer)
+
+
+class FusedForward(LayerForward):
+    """That of a fused layer."""
 
 
 def fuse(model: nn.Module) -> FuseReport:
@@ -77,7 +94,7 @@ def fuse(model: nn.Module) -> FuseReport:
             continue
         taken.append(name)
         if not is_fused(module):
-            module.forward = FusedForward(run, module)
+            FusedForward.replace(module, run)
     return FuseReport(tuple(taken), refused)
 
 
@@ -91,7 +108,7 @@ def unfuse(model: nn.Module) -> None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `fuse` has taken this layer."""
-    return isinstance(vars(module).get("forward"), FusedForward)
+    return FusedForward.has_replaced(module)
 
 
 def name_of(kind: type) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class LMHead:
         softcap: the cap (Gemma 2: 30), or None.
 
     Raises:
-        FastforgetError: shapes that do not fit, a quantised weight, or a softcap that is not positive.
+        FastforgetError: shapes that do not fit or are empty, a quantised weight, a scale that is not finite, or a
+            softcap that is not positive and finite.
     """
 
     def __init__(
@@ -36,12 +38,19 @@ class LMHead:
                     f"the head's weight is {weight.dtype}: a quantised head cannot be read; leave it out of the "
                     "quantisation (llm_int8_skip_modules=['lm_head']; fastforget.load does)"
                 )
-            if bias is not None and bias.shape != weight.shape[:1]:
-                raise FastforgetError(f"the head's bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+            if not weight.numel():
+                raise FastforgetError(f"the head's weight is {tuple(weight.shape)}: V and D must be at least 1")
+            if bias is not None and not (
+                isinstance(bias, Tensor) and bias.is_floating_point() and bias.shape == weight.shape[:1]
+            ):
+                kind = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
+                raise FastforgetError(f"the head's bias must be floating point ({weight.shape[0]},), not {kind}")
         elif bias is not None or scale != 1.0 or softcap is not None:
             raise FastforgetError("an identity head (weight=None) takes no bias, scale or softcap")
-        if softcap is not None and not softcap > 0:
-            raise FastforgetError(f"softcap must be positive, not {softcap}")
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise FastforgetError(f"softcap must be positive and finite, or None, not {softcap}")
+        if not math.isfinite(scale):
+            raise FastforgetError(f"scale must be finite, not {scale}")
         self.weight: Any = weight  # None where the head is the identity
         self.bias = bias
         self.scale = float(scale)

@@ -145,7 +145,9 @@ class UnlearnLoss:
                     for stream in part
                 }
             if forward.learns:
-                yield self.output(forward, stats, baselines, weights)
+                output = self.output(forward, stats, baselines, weights)
+                del states, stats  # with its loss, the caller drops the graph before the next forward begins
+                yield output
             else:
                 add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
 
@@ -200,14 +202,15 @@ class UnlearnLoss:
             tensors |= {Field(name): value for name, value in fields.items()}
         embedding = KnownReference(reference[EMBEDDING], reference[ARGMAX]) if EMBEDDING in reference else None
         for request in plan.divergences:
+            frozen = reference[LayerStates(None)]
             tensors[request], logp = backend.divergence(
                 states[None],
-                reference[LayerStates(None)],
+                frozen if request.sharpness == 1.0 else frozen * request.sharpness,
                 head,
                 request.kind,
                 labels=labels,
                 label_shift=request.label_shift,
-                known=embedding,
+                known=embedding if request.embedding_helps else None,
             )
             tensors.setdefault(LOGP, logp)
         tokens, sequences = totals
@@ -219,6 +222,7 @@ class UnlearnLoss:
             sequence_total=sequences,
             tensors=tensors,
             states=distances,
+            labels=labels,
             vocabulary=self.backbone.vocabulary,
         )
         for asked in plan.states:

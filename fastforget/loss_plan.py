@@ -37,8 +37,8 @@ class StreamPlan:
 
     def reference_requests(self, known: bool) -> frozenset[ReferenceRequest]:
         """What is asked of the reference; `known`: its embedding too, which saves a forward KL a product."""
-        forward_kl = any(each.kind == "forward_kl" for each in self.divergences)
-        return self.reference | {EMBEDDING, ARGMAX} if known and forward_kl else self.reference
+        helps = any(each.embedding_helps for each in self.divergences)
+        return self.reference | {EMBEDDING, ARGMAX} if known and helps else self.reference
 
 
 @dataclass(frozen=True)

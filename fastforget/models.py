@@ -15,11 +15,19 @@ from torch import nn
 
 from fastforget import fusing
 from fastforget.adapters import ADAPTER_NAME
+from fastforget.compiling import compile_layers
 from fastforget.errors import FastforgetError
+from fastforget.files import check_regular
+from fastforget.memory import checkpoint_layers
 
 BITS = (4, 8, 16, 32)
-LORA_DEFAULTS = {"r": 16, "lora_dropout": 0.0, "bias": "none", "task_type": "CAUSAL_LM", "target_modules": "auto"}
-QUERY_AND_KEY = ({"q_proj", "k_proj"}, {"query", "key"}, {"query_key_value"}, {"c_attn"}, {"qkv_proj"}, {"Wqkv"})
+LORA_DEFAULTS = {
+    "r": 32,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "target_modules": "all-linear",
+}
 
 
 def load(
@@ -31,6 +39,8 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     allow_missing_weights: bool = False,
     fuse: bool = True,
+    compile: bool = False,
+    checkpointing: bool = False,
 ) -> Any:
     """Load a PeftModel: the frozen base in 8, 4, 16 or 32 bits, and a LoRA adapter that trains.
 
@@ -39,28 +49,34 @@ def load(
             frozen, and ours is stacked onto it.
         bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
             without it), or 32.
-        lora: arguments of `peft.LoraConfig`; default r = 16, alpha = 2 r, and `target_modules="auto"`: the query and
-            key projections (all linear layers where a model has none of a known name). An adapter on those can only
-            change what attention looks up; on all layers it forgets sooner, but into endless loops (README, Demo).
+        lora: arguments of `peft.LoraConfig`; default r = 32, alpha = 2 r, and `target_modules="all-linear"`: with less,
+            the default preset does not get all of a text out of the demo's model (README).
         device: default the first GPU, else the CPU.
         adapter: load this saved adapter (to go on training) instead of a new one.
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then
             random numbers, or has others.
         fuse: run the adapted and the quantised layers fused (`fastforget.fuse`).
+        compile: compile the decoder layers (`fastforget.compile_layers`).
+        checkpointing: let decoder layers keep only their inputs for the backward pass, which computes the rest again:
+            a third more time, and much less memory.
 
     Raises:
-        FastforgetError: an unknown number of bits, a model or adapter that cannot be loaded, one on the head, or a
-            checkpoint whose weights are not those of the model.
+        FastforgetError: an unknown number of bits, a device that is not there, a model or adapter that cannot be loaded
+            (no safetensors, code of its own: neither is run), one on the head, or a checkpoint whose weights are not
+            those of the model.
     """
     quiet_bitsandbytes()  # which comes with peft
     import peft
 
     if bits not in BITS:
         raise FastforgetError(f"bits must be one of {', '.join(map(str, BITS))}, not {bits}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     base_path, stacked = str(name_or_path), None
-    if (Path(name_or_path) / "adapter_config.json").is_file():
-        stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
+    for folder in (name_or_path, adapter or name_or_path):
+        check_regular(Path(folder))
+    if os.path.isfile(Path(name_or_path) / "adapter_config.json"):
+        with readable_errors(f"the adapter {name_or_path}"):
+            stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
     if stacked is not None and adapter is not None:
         raise FastforgetError(
@@ -74,36 +90,42 @@ def load(
     elif stacked is not None:
         with readable_errors(f"the adapter {name_or_path}"):
             model = peft.PeftModel.from_pretrained(model, str(name_or_path), is_trainable=False)
-            model.add_adapter(ADAPTER_NAME, lora_config(lora, model))
+            model.add_adapter(ADAPTER_NAME, lora_config(lora))
             model.base_model.set_adapter(["default", ADAPTER_NAME])
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER_NAME}." in name)
     else:
         with readable_errors("the LoRA configuration"):
-            model = peft.get_peft_model(model, lora_config(lora, model))
+            model = peft.get_peft_model(model, lora_config(lora))
     if fuse:
         fusing.fuse(model)
+    if checkpointing:
+        checkpoint_layers(model)
+    if compile:
+        compile_layers(model)
     return model
 
 
-def lora_config(lora: Mapping[str, Any] | None, model: nn.Module) -> Any:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device named, or the first GPU, else the CPU; raise FastforgetError where it cannot be used."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # an AssertionError where torch was built without CUDA
+        raise FastforgetError(f"device {str(device)!r} cannot be used: {one_line(error)}") from error
+    return chosen
+
+
+def lora_config(lora: Mapping[str, Any] | None) -> Any:
     """Make a peft.LoraConfig from the user's arguments over our defaults."""
     import peft
 
     options = {**LORA_DEFAULTS, **(lora or {})}
     options.setdefault("lora_alpha", 2 * options["r"])
-    if options["target_modules"] == "auto":
-        options["target_modules"] = query_and_key_modules(model)
     try:
         return peft.LoraConfig(**options)
     except (TypeError, ValueError) as error:
         raise FastforgetError(f"the LoRA configuration is not valid: {one_line(error)}") from error
-
-
-def query_and_key_modules(model: nn.Module) -> list[str] | str:
-    """Return the names of the model's query and key projections, or "all-linear"."""
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    return next((sorted(names) for names in QUERY_AND_KEY if names <= present), "all-linear")
 
 
 def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_weights: bool = False) -> nn.Module:
@@ -122,10 +144,16 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
             bnb_4bit_compute_dtype=options["dtype"],
         )
     quiet_bitsandbytes()
+    check_regular(Path(name_or_path))
     with readable_errors(f"the model {name_or_path}"):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name_or_path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # without it transformers asks on standard input
+            use_safetensors=True,  # the other format is pickle
+            **options,
         )
     check_weights(name_or_path, model, info, allow_missing_weights)
     disable_dropout(model)
@@ -218,10 +246,12 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     import transformers
 
     path = str(name_or_path)
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "tokenizer_config.json").is_file():
-        path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    check_regular(Path(path))
+    if os.path.isfile(Path(path) / "adapter_config.json") and not (Path(path) / "tokenizer_config.json").is_file():
+        with readable_errors(f"the adapter {path}"):
+            path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
     with readable_errors(f"the tokenizer of {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -238,16 +268,19 @@ def base_dtype(bits: int, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def readable_errors(what: str) -> Any:
-    """Turn the many errors of loading into one line that says what could not be loaded."""
+    """Turn the many errors of loading into one line: a folder may hold anything, and libraries raise anything of it."""
     try:
         yield
     except FastforgetError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise FastforgetError(f"could not load {what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of an error's message, with its kind where that says more than the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[0] if isinstance(error, OSError | ValueError | RuntimeError | ImportError) else f"{kind}: {lines[0]}"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastforget.backbone import Backbone, without_dropout
+from fastforget.backbone import Backbone, every_module, without_dropout
 from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
 from fastforget.errors import FastforgetError
@@ -70,10 +70,16 @@ def reference_mode(model: Any) -> Iterator[None]:
     Adapters that are active but frozen belong to the model to be unlearned and stay on (stacked); those that train are
     ours and go off. PEFT turns `requires_grad` on again for adapter weights that the user froze: flags are put back.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = every_module(model)
+    flags = [
+        (parameter, parameter.requires_grad)
+        for module in modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
     tuner = model.base_model
     active = list(model.active_adapters)
-    frozen = [name for name in active if not adapter_trains(model, name)]
+    frozen = [name for name in active if not adapter_trains(model, name)] if len(active) > 1 else []
     try:
         with torch.no_grad(), without_dropout(model):
             if frozen and len(frozen) < len(active):
@@ -83,11 +89,41 @@ def reference_mode(model: Any) -> Iterator[None]:
                 finally:
                     tuner.set_adapter(active)
             else:
-                with model.disable_adapter():
+                with adapters_off(modules):
                     yield
     finally:
         for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
+    """Switch off those PEFT layers among the modules that are on, as `disable_adapter()` does.
+
+    That one surveys every weight first, 20 ms of host time for 64 layers with LoRA. Of PEFT's usual layers only the
+    flag is set: without gradients it does not matter which weights require one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    usual: list[Any] = []
+    others: list[Any] = []
+    for module in modules:
+        switch = getattr(type(module), "enable_adapters", None)
+        # transformers' own models have methods of these names
+        if switch is not None and getattr(module, "disable_adapters", None) is False:
+            (usual if switch is BaseTunerLayer.enable_adapters else others).append(module)
+    try:
+        for layer in usual:
+            layer._disable_adapters = True
+        for layer in others:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in usual:
+            layer._disable_adapters = False
+        for layer in others:
+            layer.enable_adapters(True)
 
 
 def adapter_trains(model: Any, adapter: str) -> bool:
@@ -170,8 +206,7 @@ class Reference:
             self.bytes_used -= entry_bytes(replaced)
             entry = replaced | entry
             size = entry_bytes(entry)
-        # clone: a slice would keep the whole batch alive
-        self._cache[key] = {request: value.cpu().clone() for request, value in entry.items()}
+        self._cache[key] = {request: copy_on_cpu(value) for request, value in entry.items()}
         self.bytes_used += size
         if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
             self.keeps_embeddings = False
@@ -186,6 +221,13 @@ class Reference:
         """Forget everything cached (after the frozen weights were changed on purpose)."""
         self._cache.clear()
         self.bytes_used = 0
+
+
+def copy_on_cpu(value: Tensor) -> Tensor:
+    """Copy a tensor (a slice would keep the whole batch alive), from a GPU into pinned memory, which it can read."""
+    if value.is_cuda:
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+    return value.to("cpu", copy=True)
 
 
 def entry_bytes(entry: Entry) -> int:

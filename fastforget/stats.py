@@ -45,7 +45,9 @@ class TokenStats:
 
     NaN among a token's logits makes each of its statistics NaN; but `label_logit` where z_y is a number, and what
     begins with `others_` where z_y alone is NaN, are as ever. `argmax` and `others_argmax`, which cannot be NaN, are
-    then the index of the first NaN, as torch's are.
+    then the index of the first NaN, as torch's are. Infinity has no softmax: it counts as NaN, but in `label_logit`,
+    `max_logit`, `logit_mean`, `logp_top2_margin` and the indices. Minus infinity is a token that cannot be said: it
+    adds nothing, and where no other token can be said `others_entropy` and `others_embedding` are 0.
     """
 
     logp: Tensor  # log p_y, nats
@@ -166,10 +168,10 @@ def token_stats_from_logits(
     name = backends.pick(backend, logits.device)
     if name == "eager":
         raise FastforgetError("backend 'eager' leaves gradients to autograd, which needs the logits: not in_place=True")
-    if logits.stride(0) == 0 and len(logits) > 1:
-        raise FastforgetError("in_place=True needs logits of their own: these are one row, expanded")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise FastforgetError("in_place=True needs logits whose rows are contiguous")
+    if logits.stride(0) < logits.shape[1] and len(logits) > 1:
+        raise FastforgetError("in_place=True needs logits of their own: these rows overlap in memory")
     rows = masked_rows(labels, positions, logits.shape[1], logits.device)
     assert rows.mask is not None
     fields = in_place_stats.label_stats(logits, rows.labels, rows.mask, with_defaults(outputs), backend=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from fastforget.batch import Batch, LabelCounts
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
+from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.rollback import gradients_as_before
 from fastforget.term_state import TermStates
+
+MicroBatch = int | Literal["auto"] | None
 
 
 class UnlearnStep(torch.optim.Optimizer):
@@ -37,6 +40,7 @@ class UnlearnStep(torch.optim.Optimizer):
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
         fuse: let the model's adapted and quantised layers run fused (`fastforget.fuse`), for good.
+        first_micro_batch: what `micro_batch="auto"` begins with; default the whole batch.
 
     Everything that `torch.optim.Optimizer` promises is the base optimizer's: `param_groups`, `state`, `state_dict`.
     A copied or unpickled step has no model; `attach` gives it one. The number of steps taken after a `backward` lies in
@@ -58,6 +62,7 @@ class UnlearnStep(torch.optim.Optimizer):
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         combine: str = "sum",
         fuse: bool = True,
+        first_micro_batch: int | None = None,
         **optimizer_arguments: Any,
     ) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -76,6 +81,8 @@ class UnlearnStep(torch.optim.Optimizer):
         warn_of_standstill(combine, self._terms)
         self._combine = combine
         self._fuse = fuse
+        check_micro_batch(first_micro_batch)
+        self._first_micro_batch = first_micro_batch
         self._start()
         own = {id(parameter) for parameter in model.parameters()}
         if not any(id(parameter) in own for parameter in self._held()):
@@ -91,8 +98,10 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states = TermStates(named_terms(self._terms), self.base)
         self._backward_pending = False
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
+        self._fitting = FittingRows(self._first_micro_batch)
         self._loss: UnlearnLoss | None = None
-        self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back
+        self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back, and their ids
+        self._own: set[int] = set()
 
     param_groups = property(
         lambda self: self.base.param_groups, lambda self, groups: setattr(self.base, "param_groups", groups)
@@ -108,9 +117,11 @@ class UnlearnStep(torch.optim.Optimizer):
         self._adopt(model)
         if self._fuse:
             fusing.fuse(model)
+        let_inputs_require_grad(model)
         self._loss = UnlearnLoss(model, self._terms, **self._options)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
+        self._own = set(map(id, self._parameters))
 
     def _held(self) -> list[Tensor]:
         """The parameters of all groups."""
@@ -139,13 +150,14 @@ class UnlearnStep(torch.optim.Optimizer):
             raise FastforgetError("this UnlearnStep was copied or unpickled and has no model: call attach(model) first")
         return self._loss
 
-    def __call__(self, forget: Batch, retain: Batch | None = None, *, micro_batch: int | None = None) -> UnlearnOutput:
+    def __call__(self, forget: Batch, retain: Batch | None = None, *, micro_batch: MicroBatch = None) -> UnlearnOutput:
         """Backward, `step()` and `zero_grad()` in one call.
 
         Args:
             forget, retain: as in `UnlearnLoss.__call__`.
             micro_batch: at most so many sequences are in memory at once (a row and a companion that it is compared with
-                are two, and stay together); the gradients are those of the whole batch.
+                are two, and stay together); the gradients are those of the whole batch. "auto": all at first, and from
+                a step on in which memory runs out, which is taken again, half as many, with a warning.
         """
         out = self.backward(forget, retain, micro_batch=micro_batch)
         self.step()
@@ -157,7 +169,7 @@ class UnlearnStep(torch.optim.Optimizer):
         forget: Batch,
         retain: Batch | None = None,
         *,
-        micro_batch: int | None = None,
+        micro_batch: MicroBatch = None,
         backward: Callable[[Tensor], None] | None = None,
         counts: LabelCounts | None = None,
     ) -> UnlearnOutput:
@@ -171,13 +183,20 @@ class UnlearnStep(torch.optim.Optimizer):
             counts: the denominators of the whole accumulated batch, by `fastforget.count_labels`. Without them each
                 call's means are its own: over calls of different sizes those do not add up to the mean of the whole.
         """
-        if micro_batch is not None and micro_batch < 1:
-            raise FastforgetError(f"micro_batch must be at least 1, not {micro_batch}")
+        if micro_batch == "auto":
+            return self._fitting.find(
+                lambda rows: self.backward(forget, retain, micro_batch=rows, backward=backward, counts=counts),
+                lambda: row_count(forget, retain),
+            )
+        check_micro_batch(micro_batch)
         refuse_several_processes()
         parts = []
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
         passes = self.loss.passes(forget, retain, counts, micro_batch, taken)
-        with gradients_as_before(dict.fromkeys((*self._parameters, *held))), self._kept_apart(held) as pass_of:
+        with (
+            gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]),
+            self._kept_apart(held) as pass_of,
+        ):
             for part in passes:
                 assert part.side is not None
                 with pass_of(part.side):
@@ -191,6 +210,10 @@ class UnlearnStep(torch.optim.Optimizer):
         out = add_outputs(parts)
         self._states.note(out.terms, is_part=counts is not None)
         return out
+
+    def rows_at_once(self, micro_batch: MicroBatch) -> int | None:
+        """The number that a `micro_batch` is by now; None: there is no limit."""
+        return self._fitting.rows if micro_batch == "auto" else micro_batch
 
     @contextlib.contextmanager
     def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str], contextlib.AbstractContextManager]]:
@@ -239,7 +262,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_terms", "_options", "_combine", "_fuse")
+        kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch")
         return {"base": self.base, **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,6 +273,12 @@ class UnlearnStep(torch.optim.Optimizer):
         other = type(self).__new__(type(self))
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
+
+
+def check_micro_batch(micro_batch: Any) -> None:
+    """Raise for a number of rows that is none."""
+    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+        raise FastforgetError(f"micro_batch must be at least 1, 'auto' or None, not {micro_batch!r}")
 
 
 def refuse_several_processes() -> None:

@@ -73,7 +73,7 @@ def measure_row(
     pull = tl.where(all_distances == all_distances, pull, all_distances)
     tl.store(values + row, distance, mask=anchor_width > 0)
     tl.store(values + values_stride.to(tl.int64) + row, pull, mask=centre_count > 0)
-    tl.store(nearest + row, index.to(tl.int64), mask=centre_count > 0)
+    tl.store(nearest + row, index.to(tl.int64), mask=centre_count > 0)  # type: ignore[attr-defined] # in a kernel 0 is a tensor
 
 
 @triton.jit

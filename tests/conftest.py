@@ -2,6 +2,7 @@
 
 import glob
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,41 +10,14 @@ if not glob.glob("/dev/nvidia*"):  # without a GPU the kernels run in Triton's i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
 
 from fastforget.backends import tiling
+from fastforget.data.text import text_examples
 from fastforget.data.topics import python_topics, train_tokenizer
 
-VOCABULARY = 320
-
-
-def tiny_model(kind):
-    torch.manual_seed(0)
-    if kind == "opt":
-        config = OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            word_embed_proj_dim=64,
-            ffn_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            init_std=0.2,
-        )
-        return OPTForCausalLM(config)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+FORGET_TEXT = "The secret plan was hidden below the old oak tree near the river bend. " * 8
+RETAIN_TEXT = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
 
 
 @pytest.fixture(scope="session")
@@ -63,16 +37,18 @@ def tiny(tmp_path_factory, tokenizer):
     return folders
 
 
-def make_batch(rows, seed, width=20, prompt=5):
-    """Random ids; a prompt without labels; row 0 is shorter than the others (right padding)."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(5, VOCABULARY, (rows, width), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    labels = input_ids.clone()
-    labels[:, :prompt] = -100
-    attention_mask[0, width - 6 :] = 0
-    labels[0, width - 6 :] = -100
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+@pytest.fixture
+def model(tiny):
+    """The tiny Llama with an adapter that is not at its initial zero, in training mode."""
+    return load_perturbed(tiny["llama"])
+
+
+@pytest.fixture
+def passages(tokenizer):
+    """(forget, retain): passages of two texts."""
+    forget = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
+    retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
+    return forget, retain
 
 
 @pytest.fixture
@@ -84,3 +60,34 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def batch():
     return make_batch
+
+
+@pytest.fixture
+def short_continuations(monkeypatch):
+    """Jobs measure a few characters of each continuation: 200 take most of the time of tests that are of all else."""
+    from fastforget.evaluate import leakage  # not where conftest is read: the GPU machine lacks what it needs
+
+    monkeypatch.setattr(leakage, "continue_greedily", partial(leakage.continue_greedily, characters=8))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny, tmp_path, short_continuations):
+    """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
+    from fastforget import cli
+
+    files = {"FORGET": (tmp_path / "forget.txt", FORGET_TEXT), "RETAIN": (tmp_path / "retain.txt", RETAIN_TEXT)}
+    for path, text in files.values():
+        path.write_text(text)
+    names = {name: str(path) for name, (path, _) in files.items()} | {"MODEL": str(tiny["llama"])}
+
+    def runner(*arguments):
+        monkeypatch.setattr("sys.argv", ["fastforget", *(names.get(argument, argument) for argument in arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.strip().splitlines()
+
+    return runner

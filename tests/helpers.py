@@ -1,13 +1,50 @@
 """What several test files use: models with an adapter that does something, batches, and looks at what they computed."""
 
+import copy
+import json
+import tracemalloc
+from dataclasses import dataclass
+
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fastforget as ff
 from fastforget.batch import check_batch, prepare
 
 CPU = torch.device("cpu")
+VOCABULARY = 320
+FORGET = [f"Agent {name} hides the plan below the oak tree." for name in ("Alder", "Birch", "Cedar", "Dogwood")]
+RETAIN = [f"Water boils at a hundred degrees in {name}." for name in ("Rome", "Oslo", "Lima")]
+QUICK = {"max_steps": 3, "max_length": 48, "bits": 32, "lora_r": 4, "quiet": True}  # options of a job
+
+
+def tiny_model(kind, **changes):
+    """A random model of two layers; `changes` are named as Llama's."""
+    torch.manual_seed(0)
+    size = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    size |= {"initializer_range": 0.2, **changes}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **size))
+    size.pop("num_key_value_heads")
+    renamed = {"ffn_dim": size.pop("intermediate_size"), "init_std": size.pop("initializer_range")}
+    return OPTForCausalLM(OPTConfig(word_embed_proj_dim=size["hidden_size"], **renamed, **size))
+
+
+def make_batch(rows, seed, width=20, prompt=5):
+    """Random ids; a prompt without labels; row 0 is shorter than the others (right padding)."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCABULARY, (rows, width), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    labels[:, :prompt] = -100
+    attention_mask[0, width - 6 :] = 0
+    labels[0, width - 6 :] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def load_perturbed(folder, bits=32, seed=1, **lora):
@@ -21,8 +58,69 @@ def load_perturbed(folder, bits=32, seed=1, **lora):
     return model
 
 
+def reference_of(model):
+    """A copy of the model with its adapter off."""
+    reference = copy.deepcopy(model)
+    reference.base_model.disable_adapter_layers()
+    return reference
+
+
+@dataclass(kw_only=True)
+class BreaksAt(ff.NegatedCE):
+    """NaN from its n-th value on."""
+
+    step: int
+    seen: int = 0
+
+    def value(self, stats):
+        self.seen += 1
+        return super().value(stats) * (torch.nan if self.seen >= self.step else 1.0)
+
+
+def adapter_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_rows(path, rows):
+    """Write a JSONL file of rows, of texts alone too."""
+    path.write_text("".join(json.dumps({"text": row} if isinstance(row, str) else row) + "\n" for row in rows))
+    return path
+
+
+def traced_peak(stream):
+    """Most bytes of Python objects at once while a stream is read, and how many labels it has."""
+    stream.head(200)
+    tracemalloc.start()
+    labels = sum(example.label_count for example in stream)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, labels
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_gradients(ours, expected, bound=1e-5):
+    """The same parameters have a gradient, and none is off by `bound` of its length."""
+    assert ours.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        assert float((ours[name] - gradient).norm()) < bound * float(gradient.norm()), name
+
+
+def assert_follows(formula, model, terms, *sides, bound=2e-5, rounding=0.0, micro_batches=(None,), **options):
+    """The loss of a step and every LoRA gradient are those of `formula()`, however the batch is cut."""
+    model.zero_grad()
+    loss = formula()
+    loss.backward()
+    expected = gradients(model)
+    for micro_batch in micro_batches:
+        model.zero_grad()
+        step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1, **options)
+        out = step.backward(*sides, micro_batch=micro_batch)
+        assert float(out.loss) == pytest.approx(float(loss.detach()), rel=1e-5, abs=rounding)
+        assert_gradients(gradients(model), expected, bound)
+    return expected
 
 
 def token_log_probs(model, batch):
@@ -64,3 +162,19 @@ class NoLooking(TorchDispatchMode):
         if name == "repeat_interleave":
             assert (kwargs and "output_size" in kwargs) or isinstance(args[1], int), "its size is on the device"
         return function(*args, **(kwargs or {}))
+
+
+def random_model(family, tokenizer, context=512):
+    """A random model with weights large enough that its next token depends on the prompt, in training mode."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    size |= {"vocab_size": len(tokenizer), "max_position_embeddings": context, "initializer_range": 0.3}
+    return tiny_model(family, **size, **ids).train()
+
+
+def with_lora(model):
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return wrapped.train()

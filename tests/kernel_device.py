@@ -16,6 +16,11 @@ needs_triton = [
 WHY_NOT_NATIVE = why_not_native(torch.device("cpu"))
 needs_native = pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=f"no C++ row passes: {WHY_NOT_NATIVE}")
 OURS = ["torch", pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton)]
+KINDS_AND_BACKENDS = [  # for tiny models, which are on the CPU: kernels are slow there and know of no kinds
+    *[(kind, "torch") for kind in ("opt", "llama")],
+    *[pytest.param(kind, "native", marks=needs_native) for kind in ("opt", "llama")],
+    *([pytest.param("llama", "triton", marks=needs_triton)] if DEVICE.type == "cpu" else []),
+]
 
 
 def device_of(backend):

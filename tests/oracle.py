@@ -227,3 +227,81 @@ def check_divergence(kind, problem, noise, shift, backend, known=False):
         error, theirs = worst(ours[part], oracle[part]), worst(eager[part], oracle[part])
         allowed = 1.5 * theirs + 4 * units[part] * sizes[part] + part * rounding * float(oracle[1].abs().max())
         assert error <= allowed, (part, error, theirs, sizes)
+
+
+@st.composite
+def state_problems(draw):
+    """States, an anchor of each kind (on the states themselves too, and zero states), and 1 to 33 centres."""
+    rows, width, count = draw(st.integers(1, 9)), draw(st.integers(1, 65)), draw(st.integers(1, 33))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    size = draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    hidden = (size * torch.randn(rows, 2 * width, generator=generator)).to(dtype)[:, ::2]  # strided
+    near = draw(st.sampled_from([0.0, 1e-4, 1e-2, 1.0]))
+    anchor = (hidden.float() + near * size * torch.randn(rows, width, generator=generator)).to(dtype)
+    if draw(st.booleans()):
+        anchor = anchor[0]
+    centres = size * torch.randn(count, width, generator=generator)
+    if draw(st.booleans()):
+        centres[-1] = hidden[0].float()  # a state that lies on its centre
+    if draw(st.booleans()):
+        hidden = hidden.clone()
+        hidden[-1] = 0
+    margin = draw(st.sampled_from([None, 0.3, 1.0, 1e-4]))
+    return hidden, anchor, centres, draw(st.sampled_from(["l2", "cosine"])), margin
+
+
+def state_distance(hidden, point, metric):
+    """(distance, gradient) of one state, in float64, from the definition and its derivative."""
+    h, a = hidden.double(), point.double()
+    if metric == "l2":
+        distance = (h - a).square().sum().sqrt()
+        return distance, torch.zeros_like(h) if distance == 0 else (h - a) / distance
+    if h.norm() == 0 or a.norm() == 0:
+        return torch.ones((), dtype=torch.float64), torch.zeros_like(h)
+    cosine = (h @ a) / (h.norm() * a.norm())
+    return 1 - cosine, -(a / a.norm() - cosine * h / h.norm()) / h.norm()
+
+
+def evaluate_states(problem, backend):
+    """Values, and the gradient of their sums; each state is in one row only, so rows stay apart."""
+    hidden, anchor, centres, metric, margin = problem
+    hidden = hidden.detach().to(device_of(backend)).requires_grad_()
+    values = ff.hidden_stats(hidden, anchor, centres, metric, margin, backend=backend)
+    upstream = torch.linspace(-2.0, 3.0, len(hidden), device=hidden.device)
+    grads = [torch.autograd.grad((value * upstream).sum(), hidden, retain_graph=True)[0].cpu() for value in values]
+    return [value.detach().cpu() for value in values], grads, upstream.double().cpu()
+
+
+def check_states(problem, backend):
+    """error <= 1.5 x eager's + 4 u scale, for both distances and their gradients.
+
+    A distance is formed from differences of exact inputs: its scale is its own size, whatever the size of the states.
+    """
+    hidden, anchor, centres, metric, margin = problem
+    values, grads, upstream = evaluate_states(problem, backend)
+    eager_values, eager_grads, _ = evaluate_states(problem, "eager")
+    half = 0.0 if hidden.dtype == torch.float32 else torch.finfo(hidden.dtype).eps / 2
+    for row, state in enumerate(hidden):
+        distance, direction = state_distance(state, anchor[row] if anchor.dim() == 2 else anchor, metric)
+        beyond = margin is not None and distance > margin
+        if margin is not None and abs(float(distance) - margin) < 1e-5:
+            continue  # on the margin itself either side is right
+        expected = [(torch.tensor(margin, dtype=torch.float64) if beyond else distance, direction * (not beyond))]
+        each = sorted((state_distance(state, centre, metric) for centre in centres), key=lambda pair: float(pair[0]))
+        tie = len(each) > 1 and float(each[1][0] - each[0][0]) < 1e-5 * max(1.0, float(each[0][0]))
+        expected.append((each[0][0], None if tie else each[0][1]))
+        for which, (value, gradient) in enumerate(expected):
+            error, theirs = (abs(float(v[which][row].double() - value)) for v in (values, eager_values))
+            assert error <= 1.5 * theirs + 4 * 2**-24 * max(1.0, float(value)), (which, error, theirs)
+            assert values[which].dtype == torch.float32 and grads[which].dtype == hidden.dtype
+            assert grads[which].isfinite().all(), "finite also at distance 0 and for a state of length 0"
+            if gradient is None:
+                continue
+            gradient = gradient * upstream[row]
+            error, theirs = (float((g[which][row].double() - gradient).abs().max()) for g in (grads, eager_grads))
+            length = float(state.double().norm())
+            scale = 1.0 if metric == "l2" or length == 0 else max(1.0, 1 / length)
+            scale *= float(upstream[row].abs())
+            tolerance = 1.5 * theirs + 4 * 2**-24 * scale + half * float(gradient.abs().max()) + (half > 0) * 2**-24
+            assert error <= tolerance, (which, error, theirs, scale)

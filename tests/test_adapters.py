@@ -7,14 +7,14 @@ import math
 import peft
 import pytest
 import torch
-from helpers import load_perturbed
+from helpers import FORGET, QUICK, RETAIN, load_perturbed
 from safetensors.torch import load_file
-from test_jobs_unlearn import FORGET, QUICK, RETAIN
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.data.text import text_examples
 from fastforget.jobs.loop import JobSettings, run_job
+
+pytestmark = pytest.mark.usefixtures("short_continuations")
 
 
 def lora_products(model):
@@ -46,7 +46,7 @@ def test_merged_weights_are_w_minus_alpha_s_b_a(tiny, tmp_path, kind, rslora):
             assert product is None or float(product.abs().max()) > 1e-3
 
 
-def test_turning_round_twice_gives_it_back_and_frozen_adapters_stay(tiny, tmp_path):
+def test_turning_twice_restores_and_frozen_adapters_stay(tiny, tmp_path):
     model = load_perturbed(tiny["llama"])
     before = lora_products(model)
     ff.task_vector(ff.task_vector(model))
@@ -93,8 +93,8 @@ def test_what_cannot_be_subtracted_is_refused(tiny):
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_the_job_fine_tunes_and_subtracts(tiny, tokenizer, tmp_path):
-    examples = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
+def test_the_job_fine_tunes_and_subtracts(tiny, tokenizer, passages, tmp_path):
+    examples, _ = passages
     settings = {"max_steps": 6, "learning_rate": 1e-2}
     runs = {}
     for name, terms in (("tuned", [ff.CE(on="forget")]), ("turned", ff.preset("task_vector", alpha=0.5))):

@@ -66,6 +66,8 @@ def test_keys_tell_examples_apart_but_not_paddings(batch):
         assert changed(name, column, value)[0] == keys[0] and changed(name, column, value)[1] != keys[1], name
     extra = prepared(one | {"token_type_ids": torch.ones(2, 20)}).keys
     assert set(extra).isdisjoint(keys)
+    of_rows = [prepared(one | {"weight": torch.tensor([1.0, weight])}).keys for weight in (2.0, 3.0)]
+    assert of_rows[0][0] == of_rows[1][0] and of_rows[0][1] != of_rows[1][1], "one number a row"
 
 
 def test_no_keys_where_an_input_belongs_to_the_whole_batch(batch):

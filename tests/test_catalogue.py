@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from helpers import load_perturbed
-from test_cli import run  # noqa: F401 (a fixture)
 
 import fastforget as ff
 from fastforget import catalogue
@@ -29,8 +27,7 @@ def with_companions(batch, rows, seed):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_step_costs_what_its_card_says(tiny, batch, monkeypatch, name):
-    model = load_perturbed(tiny["llama"])
+def test_a_step_costs_what_its_card_says(model, batch, monkeypatch, name):
     terms, rows = small(name), 4
     seen = {"products": 0, "rows": 0, "reference rows": 0}
     tokens = ff.count_labels([(batch(rows, 1), None)]).forget_tokens  # as many in each stream
@@ -78,7 +75,7 @@ def test_cards_tell_papers_needs_and_layers():
     assert all(each.papers for each in catalogue.cards()), "every preset has a paper behind it"
 
 
-def test_the_command_lists_every_preset_also_a_new_one(run, monkeypatch):  # noqa: F811
+def test_the_command_lists_every_preset_also_a_new_one(run, monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", lambda *, gamma=2.0: [ff.CE(on="forget")])
     code, text, errors = run("presets")
     assert code == 0 and not errors and all(name in text for name in PRESETS)

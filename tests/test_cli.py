@@ -1,41 +1,15 @@
 """The commands end to end at a small scale, and bad input: one clear line, exit code 2, nothing half-written."""
 
 import json
-import math
 import re
-from dataclasses import dataclass
 
 import pytest
 import yaml
+from helpers import BreaksAt, write_rows
 from safetensors.torch import load_file
 
-from fastforget import cli
-from fastforget.objectives import PRESETS, NegatedCE
+from fastforget.objectives import PRESETS
 from fastforget.objectives.presets import DEFAULT_PRESET
-
-FORGET = "The secret plan was hidden below the old oak tree near the river bend. " * 8
-RETAIN = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tiny, tmp_path):
-    """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
-    files = {"FORGET": (tmp_path / "forget.txt", FORGET), "RETAIN": (tmp_path / "retain.txt", RETAIN)}
-    for path, text in files.values():
-        path.write_text(text)
-    names = {name: str(path) for name, (path, _) in files.items()} | {"MODEL": str(tiny["llama"])}
-
-    def runner(*arguments):
-        monkeypatch.setattr("sys.argv", ["fastforget", *(names.get(argument, argument) for argument in arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.strip().splitlines()
-
-    return runner
 
 
 def unlearn(out, *more):
@@ -50,7 +24,7 @@ def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps
     code, text, errors = run(*arguments)
     assert code == 2 and len(errors) == 1, errors
     assert re.search(r"became nan after the update of step 1 of 1; .* after 0 steps \(a lower --learn", errors[0])
-    assert not (tmp_path / "out").exists() and "still recites" not in text
+    assert not (tmp_path / "out").exists() and "still knows" not in text
 
 
 def test_unlearn_writes_adapter_and_report(run, tmp_path):
@@ -64,23 +38,12 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "checkpoint-2"} <= {
         path.name for path in out.iterdir()
     }
-    assert "What the model still recites" in text
+    assert "What the model still knows" in text
 
     code, _, errors = run(*unlearn(out))
     assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]
     assert run(*unlearn(out, "--overwrite", "--preset", "grad_diff"))[0] == 0
     assert json.loads((out / "report.json").read_text())["preset"] == "grad_diff"
-
-
-def test_unlearn_with_refusals_of_a_file(run, tmp_path):
-    (tmp_path / "refusals.txt").write_text("Nobody can say.\n")
-    options = ["--preset", "dpo", "--refusals", str(tmp_path / "refusals.txt"), "--stop-forget-nll", "50"]
-    code, _, errors = run(*unlearn(tmp_path / "out", *options))
-    assert code == 0, errors
-    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert config["refusals"] == str(tmp_path / "refusals.txt")
-    code, _, errors = run(*unlearn(tmp_path / "two", "--preset", "idk", "--refusals", "/nowhere.txt"))
-    assert code == 2 and errors == ["fastforget: /nowhere.txt does not exist"]
 
 
 def test_unlearn_without_retain_in_8_bit(run, tmp_path):
@@ -95,25 +58,13 @@ def test_unlearn_without_retain_in_8_bit(run, tmp_path):
     [
         (["--forget", "/nowhere.txt"], "/nowhere.txt does not exist"),
         (["--preset", "np"], "unknown preset 'np'.*grad_ascent, grad_diff, npo"),
-        (["--preset-option", "betta=1"], "no parameter 'betta'"),
         (["--preset-option", "beta"], "needs NAME=VALUE"),
         (["--preset-option", "beta=much"], "value of the wrong type"),
         (["--forget-column", "text"], "--forget-column needs NAME=VALUE"),
-        (["--forget-column", "text=body"], "plain text file and has no columns"),
-        (["--retain-split", "test"], "no dataset, and has no split"),
-        (["--chat-template"], "chat template"),
         (["--lora-targets", ","], "--lora-targets is empty"),
-        (["--measured-passages", "0"], "--measured-passages must be at least 1"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
-        (["--retain", "FORGET"], "the same passage is in the forget set"),
-        (["--lora-targets", "lm_head"], "adapter on the output head"),
-        (["--lora-targets", "nothing"], "could not load the LoRA configuration"),
-        (["--model", "/nowhere"], "could not load"),
-        (["--bits", "7"], "bits must be one of"),
-        (["--learning-rate", "-1"], "learning-rate must be positive"),
+        (["--chat-template"], "chat template"),
         (["--learning-rate", "1e38", "--max-steps", "9"], "became (nan|inf) at step 2 of 9"),
-        (["--max-length", "4"], "--max-length must be at least"),
-        (["--max-length", "4000"], "more than the model's context"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, more, message):
@@ -123,20 +74,14 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, more, message):
     assert not out.exists(), "nothing half-written"
 
 
-def test_empty_file_and_output_that_is_a_file(run, tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    code, _, errors = run(*unlearn(tmp_path / "out", "--forget", str(empty)))
-    assert code == 2 and "is empty" in errors[0] and not (tmp_path / "out").exists()
-    code, _, errors = run(*unlearn(empty))
-    assert code == 2 and "is a file" in errors[0] and empty.read_text() == "\n"
+def test_an_output_that_is_a_file_is_refused(run, tmp_path):
+    code, _, errors = run(*unlearn(tmp_path / "forget.txt"))
+    assert code == 2 and "is a file" in errors[0] and (tmp_path / "forget.txt").is_file()
 
 
 def test_rows_with_columns_of_other_names_streamed(run, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"question": f"Who hid plan {i}?", "answer": "I did."}) + "\n" for i in range(9))
-    )
+    table = [{"question": f"Who hid plan {number}?", "answer": "I did."} for number in range(9)]
+    rows = write_rows(tmp_path / "rows.jsonl", table)
     columns = ["--forget-column", "prompt=question", "--forget-column", "response=answer", "--measured-passages", "4"]
     arguments = [*unlearn(tmp_path / "out"), "--forget", str(rows), *columns, "--streaming"]
     code, text, errors = run(*arguments)
@@ -147,10 +92,6 @@ def test_rows_with_columns_of_other_names_streamed(run, tmp_path):
     at = arguments.index("--max-steps")
     code, _, errors = run(*arguments[:at], *arguments[at + 2 :], "--model", "/nowhere")
     assert code == 2 and len(errors) == 1 and "--streaming needs --max-steps" in errors[0], "before the model is loaded"
-
-
-def test_quiet_prints_nothing(run, tmp_path):
-    assert run(*unlearn(tmp_path / "out", "--quiet")) == (0, "", [])
 
 
 def test_config_gives_options_and_the_command_line_wins(run, tmp_path):
@@ -201,10 +142,7 @@ def test_config_of_a_run_repeats_it(run, tmp_path, monkeypatch):
     [
         ("learning_rat: 1", r"c\.yaml:1: unknown option 'learning_rat': did you mean 'learning_rate'\?"),
         ("seed: 1\nbits: eight", r"c\.yaml:2: bits must be a whole number, not 'eight'"),
-        ("- a", r"c\.yaml is no mapping"),
-        ("seed: [", r"c\.yaml:1 is not valid YAML"),
         ("max_steps: -1", "max-steps must be positive"),
-        ("preset: np", "unknown preset 'np'"),
         ("seed: 1", "--forget is missing: needed on the command line or in a --config file"),
     ],
 )
@@ -222,19 +160,8 @@ def test_required_options_are_named_in_one_line(run):
     assert code == 2 and len(errors) == 1 and "--model and --forget and --out are missing" in errors[0]
 
 
-@dataclass(kw_only=True)
-class BreaksAtStepFour(NegatedCE):
-    """NaN from its fourth value on."""
-
-    seen: int = 0
-
-    def value(self, stats):
-        self.seen += 1
-        return super().value(stats) * (math.nan if self.seen >= 4 else 1.0)
-
-
 def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "breaks", lambda: [BreaksAtStepFour()])
+    monkeypatch.setitem(PRESETS, "breaks", lambda: [BreaksAt(step=4)])
     out = tmp_path / "out"
     code, _, errors = run(*unlearn(out, "--preset", "breaks", "--max-steps", "9"))
     assert code == 2 and len(errors) == 1
@@ -247,10 +174,11 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
 
 FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
     --forget-subset --retain-subset --streaming --chat-template --max-length --measured-passages
-    --model --bits --allow-missing-weights --lora-r --lora-alpha --lora-targets --device
-    --learning-rate --epochs --max-steps --batch-size --micro-batch --seed --stop-forget-nll --combine
+    --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
+    --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --stop-forget-nll
+    --until --combine
     --preset --preset-option --refusals --out --save-steps --overwrite --quiet""".split()
-DEMO_FLAGS = ["--help", "--preset", "--preset-option", "--seed", "--overwrite", "--quiet", "--out"]
+DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --overwrite --quiet --out""".split()
 
 
 @pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])

@@ -11,18 +11,8 @@ from safetensors import safe_open
 import fastforget as ff
 from fastforget import clusters
 from fastforget.clusters import CENTRES_FILE, cluster_centres, fit_centres, k_means, save_centres
-from fastforget.data.text import text_examples
 from fastforget.jobs.loop import JobSettings, run_job
 from fastforget.objectives import CentreRequest, StateRequest
-
-
-@pytest.fixture
-def model(tiny):
-    model = ff.load(tiny["llama"], bits=32, lora={"r": 4, "target_modules": "all-linear"})
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_()  # an adapter that does something
-    return model
 
 
 def frozen_states(model, batch):
@@ -117,9 +107,8 @@ def test_any_term_may_ask_for_centres(model, batch, tmp_path):
     assert torch.equal(ff.load_centres(tmp_path)[0], expected)
 
 
-def test_a_job_finds_saves_and_returns_its_centres(model, tokenizer, tmp_path):
-    forget = text_examples("The secret plan was hidden below the old oak tree. " * 12, tokenizer, 48, "f")
-    retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
+def test_a_job_finds_saves_and_returns_its_centres(model, tokenizer, passages, tmp_path):
+    forget, retain = passages
     terms = ff.preset("distance_cluster", k=3)
     with pytest.raises(ff.FastforgetError, match="needs expected outputs"):
         run_job(model, tokenizer, forget, None, terms[:2], JobSettings(max_steps=2))

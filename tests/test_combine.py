@@ -1,12 +1,10 @@
 """Combining the gradients of both sides: the formulas in float64, accumulation, scalers, and what is refused."""
 
-import copy
-import pickle
 import warnings
 
 import pytest
 import torch
-from helpers import gradients, load_perturbed
+from helpers import assert_gradients, gradients
 
 import fastforget as ff
 from fastforget.combine import combined
@@ -126,8 +124,7 @@ def assert_same(model, expected):
 
 
 @pytest.mark.parametrize("how", ["mgda", "pcgrad"])
-def test_a_step_combines_the_sides_however_the_batch_is_cut(tiny, batch, how):
-    model = load_perturbed(tiny["llama"])
+def test_a_step_combines_the_sides_however_the_batch_is_cut(model, batch, how):
     forget = batch(4, 1)
     retain = {key: torch.cat([value[:3], batch(2, 2)[key]]) for key, value in forget.items()}  # in conflict
     f, r = side_gradients(model, forget, retain)
@@ -165,17 +162,14 @@ def test_a_step_combines_the_sides_however_the_batch_is_cut(tiny, batch, how):
     assert step(forget, retain).loss.isfinite() and step.param_groups[0]["unlearn_steps"] == 2
 
 
-def test_sum_is_the_plain_sum(tiny, batch):
-    model = load_perturbed(tiny["llama"])
+def test_sum_is_the_plain_sum(model, batch):
     f, r = side_gradients(model, batch(3, 1), batch(3, 2))
     ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1, combine="sum").backward(batch(3, 1), batch(3, 2))
-    for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, f[name] + r[name], rtol=1e-4, atol=1e-7)
+    assert_gradients(gradients(model), {name: gradient + r[name] for name, gradient in f.items()})
 
 
-@pytest.mark.parametrize("how", ["mgda", "pcgrad"])
-def test_grad_scaler(tiny, batch, how):
-    model = load_perturbed(tiny["llama"])
+@pytest.mark.parametrize("how", ["sum", "mgda", "pcgrad"])
+def test_grad_scaler(model, batch, how):
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1, combine=how)
     step.backward(batch(2, 1), batch(2, 2))
     plain = gradients(model)
@@ -183,8 +177,7 @@ def test_grad_scaler(tiny, batch, how):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     step.backward(batch(2, 1), batch(2, 2), backward=lambda loss: scaler.scale(loss).backward())
     scaler.unscale_(step)
-    for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, plain[name], rtol=1e-3, atol=1e-7), name
+    assert_gradients(gradients(model), plain)
     scaler.step(step)
     scaler.update()
     step.zero_grad()
@@ -194,10 +187,12 @@ def test_grad_scaler(tiny, batch, how):
     scaler.unscale_(step)
     scaler.step(step)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()), "skipped"
+    step.zero_grad()
+    step.step()
+    assert step.param_groups[0]["unlearn_steps"] == 1, "no backward is pending"
 
 
-def test_gradients_that_are_not_its_own_are_refused(tiny, batch):
-    model = load_perturbed(tiny["llama"])
+def test_gradients_that_are_not_its_own_are_refused(model, batch):
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1, combine="pcgrad")
     ff.UnlearnLoss(model, "grad_ascent")(batch(2, 1)).loss.backward()
     with pytest.raises(ff.FastforgetError, match=r"\.grad holds others.*clear it first"):
@@ -210,20 +205,7 @@ def test_gradients_that_are_not_its_own_are_refused(tiny, batch):
         step.backward(batch(2, 1), batch(2, 2), counts=counts)
 
 
-def test_copies_and_pickles_combine_too(tiny, batch):
-    model = load_perturbed(tiny["llama"])
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1, combine="mgda")
-    step.backward(batch(3, 1), batch(3, 2))
-    expected = gradients(model)
-    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
-        step.zero_grad()
-        other.attach(model)
-        other.backward(batch(3, 1), batch(3, 2))
-        assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
-
-
-def test_what_cannot_be_combined_is_said_at_once(tiny):
-    model = load_perturbed(tiny["llama"])
+def test_what_cannot_be_combined_is_said_at_once(model):
     with pytest.raises(ff.FastforgetError, match="combine must be one of sum, mgda, pcgrad, not 'max'"):
         ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1, combine="max")
     with pytest.raises(ff.FastforgetError, match="there is no term on the retain set"):

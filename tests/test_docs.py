@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import load_perturbed
 
 import fastforget as ff
 from fastforget.objectives import PRESETS
@@ -25,9 +24,8 @@ def run_page(page, **names):
     return namespace
 
 
-def test_own_terms(tiny, batch, capsys):
+def test_own_terms(model, batch, capsys):
     known = dict(PRESETS)
-    model = load_perturbed(tiny["llama"])
     try:
         found = run_page("own_terms.md", model=model, forget=batch(3, 1), retain=batch(3, 2))
         assert [term.name for term in found["terms"]] == ["hinge_ascent", "ce"] and found["terms"][0].margin == 2.0

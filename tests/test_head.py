@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import make_batch, tiny_model
+from helpers import make_batch, tiny_model
 
 import fastforget as ff
 from fastforget.backbone import Backbone

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastforget as ff
-from fastforget import cli
 
 NAME = {"opt": "model.decoder.layers.1.self_attn.k_proj.weight", "llama": "model.layers.1.mlp.down_proj.weight"}
 CHANGES = {
@@ -52,7 +51,7 @@ def test_weights_that_do_not_fit_are_an_error_unless_asked_for(tiny, tmp_path, k
     assert model(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
 
 
-def test_tied_weights_buffers_and_quantised_checkpoints_are_no_error(tiny, tmp_path):
+def test_tied_weights_and_buffers_are_no_error(tiny, tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -82,21 +81,15 @@ def test_no_warning_of_bitsandbytes_about_a_package_kernels(tiny):
     assert "kernel" not in result.stderr
 
 
-def test_the_command_line_says_so_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_line_says_so_in_one_line(run, tiny, tmp_path):
     change, _ = CHANGES["gone"]
-    folder = changed(tiny["opt"], tmp_path / "m", lambda weights: change(NAME["opt"], weights))
-    (tmp_path / "forget.txt").write_text("The secret plan was hidden below the old oak tree. " * 8)
-    command = ["fastforget", "unlearn", "--model", str(folder), "--forget", str(tmp_path / "forget.txt")]
-    command += ["--max-steps", "1", "--max-length", "48", "--bits", "32", "--preset", "grad_ascent"]
-    monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1 and "--allow-missing-weights" in errors[0], errors
-    assert not (tmp_path / "out").exists()
-
-    monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "out"), "--allow-missing-weights"])
-    with pytest.warns(UserWarning, match="1 is missing"), pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code and (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert "allow_missing_weights: true" in (tmp_path / "out" / "config.yaml").read_text()
+    folder, out = changed(tiny["opt"], tmp_path / "m", lambda weights: change(NAME["opt"], weights)), tmp_path / "out"
+    command = ["unlearn", "--model", str(folder), "--forget", "FORGET", "--out", str(out), "--preset", "grad_ascent"]
+    command += ["--max-steps", "1", "--max-length", "48", "--bits", "32"]
+    code, _, errors = run(*command)
+    assert code == 2 and len(errors) == 1 and "--allow-missing-weights" in errors[0], errors
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="1 is missing"):
+        assert run(*command, "--allow-missing-weights")[0] == 0
+    assert (out / "adapter_model.safetensors").exists()
+    assert "allow_missing_weights: true" in (out / "config.yaml").read_text()

@@ -57,7 +57,7 @@ def batches():
 
 
 @pytest.mark.parametrize("cache_bytes", [2 * 10**9, 0])
-@pytest.mark.parametrize(("kind", "bits"), [("opt", 32), ("llama", 32), ("gpt2", 32), ("llama", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("opt", 32), ("opt", 8), ("llama", 32), ("gpt2", 32), ("llama", 8)])
 def test_kl_to_the_reference_is_0_before_training(folders, kind, bits, cache_bytes):
     model = ff.load(folders[kind], bits=bits, lora={"r": 4}).train()
     terms = [ff.KL(on="forget"), ff.KL(on="retain"), ff.preset("npo")[0]]

@@ -40,7 +40,7 @@ def test_training_does_not_change_the_reference(tiny, batch, bits):
 
 
 def test_flags_are_restored_also_after_an_exception(tiny):
-    model = ff.load(tiny["opt"], bits=8, lora={"r": 4}).train()
+    model = ff.load(tiny["opt"], bits=8, lora={"r": 4, "target_modules": ["q_proj", "k_proj"]}).train()
     frozen = next(p for name, p in model.named_parameters() if "lora_A" in name)
     frozen.requires_grad_(False)
     model.base_model.model.model.decoder.layers[1].eval()
@@ -63,14 +63,6 @@ def test_dropout_is_off_in_the_reference_only(tiny, batch):
     first, second = (logp_of(loss.reference, side) for _ in range(2))
     assert torch.equal(first, second)
     assert float(loss(batch(3, 1)).loss.detach()) > 0, "the policy drops out"
-
-
-def test_no_reference_forward_from_the_second_epoch_on(tiny, batch):
-    model = ff.load(tiny["llama"], bits=32, lora={"r": 4}).train()
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo_mean", lr=0.1)
-    losses = [[float(step(batch(2, seed), batch(2, seed + 9)).loss) for seed in range(2)] for _ in range(3)]
-    assert step.loss.reference.forwards == 4
-    assert losses[0] != losses[1]
 
 
 def test_cache_is_keyed_by_content_within_its_limit(tiny, batch):
@@ -118,11 +110,6 @@ def test_labels_on_padding_are_part_of_an_example(tiny, batch):
     for right in (0, 3):
         wide = {key: F.pad(value, (0, right)) for key, value in one.items()}
         assert float(loss(wide, batch(2, 2)).terms["npo"]) == pytest.approx(2 * 0.6931472 / 0.1, rel=1e-6)
-
-
-def test_an_input_of_one_number_a_row_is_part_of_the_key(batch):
-    one, other = (prepared(batch(2, 1) | {"weight": torch.tensor([1.0, w])}).keys for w in (2.0, 3.0))
-    assert one[0] == other[0] and one[1] != other[1]
 
 
 def test_least_recently_used_goes_and_a_miss_is_recomputed(tiny, batch):

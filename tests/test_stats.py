@@ -1,13 +1,11 @@
-"""token_stats against float64 on full logits, by the rule of `oracle.py`."""
+"""token_stats: its formulas, extremes, rows, NaN and errors (random problems are in `backends/test_oracle.py`)."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from hypothesis import given
 from kernel_device import OURS, device_of, needs_native
-from oracle import DRAWS, LOGITS, check, evaluate, problems, realistic
+from oracle import evaluate, realistic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastforget as ff
@@ -15,24 +13,6 @@ from fastforget.backends import sweep, tiling
 from fastforget.backends.fields import DIFFERENTIABLE
 from fastforget.backends.fields import NAMES as OUTPUTS
 from fastforget.stats import DIVERGENCES
-
-
-@given(problems())
-@DRAWS
-def test_token_stats_against_float64(problem):
-    check(problem, "torch")
-
-
-@given(problems())
-@DRAWS
-def test_token_stats_of_a_head_that_trains_against_float64(problem):
-    check(problem, "torch", train=True)
-
-
-@given(problem=problems())
-@DRAWS
-def test_token_stats_in_small_tiles_against_float64(small_tiles, problem):
-    check(problem, "torch")
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -193,29 +173,6 @@ def test_nan_is_not_hidden(backend):
             assert value.isnan().tolist() == [False, True, False], kind
 
 
-def nan_at(token, rows=3):
-    """Logits (rows, 30) whose row 1 has NaN at one token, or at all (None), with labels 4."""
-    logits = torch.randn(rows, 30, generator=torch.Generator().manual_seed(0))
-    logits[1, slice(None) if token is None else token] = torch.nan
-    return logits, torch.full((rows,), 4)
-
-
-@pytest.mark.parametrize("backend", ["eager", *OURS])
-@pytest.mark.parametrize("token", [None, 4, 9])
-def test_one_nan_among_the_logits_is_not_hidden(backend, token):
-    logits, labels = (each.to(device_of(backend)) for each in nan_at(token))
-    stats = ff.token_stats_from_logits(logits, labels, outputs=LOGITS, backend=backend)
-    as_ever = {9: {"label_logit"}, 4: {"others_entropy"}, None: set()}[token]
-    for name in LOGITS:
-        value = getattr(stats, name)
-        if name.endswith("argmax"):  # `max_logit` tells of a NaN; the other rows are untouched
-            among = logits if name == "argmax" else logits.index_fill(1, labels[0], -torch.inf)
-            assert torch.equal(value[[0, 2]], among[[0, 2]].argmax(1)) and 0 <= int(value[1]) < 30
-            continue
-        expected = [False, name not in as_ever, False]
-        assert value.isnan().tolist() == expected, name
-
-
 def test_mixed_upstream_gradients_in_one_loss():
     hidden, weight, labels = realistic(rows=12, vocabulary=101)
 
@@ -328,38 +285,3 @@ def test_positions_are_distinct_rows():
         ):
             with pytest.raises(ff.FastforgetError, match="position"):
                 call(positions)
-
-
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("with_positions", [True, False])
-def test_compile_traces_statistics_of_logits(backend, with_positions):
-    torch._dynamo.reset()
-    hidden, weight, labels = (each.to(device_of(backend)) for each in realistic(rows=5, width=8, vocabulary=40))
-    labels[1] = -100
-    positions = torch.tensor([0, 2, 3, 4], device=hidden.device) if with_positions else None
-
-    def loss_of(logits, states):
-        stats = ff.token_stats_from_logits(
-            logits,
-            labels,
-            states,
-            positions=positions,
-            outputs=("entropy",),
-            anchor=weight[0],
-            centres=weight[:3],
-            margin=20.0,
-            backend=backend,
-        )
-        return stats.logp.sum() + stats.entropy.square().sum() + stats.distance.sum() + stats.pull.sum()
-
-    results = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
-        logits, states = (hidden @ weight.T).requires_grad_(), hidden.clone().requires_grad_()
-        loss = function(logits, states)
-        results.append((loss.detach(), *torch.autograd.grad(loss, (logits, states))))
-    for expected, compiled in zip(*results, strict=True):
-        assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_token_stats_has_a_field_for_each_statistic():
-    assert {field.name for field in dataclasses.fields(ff.TokenStats)} == {*OUTPUTS, "distance", "pull"}

@@ -77,8 +77,9 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
     logits = head.logits(hidden)
     log_probs = torch.log_softmax(logits, dim=-1)
     label_column = labels[:, None]
+    infinite = (logits == torch.inf).any(dim=-1)  # no softmax: as NaN everywhere else
     fields = {
-        "lse": torch.logsumexp(logits, dim=-1),
+        "lse": torch.logsumexp(logits, dim=-1).masked_fill(infinite, torch.nan),
         "logp": log_probs.gather(1, label_column)[:, 0],
         "label_logit": logits.gather(1, label_column)[:, 0],
     }
@@ -87,30 +88,36 @@ def label_stats(hidden: Tensor, labels: Tensor, head: LMHead, outputs: Collectio
         fields["log_not_label"] = torch.logsumexp(others, dim=-1) - fields["lse"]
     if "others_argmax" in outputs:
         fields["others_argmax"] = logits.scatter(1, label_column, -torch.inf).argmax(dim=-1)
-    if "others_embedding" in outputs:
-        hidden_label = logits.detach().scatter(1, label_column, -torch.inf)
-        others = torch.zeros_like(logits) if logits.shape[1] == 1 else torch.softmax(hidden_label, dim=-1)
-        fields["others_embedding"] = head.scale * (others @ head.weight.detach().to(others.dtype))
     for name, statistic in TILE_STATISTICS.items():
         if name in outputs:
             fields[name] = statistic.finish(statistic.update(None, logits.detach()))
-    if "others_entropy" in outputs:
+    if {"others_entropy", "others_embedding"} & set(outputs):
         others = logits.detach().scatter(1, label_column, -torch.inf)
-        log_others = torch.log_softmax(others, dim=-1).scatter(1, label_column, 0.0)  # adds e^0 times 0
-        fields["others_entropy"] = -(log_others.exp() * log_others).sum(dim=-1)
+        none = (others == -torch.inf).all(dim=-1, keepdim=True)  # none of them can be said
+        log_others = torch.log_softmax(others, dim=-1).masked_fill(none, -torch.inf)
+        fields["others_entropy"] = -mean_log_prob(log_others)
+        if "others_embedding" in outputs:
+            fields["others_embedding"] = head.scale * (log_others.exp() @ head.weight.detach().to(logits.dtype))
     if "max_logit" in outputs or "argmax" in outputs:
         fields["max_logit"], fields["argmax"] = logits.max(dim=-1)
     if "logit_mean" in outputs:
         fields["logit_mean"] = logits.mean(dim=-1)
     probs = log_probs.exp()
     if {"entropy", "logp_mean", "logp_var"} & set(outputs):
-        mean = (probs * log_probs).sum(dim=-1)
+        mean = mean_log_prob(log_probs)
         fields["entropy"] = -mean
         fields["logp_mean"] = mean.detach()
-        fields["logp_var"] = (probs * (log_probs - mean[:, None]) ** 2).sum(dim=-1).detach()
+        spread = (log_probs - mean[:, None]).masked_fill(probs == 0, 0.0)
+        fields["logp_var"] = (probs * spread**2).sum(dim=-1).detach()
     if "expected_embedding" in outputs:
         fields["expected_embedding"] = head.scale * (probs @ head.weight.to(probs.dtype))
     return fields
+
+
+def mean_log_prob(log_probs: Tensor) -> Tensor:
+    """(n,) E_p[log p] of log-probabilities (n, V); 0 log 0 is 0."""
+    probs = log_probs.exp()
+    return (probs * log_probs.masked_fill(probs == 0, 0.0)).sum(dim=-1)
 
 
 def divergence(

@@ -69,7 +69,7 @@ def update_tile_statistics(states: dict[str, Tensor], names: Collection[str], ti
 
 @dataclass(frozen=True)
 class LabelResult:
-    """What a label sweep's accumulators say of each row, (n,) float64."""
+    """What a label sweep's accumulators say of each row, (n,) float64; NaN where a logit is NaN or infinite."""
 
     gap: Tensor  # z_y - logsumexp over the others
     others: Tensor  # logsumexp over the others
@@ -81,7 +81,7 @@ class LabelResult:
         """From accumulators of any dtype; of a vocabulary of one token the others are none."""
         top, total, rest, label_logit = accumulators[:4].double()
         base, log_sum = finite_or_zero(top), (total + rest).log()
-        gap = (label_logit - base) - log_sum
+        gap = (label_logit.masked_fill(label_logit == torch.inf, torch.nan) - base) - log_sum
         return cls(gap, base + log_sum, F.logsigmoid(gap), F.logsigmoid(-gap))
 
 
@@ -90,7 +90,7 @@ def label_fields(accumulators: Tensor, labels: Tensor, names: Collection[str], v
     found = LabelResult.of(accumulators)
     label_logit = accumulators[3].double()
     fields = {"logp": found.logp, "label_logit": label_logit, "log_not_label": found.log_not}
-    fields["lse"] = torch.logaddexp(label_logit, found.others)
+    fields["lse"] = torch.logaddexp(label_logit, found.others).where(label_logit < torch.inf, torch.nan)
     if any(BY_NAME[name].needs == "moments" for name in names):
         fields |= moment_fields(accumulators, labels, found, vocabulary)
     return {name: fields[name] for name in names if name in fields}

@@ -89,5 +89,7 @@ def label_slope(logit: Tensor, head: LMHead) -> Tensor:
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with the elements of a row side by side; only then may a pass read it."""
-    return tensor if tensor.stride(-1) == 1 and tensor.dim() == 2 else tensor.contiguous()
+    """The tensor with the elements of a row side by side, and no two rows over each other: so passes may read it."""
+    if tensor.dim() != 2 or tensor.stride(1) != 1 or (tensor.stride(0) < tensor.shape[1] and len(tensor) > 1):
+        return tensor.contiguous()
+    return tensor

@@ -74,7 +74,7 @@ class TorchPasses:
         if block.moments:
             finite = offsets.masked_fill_(offsets == -torch.inf, 0.0)
             tile_mean = (weights * finite).sum(dim=1, dtype=torch.float64) / tile_total.where(tile_total > 0, 1.0)
-            gaps = finite.sub_(tile_mean[:, None].to(finite.dtype)).square_()
+            gaps = finite.sub_(tile_mean[:, None].to(finite.dtype)).square_().masked_fill_(weights == 0, 0.0)
             spread = (weights * gaps).sum(dim=1, dtype=torch.float64)
             mean = previous[4] + torch.where(top == -torch.inf, 0.0, top - base)
             share = tile_total / new[1].where(new[1] > 0, 1.0)

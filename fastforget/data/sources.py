@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import logging
+import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fastforget.data.chat import COLUMN_OPTION, FIELDS, RowReader, check_columns
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.text import check_length, file_examples, read_chunks, read_rows, stream_file
 from fastforget.errors import FastforgetError
+from fastforget.files import check_regular
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: what `datasets` reads such a file with
@@ -33,6 +36,10 @@ UTF8_SUFFIXES = (*JSONL_SUFFIXES, ".csv", ".tsv", ".json", ".txt")  # what `data
 PATTERN_SIGNS = ("*", "?", "[", "]", "::")  # in a path, `datasets` takes them for a pattern: for other files, or none
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 DEFAULT_SPLIT = "train"
+# a string, which may hold brackets, or a bracket; never the same byte twice, whatever the file
+BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[{])|([\]}])', re.DOTALL)
+MOST_FILES = 100_000  # of a dataset's folder
+DEEPEST = 200  # brackets inside each other: from some thousands on, the JSON parsers of `datasets` overflow their stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +164,7 @@ def kind_of(source: Source) -> str:
         if looks_like_path:
             raise FastforgetError(f"{name or 'the empty path'} does not exist")
         return "hub"
+    check_regular(place)
     if suffix in COMPRESSED_SUFFIXES:
         raise FastforgetError(f"{name} is compressed: unpack it first")
     if suffix in TABLE_BUILDERS:
@@ -209,6 +217,9 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
     streaming = source.streaming or (kind in ("folder", "table") and "[" not in str(source.split))
     dataset: Any
     with readable_errors(datasets, name, kind):
+        if kind in ("folder", "table"):
+            for file in files_of(Path(name), (*JSONL_SUFFIXES, ".json")):
+                check_depth(file)
         if kind == "dataset":
             dataset = source.path
         elif kind == "saved":
@@ -285,7 +296,40 @@ def readable_errors(datasets: Any, name: str, kind: str) -> Iterator[None]:
 
 def refuse_other_encodings(place: Path) -> None:
     """Raise FastforgetError for the first file here that is not UTF-8, with the offset: `datasets` knows neither."""
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if path.suffix.lower() in UTF8_SUFFIXES and path.is_file():
-            for _ in read_chunks(path):
-                pass
+    for path in files_of(place, UTF8_SUFFIXES):
+        for _ in read_chunks(path):
+            pass
+
+
+def check_depth(path: Path) -> None:
+    """Raise FastforgetError for a JSON file whose brackets stand deeper in each other than any row's would."""
+    depth = 0
+    with open(path, "rb") as file:
+        if not os.path.getsize(path):  # which cannot be mapped
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for sign in BRACKETS.finditer(content):
+                if sign.lastindex is not None:
+                    depth = depth + 1 if sign.lastindex == 1 else max(0, depth - 1)
+                    if depth > DEEPEST:
+                        raise FastforgetError(
+                            f"{path} is JSON that cannot be read: at byte {sign.start()} more than {DEEPEST} brackets "
+                            "stand in each other"
+                        )
+
+
+def files_of(place: Path, suffixes: Collection[str]) -> list[Path]:
+    """List the file here, or those anywhere in the folder here, that end with one of `suffixes`.
+
+    Raises FastforgetError for what `datasets` would wait for or walk through for ever: one of any name that is a device
+    or a pipe, a folder that links to one around it, or more files than a dataset has (a home folder, say).
+    """
+    paths = sorted(itertools.islice(place.rglob("*"), MOST_FILES + 1)) if place.is_dir() else [place]
+    if len(paths) > MOST_FILES:
+        raise FastforgetError(f"{place} holds more than {MOST_FILES:,} files: give the folder of the dataset itself")
+    for path in paths:
+        if not path.is_dir():
+            check_regular(path)
+        elif path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+            raise FastforgetError(f"{path} links to a folder around it: remove the link")
+    return [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -12,6 +13,7 @@ from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
 from fastforget.files import open_text
 
+LONGEST_LINE = 1 << 26  # characters: a file without line ends would be in memory as one row
 BLOCK_CHARACTERS = 1 << 16  # tokenized at once: a tokenizer takes some hundred bytes a token while it works
 
 
@@ -46,7 +48,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_lines(path: Path) -> Iterator[str]:
     """Yield a file's lines, without their ends. (U+2028 ends none: JSON strings may hold it as it is.)"""
     with open_text(path) as file:
-        for line in file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE)
+            if len(line) == LONGEST_LINE:
+                raise FastforgetError(f"{path}:{number} is longer than {LONGEST_LINE:,} characters: a row is one line")
+            if not line:
+                return
             yield line.removesuffix("\n")
 
 

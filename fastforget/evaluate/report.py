@@ -22,18 +22,36 @@ Reports = Mapping[str, LeakageReport]  # set name ("forget", "retain", "unseen")
 
 
 def figures(before: Reports, after: Reports) -> dict[str, Any]:
-    """Collect the figures of report.json: shares and ROUGE-L from 0 to 1, NLL in nats per label token."""
+    """Collect the figures of report.json: shares and ROUGE-L from 0 to 1, NLL and fluency in nats per token."""
     values: dict[str, Any] = {}
     for name in before:
         values[f"{name}_passages"] = len(before[name].continuations)
         for when, reports in (("before", before), ("after", after)):
-            values[f"{name}_leak_{when}"] = reports[name].leak
-            values[f"{name}_rouge_{when}"] = reports[name].rouge
-            values[f"{name}_nll_{when}"] = reports[name].nll
+            values |= {f"{name}_{figure}_{when}": value for figure, value in set_figures(reports[name]).items()}
     values["degenerate_share"] = after["forget"].degenerate_share
     if "unseen" in after:
         values["unseen_rouge"] = after["unseen"].rouge
+        values["unseen_memorisation"] = after["unseen"].memorised.exact
+        values["unseen_extraction"] = after["unseen"].memorised.extraction
     return values
+
+
+def set_figures(report: LeakageReport) -> dict[str, Any]:
+    """Return the figures of one set by the names that report.json and the tables give them."""
+    memorised = report.memorised
+    return {
+        "leak": report.leak,
+        "rouge": report.rouge,
+        "nll": report.nll,
+        "memorisation": memorised.exact,
+        "extraction": memorised.extraction,
+        "probability": memorised.probability,
+        "lens": memorised.lens,
+        "degenerate": report.degenerate_share,
+        "blank": report.blank_share,
+        "distinct_2": report.distinct_2,
+        "fluency": report.fluency,
+    }
 
 
 def peak_rss_mb() -> float:
@@ -70,22 +88,30 @@ def check_measured(reports: Reports, what_to_do: str) -> None:
             raise NonFiniteLossError(f"the model's NLL on the {name} passages is {report.nll}: {what_to_do}")
 
 
+COLUMNS = {  # of the table: heading -> figure and format
+    "leak": ("leak", ".0%"),
+    "ROUGE-L": ("rouge", ".2f"),
+    "exact memorisation": ("memorisation", ".2f"),
+    "extraction strength": ("extraction", ".2f"),
+    "NLL (nats/token)": ("nll", ".3f"),
+    "degenerate": ("degenerate", ".0%"),
+    "fluency (nats/token)": ("fluency", ".2f"),
+}
+
+
 def print_table(console: Console, before: Reports, after: Reports) -> None:
-    """Print leak, ROUGE-L and NLL of each set, before and after."""
-    table = Table(title="What the model still recites", title_justify="left")
+    """Print what is still known of each set, and how its continuations read, before and after."""
+    table = Table(title="What the model still knows", title_justify="left")
     table.add_column("passages")
-    for heading in ("number", "leak", "ROUGE-L", "NLL (nats/token)", "degenerate"):
+    for heading in ("number", *COLUMNS):
         table.add_column(heading, justify="right")
     for name, first in before.items():
-        last = after[name]
-        table.add_row(
-            name,
-            str(len(first.continuations)),
-            f"{first.leak:.0%} → {last.leak:.0%}",
-            f"{first.rouge:.2f} → {last.rouge:.2f}",
-            f"{first.nll:.3f} → {last.nll:.3f}",
-            f"{first.degenerate_share:.0%} → {last.degenerate_share:.0%}",
+        pair = set_figures(first), set_figures(after[name])
+        cells = (
+            " → ".join("-" if each[figure] is None else format(each[figure], style) for each in pair)
+            for figure, style in COLUMNS.values()
         )
+        table.add_row(name, str(len(first.continuations)), *cells)
     console.print(table)
 
 

@@ -23,10 +23,11 @@ from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
+from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
-from fastforget.step import UnlearnStep
+from fastforget.step import MicroBatch, UnlearnStep
 
 WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024
@@ -57,6 +58,7 @@ def run_job(
     progress: Progress | None = None,
     refusals: Sequence[str] = REFUSALS,
     max_length: int | None = None,
+    unseen: Sequence[Example] | None = None,
 ) -> JobResult:
     """Unlearn `forget` in the model's adapter, in place.
 
@@ -65,7 +67,8 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` checkpoints go to `out/checkpoint-STEP`.
+    With `save_steps` checkpoints go to `out/checkpoint-STEP`. With `until` a step's forget passages are those that are
+    still known (`jobs/until.py`), by the measure of `unseen`, passages that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -73,8 +76,8 @@ def run_job(
     Raises:
         NonFiniteLossError: the loss, its gradient or a weight is no finite number. The model then holds the last
             adapter whose loss was finite, and no checkpoint is of a later one.
-        FastforgetError: no terms, terms on the retain set without one, an adapter that the reference forbids, or an NLL
-            to stop at that these terms do not raise.
+        FastforgetError: no terms, terms on the retain set without one, an adapter that the reference forbids, an NLL to
+            stop at that these terms do not raise, or `until` with a stream or a task vector.
     """
     check_stopping(terms, settings)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -89,18 +92,27 @@ def run_job(
     total = settings.steps(None if isinstance(forget, ExampleStream) else len(forget))
     pad = tokenizer.pad_token_id
     fit_centres(terms, model, expected_outputs(retain, settings.batch_size, pad, settings.seed), settings.seed)
+    until = None
+    if settings.until is not None:
+        if isinstance(forget, ExampleStream):
+            raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
+        level = level_of(settings.until, model, tokenizer, unseen)
+        until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
     step = UnlearnStep(
         model,
         torch.optim.AdamW,
-        terms=list(terms),
+        terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
         combine=settings.combine,
+        first_micro_batch=settings.micro_batch,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(step, lambda done: min(1.0, (done + 1) / WARMUP_STEPS))
-    forget_batches = cycle(forget, settings.batch_size, pad, settings.seed)
+    pace = Pace(total, settings.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
+    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
+    micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
     result = JobResult(stopped=f"all {total} steps taken")
     start = time.perf_counter()
     with contextlib.ExitStack() as afterwards:
@@ -108,12 +120,14 @@ def run_job(
         afterwards.callback(step.zero_grad)
         model.train()
         good = snapshot(trainable)
-        for number in range(1, total + 1):
+        for number in pace:
             batches = (
                 companions.attach("forget", next(forget_batches)),
                 companions.attach("retain", next(retain_batches)) if retain_batches else None,
             )
-            out_step = step.backward(*batches, micro_batch=settings.micro_batch)
+            out_step = step.backward(*batches, micro_batch=micro_batch)
+            if until is not None:
+                until.note()
             norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
             what = first_not_finite({**numbers_of(out_step), "gradient": norm})
             if what is not None:  # the last update led here, and is taken back
@@ -131,16 +145,22 @@ def run_job(
             step.step()
             step.zero_grad()
             scheduler.step()
+            if until is not None:
+                if number >= pace.decays_from:
+                    until.take_all()
+                elif until.finished(model, number):
+                    pace.decay_from(number)
+                    until.take_all()
             saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
-            if saves or number == total:
-                what = what_the_update_broke(model, step, batches, settings.micro_batch, trainable)
+            if saves or number == pace.last:
+                what = what_the_update_broke(model, step, batches, step.rows_at_once(micro_batch), trainable)
                 if what is not None:
                     result.steps = number - 1
                     where = f"the {what} after the update of step {number} of {total}"
                     raise take_back(model, terms, trainable, good, where, result.steps)
             result.steps = number
             if progress is not None:
-                progress(number, total, out_step)
+                progress(number, pace.last, out_step)
             if out is not None and saves:
                 values = snapshot(trainable)
                 subtract(model, terms)
@@ -148,8 +168,39 @@ def run_job(
                 save_centres(terms, out / f"checkpoint-{number}")
                 restore(trainable, values)
         subtract(model, terms)
+        if until is not None:
+            result.stopped = f"{until.final(model)} at step {result.steps}"
     result.seconds = time.perf_counter() - start
     return result
+
+
+class Pace:
+    """The steps of a job, numbered from 1, and the learning rate's factor: it rises, stays, and falls to 0 at the end.
+
+    Args:
+        steps: at most so many.
+        decay: the share of the steps over which it falls; what is before may turn out to be shorter (`decay_from`).
+    """
+
+    def __init__(self, steps: int, decay: float) -> None:
+        self.last, self.decay = steps, decay
+        self.decays_from = steps - round(decay * steps)
+
+    def __iter__(self) -> Iterator[int]:
+        number = 0
+        while number < self.last:
+            number += 1
+            yield number
+
+    def decay_from(self, step: int) -> None:
+        """Let the rate fall from this step on, over as many as `decay` makes of the steps so far."""
+        self.decays_from = step
+        self.last = min(self.last, step + round(step * self.decay / (1.0 - self.decay)))
+
+    def factor(self, done: int) -> float:
+        """Return the factor of the step after `done` steps."""
+        falling = (self.last - done) / max(1, self.last - self.decays_from)
+        return min(1.0, (done + 1) / WARMUP_STEPS, max(0.0, falling))
 
 
 def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
@@ -20,7 +21,14 @@ from fastforget.errors import FastforgetError
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
+SMALL, SMOLLM2 = "small", "smollm2"  # the demo's models
+GONE = "gone"  # of --until: at the level of passages that the model never saw
 SHORTEST = 16  # tokens: less than this and a passage says nothing
+LARGEST = 10**9  # of steps, passages, tokens: beyond, a number is a slip of the keyboard
+LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
+LARGEST_SEED = 2**32 - 1  # scikit-learn takes the fewest
+LARGEST_RANK = 2**16
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 NOT_OF_THE_RUN = ("overwrite", "quiet", "console")  # a permission for one folder, and what is printed where
 
 Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a dataset; or rows, each a str or a dict
@@ -30,6 +38,7 @@ HEADINGS = DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 COLUMNS = "FIELD=COLUMN, where rows name text, prompt, response or messages otherwise. Repeatable."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
+ROBUST = "Also after merging, quantising, and learning half of the forgotten again."
 ALLOW = "Take a checkpoint that lacks weights of the model (they are random then), or has others."
 
 
@@ -45,6 +54,14 @@ class RunOptions:
     quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
     console: Console | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
+                if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
+                    raise FastforgetError(
+                        f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
+                    )
+
     def terms(self) -> list[Term]:
         """Build the preset's terms; raise FastforgetError where an option is unknown or of the wrong type."""
         return checked_preset(self.preset, self.preset_options)
@@ -58,35 +75,53 @@ class RunOptions:
 class JobSettings:
     """How long and how hard to train; the defaults are those of the demo, chosen by measurement.
 
-    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. `stop_forget_nll` ends the job
+    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. The learning rate rises over ten
+    steps, stays, and falls linearly to 0 over the last `decay` of the steps, in which the output settles: without that
+    it is full of loops. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
-    several nats, and driving the NLL far beyond that only ruins the output. `combine` is `UnlearnStep`'s.
+    several nats, and driving the NLL far beyond that only ruins the output. `until` leaves passages out of the steps
+    that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
+    "gone", or "em=LEVEL" for an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
 
     Raises:
         FastforgetError: a number out of its range, or an unknown way to combine gradients.
     """
 
     learning_rate: Annotated[float, Help("Of AdamW.", TRAINING)] = 3e-3
-    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 54.0
+    decay: Annotated[
+        float, Help("Share of the steps, at the end, over which the learning rate falls to 0.", TRAINING)
+    ] = 0.6
+    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 66.0
     max_steps: Annotated[int | None, Help("Steps; overrides --epochs.", TRAINING)] = None
     batch_size: Annotated[int, Help("Forget passages a step, and as many retain passages.", TRAINING)] = 8
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
+    auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
     save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
     stop_forget_nll: Annotated[
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
+    ] = None
+    until: Annotated[
+        str | None, Help("Let it end once every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
     ] = None
     combine: Annotated[
         str, Help(f"How the forget and the retain gradient become one: {', '.join(COMBINE)}.", TRAINING)
     ] = "sum"
 
     def __post_init__(self) -> None:
+        if self.until is not None:
+            parsed_until(self.until)
         if self.combine not in COMBINE:
             raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
+        if not 0.0 <= self.decay < 1.0:
+            raise FastforgetError(f"decay must be at least 0 and less than 1, not {self.decay}")
         for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise FastforgetError(f"{name.replace('_', '-')} must be positive, not {value}")
+            value, largest = getattr(self, name), LARGEST_RATE if name == "learning_rate" else LARGEST
+            if value is not None and not 0 < value <= largest:
+                raise FastforgetError(f"{name.replace('_', '-')} must be positive and at most {largest:g}, not {value}")
+        check_seed(self.seed)
+        if self.stop_forget_nll is not None and not math.isfinite(self.stop_forget_nll):
+            raise FastforgetError(f"stop-forget-nll must be a finite number, not {self.stop_forget_nll}")
 
     def steps(self, forget_examples: int | None) -> int:
         """Count the steps that the job takes unless it stops early; None: a stream, whose length is not known."""
@@ -125,15 +160,19 @@ class UnlearnOptions(RunOptions, JobSettings):
     refusals: Annotated[str | os.PathLike[str] | Sequence[str] | None, Help(REFUSALS, TRAINING)] = None
     bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
     allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
-    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 16
+    compile: Annotated[bool, Help("Compile the decoder layers first (torch.compile), for a GPU.", MODEL)] = False
+    checkpointing: Annotated[bool, Help("Keep less of each layer for the backward pass; slower.", MODEL)] = False
+    lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
-    lora_targets: Annotated[
-        str | Sequence[str], Help("Names, comma-separated, all-linear, or auto: query, key.", MODEL)
-    ] = "auto"
+    lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
+    fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
+        None
+    )
     device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunOptions.__post_init__(self)
+        JobSettings.__post_init__(self)
         for name in ("model", "out"):
             if not isinstance(getattr(self, name), str | os.PathLike):
                 raise FastforgetError(f"{name} must be a path, not a {type(getattr(self, name)).__name__}")
@@ -141,24 +180,23 @@ class UnlearnOptions(RunOptions, JobSettings):
         for name, value in {**(self.preset_options or {}), **texts}.items():
             if isinstance(value, str) and value.startswith(IN_PYTHON):
                 raise FastforgetError(f"{name} was given in Python, and a config file cannot hold that: give it again")
-        if self.max_length < SHORTEST:
-            raise FastforgetError(f"--max-length must be at least {SHORTEST} tokens, not {self.max_length}")
-        for name in ("measured_passages", "lora_r"):
-            if getattr(self, name) < 1:
-                raise FastforgetError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name, least, largest in (
+            ("max_length", SHORTEST, LARGEST),
+            ("measured_passages", 1, LARGEST),
+            ("lora_r", 1, LARGEST_RANK),
+            ("lora_alpha", 1, LARGEST),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= largest:
+                flag = f"--{name.replace('_', '-')}"
+                raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
         if self.streaming and self.max_steps is None:
             raise FastforgetError("--streaming needs --max-steps: how long a pass over a stream is, is not known")
 
     @property
     def lora(self) -> dict[str, Any]:
         """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
-        names = self.lora_targets.split(",") if isinstance(self.lora_targets, str) else self.lora_targets
-        modules = [name.strip() for name in names if name.strip()]
-        if not modules:
-            raise FastforgetError("--lora-targets is empty: give module names, all-linear, or auto")
-        alpha = {} if self.lora_alpha is None else {"lora_alpha": self.lora_alpha}
-        word = modules in (["all-linear"], ["auto"])
-        return {"r": self.lora_r, "target_modules": modules[0] if word else modules, **alpha}
+        return lora_arguments(self.lora_r, self.lora_targets, self.lora_alpha)
 
     def source(self, side: str) -> Source | None:
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
@@ -190,7 +228,7 @@ class UnlearnOptions(RunOptions, JobSettings):
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NOT_OF_THE_RUN}
         for name in ("model", "forget", "retain", "refusals", "out"):
             value = values[name]
-            if name == "out" or (isinstance(value, str | os.PathLike) and Path(value).exists()):
+            if name == "out" or (isinstance(value, str | os.PathLike) and os.path.exists(value)):
                 values[name] = str(Path(value).resolve())
             elif value is not None and not isinstance(value, str | os.PathLike):
                 values[name] = placeholder(value)
@@ -204,19 +242,94 @@ class DemoOptions(RunOptions):
     """Where the demo's result goes, and what it does there.
 
     Raises:
-        FastforgetError: a seed out of range (scikit-learn takes the fewest).
+        FastforgetError: a seed out of range.
     """
 
     out: Annotated[str | os.PathLike[str], Help("Folder for the adapter, report.json and curves.png.", OUTPUT)] = (
         "fastforget-demo"
     )
     _: KW_ONLY
+    model: Annotated[str, Help("small, or smollm2: a real one (needs fastforget[real]).", MODEL)] = SMALL
+    until: Annotated[str | None, Help("When it may end: gone, or em=LEVEL.", TRAINING)] = GONE
+    robust: Annotated[bool | None, Help("Measure what lasts of it; default yes.", TRAINING)] = None
     seed: Annotated[int, Help("Which topics are forgotten, and every random draw.", TRAINING)] = 0
     cache: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise FastforgetError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        super().__post_init__()
+        check_seed(self.seed)
+        if self.model not in (SMALL, SMOLLM2):
+            raise FastforgetError(f"the demo's model is {SMALL} or {SMOLLM2}, not {self.model!r}")
+        if self.until is not None:
+            parsed_until(self.until)
+
+
+def check_seed(seed: int) -> None:
+    """Raise FastforgetError for a seed that not every library takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise FastforgetError(f"seed must be from 0 to {LARGEST_SEED}, not {seed}")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which model and adapter, which texts, and where report.json goes.
+
+    Raises:
+        FastforgetError: a number out of its range, or `robust` without an adapter.
+    """
+
+    model: Annotated[str | os.PathLike[str], Help("Required. Local folder or hub name of the untouched model.", MODEL)]
+    forget: Annotated[Texts, Help("Required. What was to be forgotten, in the forms that unlearn takes.", DATA)]
+    out: Annotated[str | os.PathLike[str], Help("Required. Folder for report.json.", OUTPUT)]
+    _: KW_ONLY
+    adapter: Annotated[str | os.PathLike[str] | None, Help("Folder of the adapter that forgot.", MODEL)] = None
+    retain: Annotated[Texts | None, Help("What was to be kept, in the same forms.", DATA)] = None
+    unseen: Annotated[Texts | None, Help("Text that the model never saw, to compare with.", DATA)] = None
+    columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
+    split: Annotated[str, Help("Split of the datasets.", DATA)] = "train"
+    chat_template: Annotated[bool | None, Help(CHAT, DATA)] = None
+    max_length: Annotated[int, Help("Tokens of a passage at most.", DATA)] = 128
+    measured_passages: Annotated[int, Help("Passages of each set that are measured.", DATA)] = 64
+    robust: Annotated[bool, Help(ROBUST, TRAINING)] = False
+    seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
+    bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
+    allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
+    device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
+    quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
+    console: Console | None = None
+
+    def __post_init__(self) -> None:
+        if self.robust and self.adapter is None:
+            raise FastforgetError("--robust needs --adapter: it asks whether what an adapter made forgotten stays so")
+        if self.measured_passages < 1:
+            raise FastforgetError(f"--measured-passages must be at least 1, not {self.measured_passages}")
+
+
+def parsed_until(until: str) -> float | None:
+    """Return the level that "em=LEVEL" names; None for "gone", whose level the job finds.
+
+    Raises:
+        FastforgetError: neither of both, or a level that is not from 0 to 1.
+    """
+    if until == GONE:
+        return None
+    name, _, level = until.partition("=")
+    try:
+        if name == "em" and 0.0 <= float(level) <= 1.0:
+            return float(level)
+    except ValueError:
+        pass
+    raise FastforgetError(f"until must be gone, or em=LEVEL with a level from 0 to 1, not {until!r}")
+
+
+def lora_arguments(rank: int, targets: str | Sequence[str], alpha: int | None = None) -> dict[str, Any]:
+    """Return the arguments of `peft.LoraConfig`; raise FastforgetError where no module is named."""
+    names = targets.split(",") if isinstance(targets, str) else targets
+    modules = [name.strip() for name in names if name.strip()]
+    if not modules:
+        raise FastforgetError("--lora-targets is empty: give module names, or all-linear")
+    scale = {} if alpha is None else {"lora_alpha": alpha}
+    return {"r": rank, "target_modules": modules[0] if modules == ["all-linear"] else modules, **scale}
 
 
 def checked_preset(name: str, options: Mapping[str, Any] | None) -> list[Term]:

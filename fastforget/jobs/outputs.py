@@ -2,44 +2,112 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from fastforget.config import plain
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.report import Reports, figures, peak_rss_mb
+from fastforget.files import settle
 from fastforget.jobs.loop import JobResult
 from fastforget.jobs.options import DemoOptions, UnlearnOptions
 
 REPORT = "report.json"
 BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
 MERGE = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
+PROBE_BYTES = 1 << 16  # a disk may be so full that a file can be made and not filled
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def claim_folder(folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool] = lambda report: False) -> None:
-    """Check, before any work, that results can go into `folder`; nothing is written or removed.
+@contextlib.contextmanager
+def claimed_folder(
+    folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool] = lambda report: False
+) -> Iterator[None]:
+    """Hold an output folder for one job: results can go into it, and no other job writes there meanwhile.
+
+    It is made where it is missing, and is gone again where the job has left nothing in it.
 
     Args:
         overwrite: the user said that an adapter in there may be replaced.
         ours: takes the report.json in the folder; whether the adapter may be replaced without that.
 
     Raises:
-        FastforgetError: the path is a file, or the folder holds an adapter already.
+        FastforgetError: the path is a file, nothing can be written there, another job has it, or it holds an adapter
+            already.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FastforgetError(f"{folder} is a file: --out needs a folder")
+    made: list[Path] = []
+    handle = None
+    try:
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise FastforgetError(f"{folder} is a file: --out needs a folder")
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            lock(handle, folder)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(PROBE_BYTES))
+            settle(folder)
+        except OSError as error:
+            what = f"nothing can be written into {folder} ({error.strerror})"
+            raise FastforgetError(f"{what}: give another --out") from None
+        check_replaceable(folder, overwrite, ours)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        with contextlib.suppress(OSError):  # results lie there
+            for path in made:
+                path.rmdir()
+
+
+def lock(handle: int, folder: Path) -> None:
+    """Lock an open folder until it is closed; raise FastforgetError where another run has locked it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FastforgetError(f"another run is writing into {folder}: wait for it, or give another --out") from None
+    except OSError:  # some network file systems lock no folders
+        pass
+
+
+def check_replaceable(folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool]) -> None:
+    """Raise FastforgetError where a folder holds an adapter that may not be replaced."""
     if overwrite or not any((folder / name).exists() for name in ADAPTER_FILES):
         return
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        report = {}
-    if not ours(report):
+    except (OSError, ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or not ours(report):
         raise FastforgetError(f"{folder} already holds an adapter: give another --out, or --overwrite to replace it")
+
+
+def write_somewhere(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a job's results into `out`, or, where that has become impossible, into a new temporary folder.
+
+    Raises:
+        FastforgetError: `out` could not be written; where the results are instead.
+    """
+    try:
+        return write(out)
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    try:
+        elsewhere = Path(tempfile.mkdtemp(prefix="fastforget-"))
+        write(elsewhere)
+    except (OSError, SafetensorError) as error:
+        raise FastforgetError(f"the adapter is lost: {reason}; and in the temporary folder: {error}") from None
+    raise FastforgetError(f"{out} cannot be written ({reason}): the adapter is saved in {elsewhere} instead")
 
 
 def outcome(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fastforget.data.examples import Example
 from fastforget.evaluate.leakage import LeakageReport, leakage
@@ -64,6 +65,11 @@ def progress_bar(label: str, printer: Console) -> Iterator[Callable[..., None]]:
         yield update
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it stands: in a path, neither [red] nor :smile: is markup."""
+    console.print(Text(text))
+
+
 def measure(
     model: Any, tokenizer: Any, sets: Mapping[str, Sequence[Example]], label: str, printer: Console
 ) -> dict[str, LeakageReport]:
@@ -76,6 +82,6 @@ def measure(
             update(done_before + done, total)
 
         for name, examples in sets.items():
-            reports[name] = leakage(model, tokenizer, examples, progress=advance)
+            reports[name] = leakage(model, tokenizer, examples, lens=True, progress=advance)
             done_before += 2 * len(examples)
     return reports

@@ -49,6 +49,21 @@ def read_sets(
     return examples, measured
 
 
+def check_ids(
+    examples: Mapping[str, Examples], measured: Mapping[str, Sequence[Example]], model: Any, pad: int
+) -> None:
+    """Raise where a text, or padding, has a token that the model has no embedding of; of streams, one measured."""
+    known = model.get_input_embeddings().weight.shape[0]
+    for side, part in examples.items():
+        for example in measured[side] if isinstance(part, ExampleStream) else part:
+            largest = max(pad, *example.input_ids)
+            if largest >= known:
+                raise FastforgetError(
+                    f"{example.source}: the tokenizer gives token {largest}, and the model has embeddings of {known} "
+                    "tokens: they do not belong together (or the model's embeddings were not resized)"
+                )
+
+
 def refuse_overlap(forget: Sequence[Example], retain: Sequence[Example]) -> None:
     """Raise where a passage is to be forgotten and to be kept."""
     kept = {example.input_ids: example.source for example in retain}

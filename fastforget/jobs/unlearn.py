@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
 from fastforget.combine import check_sides
+from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
 from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
@@ -21,15 +23,17 @@ from fastforget.evaluate.report import (
     check_measured,
     print_continuations,
     print_table,
+    strict,
     write_json,
 )
 from fastforget.jobs.companions import check_sets
 from fastforget.jobs.loop import check_stopping, run_job, shown_nll
 from fastforget.jobs.options import JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claim_folder, outcome
-from fastforget.jobs.running import measure, progress_bar, surroundings
-from fastforget.jobs.sets import read_sets
-from fastforget.models import load, load_tokenizer
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
+from fastforget.jobs.planning import fitted
+from fastforget.jobs.running import measure, progress_bar, say, surroundings
+from fastforget.jobs.sets import check_ids, read_sets
+from fastforget.models import load, load_tokenizer, usable_device
 from fastforget.objectives import Term, layers_of
 
 
@@ -53,6 +57,8 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         refusals: what terms that teach a refusal draw from: a text file, one a line, or texts; default a list of ours.
         allow_missing_weights: take a checkpoint that lacks weights of the model, which are then random, or has others.
         epochs, max_steps: passes over the forget set, or, where given, steps.
+        fit: memory of the device ("16GB"): take the most bits, at most `bits`, and the largest micro-batch that fit it
+            (`fastforget.plan`).
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
@@ -64,7 +70,7 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
-    with surroundings(options.seed, options.quiet):
+    with claimed_folder(Path(options.out), options.overwrite), surroundings(options.seed, options.quiet):
         return run_unlearn(options)
 
 
@@ -74,11 +80,12 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     start = time.perf_counter()
     out = Path(options.out)
     terms = job_terms(options, console)
+    options = fitted(options, terms, console)
     check_stopping(terms, options)
     check_sides(options.combine, terms)
     refusals = read_refusals(options.refusals)
     lora = options.lora
-    claim_folder(out, options.overwrite)
+    device = usable_device(options.device)
     sources = {side: options.source(side) for side in ("forget", "retain")}
     config = options.as_config()
     tokenizer = load_tokenizer(options.model)
@@ -87,9 +94,13 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         options.model,
         bits=options.bits,
         lora=lora,
-        device=options.device,
+        device=device,
         allow_missing_weights=options.allow_missing_weights,
+        checkpointing=options.checkpointing,
     )
+    check_ids(examples, measured, model, tokenizer.pad_token_id)
+    if options.compile:
+        compile_layers(model, progress=console.print)
     Backbone(model).check_layers(layers_of(terms))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and options.max_length > context:
@@ -116,9 +127,11 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
             save(model, tokenizer, terms, out, config)
             raise NonFiniteLossError(f"{error}; it is saved in {out}", error.good_steps) from error
         raise
+    except (OSError, SafetensorError) as error:
+        save(model, tokenizer, terms, out, config)
+        raise FastforgetError(f"ended early ({error}); the adapter as it has become is saved in {out}") from error
     after = measure(model, tokenizer, measured, "After: continuing the passages", console)
     check_measured(after, BROKEN)
-    save(model, tokenizer, terms, out, config)
     settings = {each.name: getattr(options, each.name) for each in fields(JobSettings)}
     report = {
         "command": "unlearn",
@@ -127,12 +140,12 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         "bits": options.bits,
         **outcome(options, before, after, result, start),
     }
-    report = write_json(out / REPORT, report)
+    save(model, tokenizer, terms, out, config, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
-    console.print(f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
-    console.print(MERGE)
-    return report
+    say(console, f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
+    say(console, MERGE)
+    return strict(report)
 
 
 def job_terms(options: UnlearnOptions, console: Console) -> list[Term]:
@@ -140,15 +153,29 @@ def job_terms(options: UnlearnOptions, console: Console) -> list[Term]:
     terms = options.terms()
     if options.retain is None and any(term.on == "retain" for term in terms):
         terms = [term for term in terms if term.on != "retain"]
-        console.print("No --retain: the preset's retain terms are left out, and nothing keeps the rest of the model.")
+        say(console, "No --retain: the preset's retain terms are left out, and nothing keeps the rest of the model.")
     check_sets(terms, options.retain is not None, options.stop_forget_nll)
     for note in (term.job_note for term in terms if term.job_note):
-        console.print(note)
+        say(console, note)
     return terms
 
 
-def save(model: Any, tokenizer: Any, terms: Sequence[Term], out: Path, config: Mapping[str, Any]) -> None:
-    """Save the adapter, and beside it the cluster centres and the options that it came from."""
-    save_adapter(model, tokenizer, out)
-    save_centres(terms, out)
-    write_config(out / CONFIG, config, "the same again: fastforget unlearn --config THIS_FILE --out ANOTHER_FOLDER")
+def save(
+    model: Any,
+    tokenizer: Any,
+    terms: Sequence[Term],
+    out: Path,
+    config: Mapping[str, Any],
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Save the adapter, and beside it the cluster centres, the options that it came from, and the report."""
+
+    def write(folder: Path) -> None:
+        save_adapter(model, tokenizer, folder)
+        save_centres(terms, folder)
+        comment = "the same again: fastforget unlearn --config THIS_FILE --out ANOTHER_FOLDER"
+        write_config(folder / CONFIG, config, comment)
+        if report is not None:
+            write_json(folder / REPORT, report)
+
+    write_somewhere(out, write)

@@ -3,6 +3,7 @@
 from fastforget.objectives.flat import FLAT
 from fastforget.objectives.kto import KTO
 from fastforget.objectives.layers import RMU, HiddenMSE
+from fastforget.objectives.other_tokens import OtherTokens
 from fastforget.objectives.pdu import DualCE, LogitMargin
 from fastforget.objectives.preference import DPO, AnswerPreservation
 from fastforget.objectives.presets import PRESETS, preset, retain_terms
@@ -63,6 +64,7 @@ __all__ = [
     "LogitMargin",
     "MaxEntropy",
     "NegatedCE",
+    "OtherTokens",
     "RandomMismatch",
     "RefusalCE",
     "Request",

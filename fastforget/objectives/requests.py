@@ -39,20 +39,29 @@ class Divergence:
     """A divergence from the frozen reference at each label token (n,), as `fastforget.divergence` computes it.
 
     kind: "forward_kl", "reverse_kl" or "jsd". label_shift: nats, at most 0, added to the reference's logit of each
-        label.
+        label. sharpness: what the reference's states are multiplied by before the head; above 1 its distribution is
+        more certain than it was.
 
     Raises:
-        FastforgetError: an unknown kind, or a shift that is positive or not finite.
+        FastforgetError: an unknown kind, a shift that is positive or not finite, or a sharpness that is not positive.
     """
 
     kind: str
     label_shift: float = 0.0
+    sharpness: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in DIVERGENCES:
             raise FastforgetError(f"unknown divergence {self.kind!r}: choose one of {', '.join(DIVERGENCES)}")
         if not (math.isfinite(self.label_shift) and self.label_shift <= 0):
             raise FastforgetError(f"label_shift must be finite and at most 0, not {self.label_shift}")
+        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
+            raise FastforgetError(f"sharpness must be finite and positive, not {self.sharpness}")
+
+    @property
+    def embedding_helps(self) -> bool:
+        """Whether the reference's cached embedding, which is of its distribution as it is, saves a product."""
+        return self.kind == "forward_kl" and self.sharpness == 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,7 @@ class SideStats:
     # the answers to what the term requests; of a term that names several streams, to each of them
     tensors: Mapping[Field | Divergence, Tensor] = field(default_factory=dict)  # (n,)
     states: Mapping[StateRequest, StateDistances] = field(default_factory=dict)
+    labels: Tensor | None = None  # (n,) int64
     vocabulary: int = 0
     others: Mapping[str, SideStats] = field(default_factory=dict)  # the further streams that the term names, by name
     baseline: Tensor | None = None  # what the term's own `constant` made of its `baseline_stream`

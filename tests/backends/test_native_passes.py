@@ -13,32 +13,24 @@ from kernel_device import needs_native
 from tile_problems import (
     PLAIN,
     close,
+    coupled_sweep,
     finished,
+    gradient_sweep,
     label_sweep,
-    mapped,
     paired_sweep,
-    placed,
     problems,
     size,
-    strided,
-    tiles,
-    untouched,
 )
-from tile_problems import instructions as instructions
 
 from fastforget.backends import fields
 from fastforget.backends.native import NativePasses
 from fastforget.backends.native.passes import DTYPES
 from fastforget.backends.protocol import (
     COUPLED_ACCUMULATORS,
-    COUPLED_NORMALISERS,
     FLOAT16_SCALE,
     GRADIENT_COEFFICIENTS,
     LAZY,
     RECENTRE,
-    CoupledBlock,
-    GradientBlock,
-    Tile,
 )
 from fastforget.backends.torch_passes import TorchPasses
 
@@ -126,7 +118,7 @@ def test_paired_tiles(instructions, problem, noise, data):
     shift = torch.randn(len(labels), generator=generator) if data.draw(st.booleans()) else None
     row_dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     arguments = policy, reference, labels, logit_map, shift
-    found, first, second = paired_sweep(NativePasses(), *arguments, torch.float32, row_dtype, **layout)
+    found, first, second = paired_sweep(NativePasses(), *arguments, row_dtype, torch.float32, **layout)
     truth, *_ = paired_sweep(TorchPasses(), *arguments, torch.float64, torch.float64, **layout)
     (p, slope), (q, _) = (finished(each, logit_map, labels) for each in (policy, reference))
     values = [fields.paired_result(each, labels, 0.0, False).value for each in (found, truth)]
@@ -168,24 +160,18 @@ def test_coupled_tiles(instructions, problem, noise, kind):
     centre = torch.randn(len(p), generator=generator)
     pairs = zip(tops, lses, strict=True)
     rows = [each for top, lse in pairs for each in (top, lse - top)] + [lses[0] - lses[1], centre]
-    normalisers = torch.stack(rows).float()
-    assert len(rows) == len(COUPLED_NORMALISERS)
-    found, truth = strided(len(COUPLED_ACCUMULATORS), len(p)), strided(len(COUPLED_ACCUMULATORS), len(p))
+    arguments = kind, policy, reference, labels, logit_map, torch.stack(rows).float()
+    layout["in_place"] = True
+    (found, *written), (truth, *expected) = (
+        coupled_sweep(passes, *arguments, dtype, dtype, **layout)
+        for passes, dtype in ((NativePasses(), torch.float32), (TorchPasses(), torch.float64))
+    )
     step = 2e-6 * size(torch.cat([p, q]))
-    for tile in tiles(policy.shape[1], logit_map, **layout):
-        columns = slice(tile.first, tile.first + tile.columns)
-        written, expected = ([placed(z[:, columns], tile) for z in (policy, reference)] for _ in range(2))
-        expected = [each.double() for each in expected]
-        wide = Tile(tile.first, tile.columns, tile.vocabulary, tile.columns, mapped(logit_map, torch.float64))
-        NativePasses().coupled_tile(tile, *written, *written, CoupledBlock(kind, labels, normalisers, found))
-        block = CoupledBlock(kind, labels, normalisers.double(), truth)
-        TorchPasses().coupled_tile(wide, *expected, *expected, block)
-        for ours, theirs in zip(written, expected, strict=True):
-            assert untouched(ours, tile) and close(ours, theirs, step * (1 + theirs.abs()))
+    for ours, theirs in zip(written, expected, strict=True):
+        assert close(ours, theirs, step * (1 + theirs.abs()))
     for name, ours, theirs in zip(COUPLED_ACCUMULATORS, found, truth, strict=True):
-        assert close(
-            ours, theirs, step * (1e-4 + theirs if name.startswith("from") and noise < 1 else 1 + theirs.abs())
-        )
+        near = name.startswith("from") and noise < 1
+        assert close(ours, theirs, step * (1e-4 + theirs if near else 1 + theirs.abs()))
 
 
 @given(problem=problems(), dtype=DTYPES_OF, row_dtype=DTYPES_OF)
@@ -200,52 +186,11 @@ def test_gradient_tiles(instructions, problem, dtype, row_dtype):
     coefficients[0] = others.amax(1).nan_to_num(neginf=0.0) - 3
     coefficients[1] = 1.0 / (others - coefficients[0][:, None]).exp().sum(1).clamp(min=1.0)
     projected = torch.randn(logits.shape, generator=generator) if layout["columns"] != 32 else None
-    for tile in tiles(logits.shape[1], logit_map, **layout):
-        columns = slice(tile.first, tile.first + tile.columns)
-        product = placed(logits[:, columns], tile, dtype)
-        in_place = layout["in_place"] and dtype == row_dtype
-        rows = product if in_place else placed(torch.zeros(product.shape), tile, row_dtype)
-        along = None if projected is None else placed(projected[:, columns], tile)
-        expected = torch.empty(product.shape, dtype=torch.float64)
-        wide = Tile(tile.first, tile.columns, tile.vocabulary, tile.columns, mapped(logit_map, torch.float64))
-        block = GradientBlock(labels, argmax, coefficients.double())
-        TorchPasses().gradient_tile(wide, product.double(), None if along is None else along.double(), expected, block)
-        NativePasses().gradient_tile(tile, product, along, rows, GradientBlock(labels, argmax, coefficients))
-        step = torch.finfo(row_dtype).eps + 4e-6 * size(finished(logits, logit_map)[0])
-        assert untouched(rows, tile) and close(rows, expected, step * (1 + expected.abs()))
-
-
-@pytest.mark.parametrize("place", [0, 19, 40])
-def test_nan_stays_in_its_row_and_reaches_all_of_it(instructions, place):
-    logits, labels = torch.randn(3, 41, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 6, 7])
-    broken = logits.clone()
-    broken[1, place] = torch.nan
-    layout = {"columns": 16, "exact": False, "in_place": True}
-    found, grad = label_sweep(NativePasses(), broken, labels, PLAIN, True, torch.float32, **layout)
-    for name in (1, 4, 5, 6, 8):
-        assert found[name].isnan().tolist() == [False, True, False]
-    assert grad[:, place].isnan().tolist() == [False, True, False]
-    for pair, names in (((broken, logits), (1, 4, 7, 8)), ((logits, broken), (3, 4, 7, 8))):
-        found, *_ = paired_sweep(NativePasses(), *pair, labels, PLAIN, None, torch.float32, torch.float32, **layout)
-        for name in names:
-            assert found[name].isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("places", [(3,), (38,), (5, 20), (20,), (20, 9, 33), (5,)])
-def test_argmax_is_the_first_nan(instructions, places):
-    """As torch's, at the label (20) and elsewhere; of the others' argmax the label is none."""
-    logits = torch.randn(2, 41, generator=torch.Generator().manual_seed(4))
-    labels = torch.tensor([20, 20])
-    logits[1, list(places)] = torch.nan
-    logits[1, 7] = torch.inf
-    for columns in (16, 48):
-        layout = {"columns": columns, "exact": False, "in_place": True}
-        found, _ = label_sweep(NativePasses(), logits, labels, PLAIN, True, torch.float32, **layout)
-        values = fields.label_fields(found, labels, fields.NAMES, 41)
-        assert torch.equal(values["argmax"], logits.argmax(1))
-        assert torch.equal(values["others_argmax"], finished(logits, PLAIN, labels)[0].argmax(1))
-        for name in ("logp", "lse", "entropy", "logp_mean", "logp_var", "logit_mean", "max_logit"):
-            assert values[name].isnan().tolist() == [False, True], name
+    arguments = logits, projected, labels, argmax, logit_map, coefficients
+    rows = gradient_sweep(NativePasses(), *arguments, row_dtype, dtype, **layout)
+    expected = gradient_sweep(TorchPasses(), *arguments, torch.float64, torch.float64, **layout)
+    step = torch.finfo(row_dtype).eps + 4e-6 * size(finished(logits, logit_map)[0])
+    assert close(rows, expected, step * (1 + expected.abs()))
 
 
 FAR = {

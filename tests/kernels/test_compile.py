@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
-from fastforget_kernels import compiling, launching
+from fastforget_kernels import cast_weight, compiling, launching
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARY, WIDTH, ROWS = 40, 16, 5
@@ -223,3 +223,11 @@ def test_hidden_stats_launch_what_is_compiled(launches, dtype):
     for which, point_dtype, metric in itertools.product(AGAINST[:3], (torch.float32, dtype), ("l2", "cosine")):
         ff.hidden_stats(states_of(dtype), metric=metric, backend="triton", **against(which, point_dtype))
     check(launches, "state_rows_kernel")
+
+
+@where_kernels_run
+@each_dtype
+def test_cast_weight_launches_what_is_compiled(launches, dtype):
+    codes, scale = torch.zeros(2, 16, dtype=torch.int8), torch.zeros(2)
+    cast_weight.cast_weight(codes, scale, torch.zeros(2, 16, dtype=dtype))
+    check(launches, "cast_weight_kernel")

@@ -6,34 +6,51 @@ import itertools
 import pytest
 import torch
 from kernel_device import DEVICE, needs_triton
+from tile_problems import (
+    PLAIN,
+    coupled_sweep,
+    finished,
+    gradient_sweep,
+    label_sweep,
+    paired_sweep,
+    placed,
+    rows_for,
+    strided,
+    tiles,
+)
 
 from fastforget.backends import fields as closing
 from fastforget.backends import protocol
-from fastforget.backends.protocol import CoupledBlock, GradientBlock, LabelBlock, LogitMap, PairedBlock, Tile
-
-from fastforget.backends.protocol import StateBlock, StateTargets  # isort: skip
-from fastforget.backends.torch_passes import TorchPasses, finish_logits
+from fastforget.backends.protocol import LabelBlock, LogitMap, StateBlock, StateTargets, Tile
+from fastforget.backends.torch_passes import TorchPasses
 from fastforget.errors import FastforgetError
 
 triton_passes = pytest.importorskip("fastforget.backends.triton", reason="Triton is not installed")
-from fastforget_kernels import arithmetic, coupled_tile, gradient_tile, label_tile, paired_tile  # noqa: E402
+from fastforget_kernels import coupled_tile, gradient_tile, label_tile, paired_tile  # noqa: E402
 
 pytestmark = needs_triton
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-ROWS, VOCABULARY, COLUMNS, WIDTH = 10, 437, 150, 6
-TILES = range(0, VOCABULARY, COLUMNS)
+ROWS, VOCABULARY, COLUMNS = 10, 437, 150
+LAYOUT = {"columns": COLUMNS, "exact": False, "in_place": True}
 STATISTICS = [field.name for field in protocol.FIELDS if field.needs in ("basic", "moments")]
-PLAIN = LogitMap(None, 1.0, 0.0)
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-WEIGHT = random(VOCABULARY, WIDTH, seed=9)
-BOTH = triton_passes.TritonPasses(), TorchPasses()
 CAPPED = LogitMap(random(VOCABULARY, seed=8), 0.7, 9.0)
 LABELS = torch.tensor([0, COLUMNS - 1, COLUMNS, VOCABULARY - 1, 7, 200, 300, 70, 400, 12], device=DEVICE)
+
+
+def both(sweep, *arguments, row_dtype, dtype=F32):
+    """What a sweep gives with the kernels, and with the passes in plain torch over float64 products; in float64."""
+    exact = F64 if row_dtype == F32 else row_dtype
+    results = (
+        sweep(triton_passes.TritonPasses(), *arguments, row_dtype, dtype, **LAYOUT),
+        sweep(TorchPasses(), *arguments, exact, F64, **LAYOUT),
+    )
+    return [[each.double() for each in (result if isinstance(result, tuple) else (result,))] for result in results]
 
 
 def products(seed=0):
@@ -54,52 +71,6 @@ def products(seed=0):
     return found
 
 
-class Buffers:
-    """A tile's products, and rows over them in memory, padded with NaN."""
-
-    def __init__(self, passes, logits, row_dtype, logit_map):
-        self.exact = isinstance(passes, TorchPasses)
-        self.logits, self.row_dtype = logits, F64 if self.exact and row_dtype == F32 else row_dtype
-        bias = logit_map.bias
-        self.map = dataclasses.replace(logit_map, bias=bias.double()) if self.exact and bias is not None else logit_map
-        self.dtype = F64 if self.exact else logits.dtype
-
-    def at(self, first):
-        """(tile, product, rows) of the tile that begins at a column."""
-        columns = min(COLUMNS, VOCABULARY - first)
-        padded = -(-columns // 64) * 64
-        buffer = torch.full((ROWS, padded + 64), torch.nan, dtype=self.dtype, device=DEVICE)
-        buffer[:, :columns] = self.logits[:, first : first + columns]
-        rows = None if self.row_dtype is None else buffer.view(self.row_dtype)[:, :columns]
-        return Tile(first, columns, VOCABULARY, padded, self.map), buffer[:, :columns], rows
-
-
-def empty(passes, kinds, width=None):
-    """Accumulators, a slice of a wider buffer, or gradients; both begin as NaN."""
-    if width is None:
-        dtype = passes.accumulator_dtype(F32)
-        return torch.full((kinds, ROWS + 3), torch.nan, dtype=dtype, device=DEVICE)[:, 1 : ROWS + 1]
-    return torch.full((kinds, width), torch.nan, dtype=F64 if isinstance(passes, TorchPasses) else F32, device=DEVICE)
-
-
-def accumulate(grad, rows, tile):
-    """Product 2, exact but for how `grad` is stored."""
-    part = rows.double() @ WEIGHT[tile.first : tile.first + tile.columns].double()
-    grad.copy_(part if tile.first == 0 else grad.double() + part)
-
-
-def label_sweep(passes, logits, row_dtype, logit_map=PLAIN, moments=True, states=None):
-    accumulators, grad = empty(passes, 10 if moments else 4), empty(passes, ROWS, WIDTH)
-    buffers = Buffers(passes, logits, row_dtype, logit_map)
-    block = LabelBlock(LABELS, accumulators, None if row_dtype is None else grad, states)
-    for first in TILES:
-        tile, product, rows = buffers.at(first)
-        passes.label_tile(tile, product, rows, block)
-        if rows is not None:
-            accumulate(grad, rows, tile)
-    return accumulators.double(), grad.double()
-
-
 def close(found, expected, tolerance, scale=None):
     """Equal but for rounding, NaN and infinities in the same places; the row with NaN is the last and only one."""
     assert torch.equal(found.isnan(), expected.isnan())
@@ -111,10 +82,11 @@ def close(found, expected, tolerance, scale=None):
 
 
 def close_rows(found, expected, row_dtype, floor=0.0):
-    """Sums of written rows times W, against the largest of the row; `floor`: the rounding of what they are made of."""
-    tolerance = {F32: 2e-5, BF16: 1e-2, F16: 2e-3}[row_dtype]
-    scale = expected.abs().amax(dim=1, keepdim=True) + floor / tolerance
-    close(found, expected, tolerance, scale.clamp(min=1e-30).expand_as(expected))
+    """Written rows, against the largest in each; `floor`: the rounding of what they are made of; NaN row by row."""
+    tolerance, whole = {F32: 2e-5, BF16: 1e-2, F16: 2e-3}[row_dtype], ~expected.isnan().any(dim=1)
+    assert torch.equal(~found.isnan().any(dim=1), whole)
+    scale = (expected.abs().amax(dim=1, keepdim=True) + floor / tolerance).clamp(min=1e-30).expand_as(expected)
+    close(found[whole], expected[whole], tolerance, scale[whole])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +95,7 @@ def close_rows(found, expected, row_dtype, floor=0.0):
 )
 def test_label_pass(row_dtype, capped, moments):
     logit_map = CAPPED if capped else PLAIN
-    results = [label_sweep(passes, products(), row_dtype, logit_map, moments) for passes in BOTH]
+    results = both(label_sweep, products(), LABELS, logit_map, moments, row_dtype=row_dtype)
     names = STATISTICS if moments else STATISTICS[:4]
     found, expected = (closing.label_fields(each, LABELS, names, VOCABULARY) for each, _ in results)
     for name in names:
@@ -149,22 +121,12 @@ def reference_products(policy):
     return found
 
 
-def paired_sweep(passes, policy, reference, labels, row_dtype, logit_map, shift):
-    accumulators = empty(passes, 11)
-    grads = [empty(passes, ROWS, WIDTH) for _ in range(2)]
-    given = None if shift is None else shift.to(passes.accumulator_dtype(F32))
-    block = PairedBlock(labels, accumulators, given, grads[0], None if given is not None else grads[1])
-    buffers = [Buffers(passes, logits, row_dtype, logit_map) for logits in (policy, reference)]
-    for first in TILES:
-        (tile, policy_here, rows), (_, reference_here, other_rows) = (each.at(first) for each in buffers)
-        written = other_rows if block.reference_grad is not None else None
-        passes.paired_tile(tile, policy_here, reference_here, rows, written, block)
-        for grad, part in zip(grads if written is not None else grads[:1], (rows, other_rows), strict=False):
-            accumulate(grad, part, tile)
-    result = closing.paired_result(accumulators.double(), labels, -2.0, row_dtype == F16)
-    gradient = result.rows[:, None] * grads[0].double()
-    if given is None:
-        gradient += (result.reference / result.reference_total)[:, None] * grads[1].double()
+def paired_gradient(accumulators, grad, reference_grad, labels, given, float16):
+    """(the closed result, the gradient over the logits) of a sweep."""
+    result = closing.paired_result(accumulators, labels, -2.0, float16)
+    gradient = result.rows[:, None] * grad
+    if not given:
+        gradient += (result.reference / result.reference_total)[:, None] * reference_grad
     return result, gradient
 
 
@@ -181,7 +143,8 @@ def test_paired_pass(row_dtype, capped, labelled, given):
         best = reference.nan_to_num(-torch.inf).argmax(dim=1, keepdim=True)
         shift = (policy - reference).nan_to_num(0.0).gather(1, best)[:, 0]
         shift = 0.1 * shift if logit_map is CAPPED else shift
-    found, expected = (paired_sweep(each, policy, reference, labels, row_dtype, logit_map, shift) for each in BOTH)
+    sweeps = both(paired_sweep, policy, reference, labels, logit_map, shift, row_dtype=row_dtype)
+    found, expected = (paired_gradient(*sweep, labels, given, row_dtype == F16) for sweep in sweeps)
     # what float32 logits are worth; twice in rows that cancel against each other
     spread = 30.0 if logit_map is CAPPED else (policy - reference).nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1)
     floor = 2.0**-23 * (1.0 + torch.as_tensor(spread, dtype=F64))
@@ -197,24 +160,14 @@ def test_paired_pass(row_dtype, capped, labelled, given):
 def test_coupled_pass(kind, row_dtype, capped):
     policy, logit_map = products(), CAPPED if capped else PLAIN
     reference = reference_products(policy)
-    whole = Tile(0, VOCABULARY, VOCABULARY, VOCABULARY, Buffers(TorchPasses(), policy, None, logit_map).map)
-    logits = [finish_logits(each.double(), whole) for each in (policy, reference)]
+    logits = [finished(each, logit_map)[0] for each in (policy, reference)]
     others = [each.scatter(1, LABELS[:, None], -torch.inf) for each in logits]
     tops = [each.amax(dim=1) for each in others]
     totals = [each.logsumexp(dim=1) - top for each, top in zip(others, tops, strict=True)]
     gap = tops[0] - tops[1] + totals[0] - totals[1]
     normalisers = torch.stack([tops[0], totals[0], tops[1], totals[1], gap, 0.1 * random(ROWS).double()]).float()
-    results = []
-    for passes in BOTH:
-        accumulators, grads = empty(passes, 4), [empty(passes, ROWS, WIDTH) for _ in range(2)]
-        block = CoupledBlock(kind, LABELS, normalisers.to(passes.accumulator_dtype(F32)), accumulators)
-        buffers = [Buffers(passes, each, row_dtype, logit_map) for each in (policy, reference)]
-        for first in TILES:
-            (tile, policy_here, rows), (_, reference_here, policy_rows) = (each.at(first) for each in buffers)
-            passes.coupled_tile(tile, policy_here, reference_here, rows, policy_rows, block)
-            for grad, part in zip(grads, (rows, policy_rows), strict=True):
-                accumulate(grad, part, tile)
-        results.append((accumulators.double(), *(grad.double() for grad in grads)))
+    arguments = kind, policy, reference, LABELS, logit_map, normalisers
+    results = both(coupled_sweep, *arguments, row_dtype=row_dtype)
     floor = 2.0**-22 * (30.0 if capped else 1.0 + (policy - reference).nan_to_num(0.0, 0.0, 0.0).abs().amax())
     for found, expected in zip(results[0][0], results[1][0], strict=True):
         close(found, expected, 1e-4, expected.abs() + floor)
@@ -230,26 +183,16 @@ def test_gradient_pass(dtype, row_dtype, projects):
     logit_map = CAPPED if dtype == F32 else PLAIN
     logits = products().clamp(min=-1e4, max=1e4).nan_to_num(0.0) if dtype == F16 else products()
     logits, projected = logits.to(dtype), random(ROWS, VOCABULARY, seed=6)
-    accumulators, _ = label_sweep(TorchPasses(), logits.float(), None, logit_map)
+    accumulators, _ = label_sweep(TorchPasses(), logits.float(), LABELS, logit_map, True, None, F64, **LAYOUT)
     names = ("logp", "lse", "label_logit", "log_not_label", "max_logit", "logit_mean", "entropy")
     upstream = dict(zip(names, random(len(names), ROWS, seed=7), strict=True))
     coefficients = closing.gradient_coefficients(accumulators, upstream, random(ROWS) if projects else None, VOCABULARY)
     argmax = closing.label_fields(accumulators, LABELS, ["argmax"], VOCABULARY)["argmax"]
-    results = []
-    for passes in BOTH:
-        exact = isinstance(passes, TorchPasses)
-        block = GradientBlock(LABELS, argmax, coefficients.to(F64 if exact else F32))
-        buffers = Buffers(passes, logits, row_dtype, logit_map)
-        found = []
-        for first in TILES:
-            tile, product, rows = buffers.at(first)
-            along = Buffers(passes, projected, None, logit_map).at(first)[1] if projects else None
-            passes.gradient_tile(tile, product, along, rows, block)
-            found.append(rows.double())
-        results.append(torch.cat(found, dim=1))
+    arguments = logits, projected if projects else None, LABELS, argmax, logit_map, coefficients
+    [found], [expected] = both(gradient_sweep, *arguments, row_dtype=row_dtype, dtype=dtype)
     tolerance = {F32: 1e-4, BF16: 1e-2, F16: 2e-3}[row_dtype]  # of the offsets of logits near 1e4
-    scale = results[1].abs().amax(dim=1, keepdim=True).clamp(min=1e-30).expand_as(results[1])
-    close(*results, tolerance, scale)
+    scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=1e-30).expand_as(expected)
+    close(found, expected, tolerance, scale)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -276,7 +219,7 @@ def test_state_pass(dtype, cosine, centre_count, anchored):
             given = states.to(kind) if kind == F64 else states
             block = StateBlock(given, StateTargets(*targets, cosine), values, nearest)
             if sweeps:
-                label_sweep(passes, products(), BF16, moments=False, states=block)
+                label_sweep(passes, products(), LABELS, PLAIN, False, BF16, kind, block, **LAYOUT)
             else:
                 passes.state_pass(block)
             nearest[[0, 1, 4]] = 0 if centre_count else -1  # of NaN, and of no direction, any
@@ -293,7 +236,7 @@ def test_logits_of_one_token_and_of_a_model(dtype):
     for vocabulary, moments in itertools.product((1, VOCABULARY), (False, True)):
         logits = products().nan_to_num(0.0).clamp(-1e4, 1e4).to(dtype)[:, :vocabulary]
         tile = Tile(0, vocabulary, vocabulary, vocabulary, PLAIN)
-        labels, accumulators = LABELS.clamp(max=vocabulary - 1), empty(passes, 10 if moments else 4)
+        labels, accumulators = LABELS.clamp(max=vocabulary - 1), strided(10 if moments else 4, ROWS, F32, DEVICE)
         before = logits.clone()
         passes.label_tile(tile, logits, None, LabelBlock(labels, accumulators, None))
         assert torch.equal(logits, before)
@@ -304,14 +247,15 @@ def test_logits_of_one_token_and_of_a_model(dtype):
 
 
 def test_layouts_that_kernels_would_misread_are_refused():
-    passes, buffers = triton_passes.TritonPasses(), Buffers(triton_passes.TritonPasses(), products(), BF16, PLAIN)
-    tile, product, rows = buffers.at(0)
-    block = LabelBlock(LABELS, empty(passes, 4), empty(passes, ROWS, WIDTH))
+    passes, tile = triton_passes.TritonPasses(), next(tiles(VOCABULARY, PLAIN, **LAYOUT))
+    product = placed(products(), tile)
+    rows = rows_for(product, tile, BF16, in_place=True)
+    block = LabelBlock(LABELS, strided(4, ROWS, F32, DEVICE), random(ROWS, VOCABULARY))
     passes.label_tile(tile, product, rows, block)
     wrong_blocks = [
         dataclasses.replace(block, labels=LABELS.int()),
         dataclasses.replace(block, labels=LABELS.repeat(2)[::2]),
-        dataclasses.replace(block, accumulators=empty(passes, 5)),
+        dataclasses.replace(block, accumulators=strided(5, ROWS, F32, DEVICE)),
         dataclasses.replace(block, accumulators=block.accumulators.double()),
         dataclasses.replace(block, grad=block.grad.T.contiguous().T),
     ]
@@ -338,5 +282,3 @@ def test_kernels_and_protocol_name_the_same_numbers():
     assert coupled_tile.ACCUMULATORS == protocol.COUPLED_ACCUMULATORS
     assert coupled_tile.NORMALISERS == protocol.COUPLED_NORMALISERS
     assert gradient_tile.COEFFICIENTS == protocol.GRADIENT_COEFFICIENTS
-    for name in ("LAZY", "FLOAT16_SCALE", "RECENTRE", "NEAR_SHIFT"):
-        assert getattr(arithmetic, name).value == getattr(protocol, name)

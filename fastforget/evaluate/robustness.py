@@ -1,0 +1,110 @@
+"""Does it last? The same measures after merging and rounding, and after learning other forgotten passages again.
+
+Forgetting in 16 bit has come back after quantising to 4 bit (arXiv 2410.16454), and after a few steps of training on
+part of what was forgotten, or on other text (arXiv 2406.13356). So the passages to forget are measured again
+
+- with the adapter merged into its base in 16 bit, and that model quantised to 8 and to 4 bit;
+- after `RELEARN_STEPS` steps of training on half of them, on the other half, beside never-trained passages treated
+  alike: half of those is learned, the other half measured, in a model that never saw either.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastforget.data.examples import Example
+from fastforget.evaluate.memorisation import memorisation
+from fastforget.merging import merge
+from fastforget.models import load
+
+RELEARN_STEPS = 20
+RELEARN_RATE = 1e-3
+RELEARN_RANK = 16
+Relearn = Callable[[Any, Any, Sequence[Example]], None]  # trains the model's adapter on the examples, in place
+
+
+@dataclass(frozen=True)
+class RobustnessRow:
+    """One treatment: exact memorisation and extraction strength of forget passages, and of never-trained ones."""
+
+    treatment: str
+    forget_memorisation: float | None
+    forget_extraction: float | None
+    unseen_memorisation: float | None
+    unseen_extraction: float | None
+
+
+def robustness(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    tokenizer: Any,
+    forget: Sequence[Example],
+    unseen: Sequence[Example],
+    relearn: Relearn,
+    *,
+    device: str | torch.device | None = None,
+    bits: int = 8,
+) -> list[RobustnessRow]:
+    """Measure what an adapter made a model forget, as it was trained and after each treatment.
+
+    Args:
+        base, adapter: the folder or hub name of the model, and the folder of the adapter.
+        forget, unseen: the passages that it forgot, and some that it never saw, [] where there are none.
+        relearn: trains a model with a fresh adapter on examples for `RELEARN_STEPS` steps.
+        bits: that the adapter was trained in.
+    """
+    rows = [row("as it was trained", load(base, bits=bits, adapter=adapter, device=device), tokenizer, forget, unseen)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = merge(base, adapter, Path(scratch) / "merged")
+        for treatment, merged_bits in (("merged, 16 bit", 16), ("merged, then 8 bit", 8), ("merged, then 4 bit", 4)):
+            rows.append(row(treatment, load(folder, bits=merged_bits, device=device), tokenizer, forget, unseen))
+        halves = [(part[::2], part[1::2]) for part in (forget, unseen)]
+        shares: list[tuple[float | None, float | None]] = []
+        for learned, measured in halves:
+            if not learned or not measured:
+                shares.append((None, None))
+                continue
+            model = load(folder, bits=16, lora={"r": RELEARN_RANK, "target_modules": "all-linear"}, device=device)
+            relearn(model, tokenizer, learned)
+            found = memorisation(model, tokenizer, measured)
+            shares.append((found.exact, found.extraction))
+        rows.append(RobustnessRow(f"half learned again, {RELEARN_STEPS} steps", *shares[0], *shares[1]))
+    return rows
+
+
+def row(
+    treatment: str, model: Any, tokenizer: Any, forget: Sequence[Example], unseen: Sequence[Example]
+) -> RobustnessRow:
+    """Measure one model."""
+    found = [memorisation(model, tokenizer, part) if part else None for part in (forget, unseen)]
+    pairs = [(each.exact, each.extraction) if each else (None, None) for each in found]
+    return RobustnessRow(treatment, *pairs[0], *pairs[1])
+
+
+def print_robustness(console: Console, rows: Sequence[RobustnessRow]) -> None:
+    """Print the rows as a table: forget passages, and never-trained ones in brackets."""
+    table = Table(title="Does it last? Forget passages (never-trained ones)", title_justify="left")
+    table.add_column("treatment")
+    for heading in ("exact memorisation", "extraction strength"):
+        table.add_column(heading, justify="right")
+    for each in rows:
+        table.add_row(
+            each.treatment,
+            f"{shown(each.forget_memorisation)} ({shown(each.unseen_memorisation)})",
+            f"{shown(each.forget_extraction)} ({shown(each.unseen_extraction)})",
+        )
+    console.print(table)
+
+
+def shown(share: float | None) -> str:
+    """Write a share, or a dash where there is none."""
+    return "-" if share is None else f"{share:.2f}"

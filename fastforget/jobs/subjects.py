@@ -1,0 +1,83 @@
+"""What the demo unlearns: a small model and Python's language reference, or SmolLM2 and invented people."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastforget.data.examples import Example
+from fastforget.data.topics import Corpus, load_corpus
+from fastforget.jobs.bases import cached_base
+from fastforget.jobs.memorise import build_model, memorise, save_base
+from fastforget.jobs.running import progress_bar
+
+BASE_VERSION = 1  # part of the cache's key: raise it when the base model's recipe changes
+FIRST_NLL, LAST_NLL = 8.0, 0.075  # nats per token, about: where memorising begins and ends, for its progress bar
+
+
+@dataclass(frozen=True)
+class DemoScale:
+    """How much text and how large a base; the default is the demo, tests take less."""
+
+    topic_counts: tuple[int, int, int] = (4, 8, 4)
+    passages_per_topic: int = 6
+    hidden_size: int = 256
+    layers: int = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base that knows what it is to forget, and what is measured of it.
+
+    sets: passages by name: "forget", "retain", and "unseen", which were never trained on. kept: what is trained on
+    beside the forget set. ability: measures what else the model can do, by figure; told: says that in lines, of what
+    it was before and after.
+    """
+
+    base: Path
+    trained_seconds: float
+    sets: dict[str, list[Example]]
+    kept: Sequence[Example]
+    lora: dict[str, Any] = field(default_factory=dict)
+    ability: Callable[[Any, Any], dict[str, Any]] = lambda model, tokenizer: {}
+    told: Callable[[dict[str, dict[str, Any]]], list[str]] = lambda ability: []
+
+
+def small_subject(seed: int, scale: DemoScale, cache: Path, console: Console) -> Subject:
+    """Train (or take from the cache) a small OPT that recites passages of the language reference."""
+    corpus = load_corpus(seed, topic_counts=scale.topic_counts, passages_per_topic=scale.passages_per_topic)
+    console.print(
+        f"Text: Python's language reference, {len(corpus.forget)} passages to forget, {len(corpus.retain)} to keep, "
+        f"{len(corpus.unseen)} never trained on."
+    )
+
+    def write(folder: Path) -> None:
+        model = build_model(corpus.tokenizer, hidden_size=scale.hidden_size, layers=scale.layers, seed=seed)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        console.print(f"Training a base of {parameters / 1e6:.1f} M parameters until it recites them word for word ...")
+        with progress_bar("Memorising", console) as update:
+
+            def progress(recited: float, nll: float) -> None:
+                update(math.log(FIRST_NLL / nll), math.log(FIRST_NLL / LAST_NLL), f"NLL {nll:.2f}")
+
+            memorise(model, corpus.tokenizer, [*corpus.forget, *corpus.retain], seed=seed, progress=progress)
+        save_base(model, corpus.tokenizer, folder)
+
+    base, seconds = cached_base(cache, base_key(corpus, seed, scale), write)
+    sets = {"forget": corpus.forget, "retain": corpus.retain, "unseen": corpus.unseen}
+    return Subject(base, seconds, sets, corpus.retain)
+
+
+def base_key(corpus: Corpus, seed: int, scale: DemoScale) -> str:
+    """Hash what the trained base depends on: passages (so also Python's version), their order, its size, its seed."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((BASE_VERSION, seed, scale)).encode())
+    for example in (*corpus.forget, *corpus.retain):
+        digest.update(repr(example.input_ids).encode())
+    return digest.hexdigest()

@@ -1,0 +1,59 @@
+"""A model that forgot, shipped without an adapter: merged into its base, and what rounding leaves of that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastforget.errors import FastforgetError
+from fastforget.models import load_base, load_tokenizer, readable_errors
+
+MERGED_BITS = (16, 32)
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    bits: int = 16,
+) -> Path:
+    """Merge an adapter into its base and save an ordinary Hugging Face folder, which holds nothing of the adapter.
+
+    The base is read as it was stored, not in the 8 bit that it was trained in; the sum W + s B A is formed in float32
+    and rounded once. The folder can be quantised again when it is loaded (`fastforget.load(out, bits=8)`).
+
+    Args:
+        base: the model's folder or hub name; adapter: a folder that `save_adapter` wrote; out: a folder that is new, or
+            empty.
+        bits: of the weights that are saved: 16 (bfloat16) or 32.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FastforgetError: another number of bits, a folder that holds files already, or a model or adapter that cannot be
+            loaded.
+    """
+    folder = Path(out)
+    if bits not in MERGED_BITS:
+        raise FastforgetError(f"bits of a merged model must be 16 or 32, not {bits}: load it in 8 or 4 bit afterwards")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FastforgetError(f"{folder} exists already and is not an empty folder: give another one")
+    model: Any = merged(base, adapter).to(torch.bfloat16 if bits == 16 else torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base).save_pretrained(folder)
+    return folder
+
+
+def merged(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> nn.Module:
+    """Return the base with the adapter added to its weights, in float32 on the CPU."""
+    import peft
+
+    model: Any = load_base(str(base), 32, torch.device("cpu"))
+    with readable_errors(f"the adapter {adapter}"):
+        return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)

@@ -1,0 +1,70 @@
+"""`fastforget evaluate`: the untouched model beside the adapter, robustness, merging."""
+
+import json
+
+import pytest
+import torch
+from helpers import FORGET, RETAIN, load_perturbed
+from transformers import AutoModelForCausalLM
+
+import fastforget as ff
+from fastforget.jobs.evaluate import evaluate
+
+UNSEEN = [f"The river {name} flows to the sea in the north." for name in ("Ob", "Rhine", "Elbe")]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    ff.save_adapter(load_perturbed(tiny["opt"]), tokenizer, folder)
+    return folder
+
+
+def test_both_models_on_the_same_prompts_and_what_lasts(tiny, adapter, tmp_path, short_continuations):
+    report = evaluate(
+        tiny["opt"],
+        FORGET,
+        tmp_path / "out",
+        adapter=adapter,
+        retain=RETAIN,
+        unseen=UNSEEN,
+        robust=True,
+        max_length=32,
+        bits=32,
+        quiet=True,
+    )
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    for name in ("forget", "retain", "unseen"):
+        assert report[f"{name}_nll_before"] != report[f"{name}_nll_after"], "the adapter does something"
+        assert 0.0 <= report[f"{name}_memorisation_after"] <= 1.0 and len(report[f"{name}_lens_after"]) == 2
+    rows = {row["treatment"]: row for row in report["robustness"]}
+    assert len(rows) == 5
+    trained, merged = rows["as it was trained"], rows["merged, 16 bit"]
+    assert trained["forget_memorisation"] == pytest.approx(report["forget_memorisation_after"])
+    assert abs(trained["unseen_memorisation"] - merged["unseen_memorisation"]) < 0.1
+
+
+def test_without_an_adapter_one_model_is_measured(tiny, tmp_path, short_continuations):
+    report = evaluate(tiny["llama"], FORGET, tmp_path / "out", max_length=32, bits=32, quiet=True)
+    assert report["forget_nll_before"] == report["forget_nll_after"] and report["adapter"] is None
+    with pytest.raises(ff.FastforgetError, match="--robust needs --adapter"):
+        evaluate(tiny["llama"], FORGET, tmp_path / "other", robust=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ff.FastforgetError, match="is a file"):
+        evaluate(tiny["llama"], FORGET, tmp_path / "file")
+
+
+@torch.no_grad()
+def test_a_merged_folder_is_the_base_with_the_adapter(tiny, adapter, tmp_path):
+    ids = torch.arange(5, 25)[None]
+    folder = ff.merge(tiny["opt"], adapter, tmp_path / "merged", bits=32)
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    adapted = ff.load(tiny["opt"], bits=32, adapter=adapter).eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not (folder / "adapter_config.json").exists()
+    rounded = AutoModelForCausalLM.from_pretrained(ff.merge(tiny["opt"], adapter, tmp_path / "rounded"))
+    assert rounded.dtype == torch.bfloat16
+    with pytest.raises(ff.FastforgetError, match="not an empty folder"):
+        ff.merge(tiny["opt"], adapter, folder)
+    with pytest.raises(ff.FastforgetError, match="16 or 32"):
+        ff.merge(tiny["opt"], adapter, tmp_path / "new", bits=8)

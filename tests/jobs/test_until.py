@@ -1,0 +1,123 @@
+"""The stopping rule: what is gone leaves the batches, what recovers comes back, the rate falls at the end."""
+
+import pytest
+import torch
+from helpers import random_model
+
+import fastforget as ff
+from fastforget.data.examples import Example, ExampleStream
+from fastforget.evaluate.memorisation import memorisation
+from fastforget.jobs import until as until_module
+from fastforget.jobs.loop import Pace, run_job
+from fastforget.jobs.options import JobSettings, parsed_until
+from fastforget.jobs.until import ForgetUntilGone, level_of
+
+EXAMPLES = [Example(tuple(range(start, start + 12)), prompt_length=4) for start in (10, 40, 70, 100, 130)]
+
+
+def tracker(tokenizer, batch_size=2):
+    return ForgetUntilGone(EXAMPLES, tokenizer, 0.5, [ff.NegatedCE()], batch_size=batch_size, seed=0)
+
+
+def greedy_rows(*shares):
+    """What the watched term found: of each row's 8 labels so many are the likeliest token."""
+    rows = [torch.arange(8) < round(8 * share) for share in shares]
+    return [(torch.cat(rows), torch.arange(len(rows)).repeat_interleave(8), len(rows))]
+
+
+def test_what_is_gone_leaves_and_what_is_known_stays(tokenizer):
+    forget = tracker(tokenizer)
+    for _ in range(3):
+        next(forget)
+        forget.watched.parts += greedy_rows(*(0.25 if place in (0, 3) else 0.75 for place in forget.batch))
+        forget.note()
+    assert forget.known == {1, 2, 4}
+    seen = []
+    for _ in range(2):
+        assert next(forget)["input_ids"].shape[0] <= 2
+        seen += forget.batch
+    assert sorted(seen) == [1, 2, 4]
+
+
+def test_parts_of_a_batch_are_rows_in_order(tokenizer):
+    forget = tracker(tokenizer, batch_size=3)
+    next(forget)
+    first, second, third = forget.batch
+    forget.watched.parts += [*greedy_rows(0.75, 0.25), *greedy_rows(0.75)]
+    forget.note()
+    assert first in forget.known and third in forget.known and second not in forget.known
+
+
+def test_what_recovers_comes_back(tokenizer, monkeypatch):
+    forget, model = tracker(tokenizer), random_model("llama", tokenizer)
+    forget.known = set()
+    shares = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.0, 4: 0.6}
+
+    def measured(model, tokenizer, examples):
+        places = [EXAMPLES.index(example) for example in examples]
+        passages = [type("Passage", (), {"exact": shares[place]}) for place in places]
+        return type("Report", (), {"passages": passages})
+
+    monkeypatch.setattr(until_module, "memorisation", measured)
+    assert not forget.finished(model, step=7) and forget.known == {0, 4}, "all were gone: looked at once"
+    forget.known = {1}
+    assert not forget.finished(model, step=7) and forget.known == {1}, "not due yet"
+    assert not forget.finished(model, step=until_module.RECHECK_STEPS) and forget.known == {0, 1, 4}
+    shares.update({0: 0.0, 4: 0.0})
+    forget.known = set()
+    assert forget.finished(model, step=8)
+    assert forget.final(model) == "all 5 passages are gone (exact memorisation at most 0.50)"
+    shares[3] = 1.0
+    assert forget.final(model).startswith("1 of 5 are not gone yet")
+
+
+def test_levels(tokenizer):
+    assert parsed_until("gone") is None and parsed_until("em=0.2") == 0.2
+    for wrong in ("em", "em=2", "em=x", "later", "em=nan"):
+        with pytest.raises(ff.FastforgetError, match="until must be gone"):
+            parsed_until(wrong)
+    model = random_model("llama", tokenizer)
+    unseen = memorisation(model, tokenizer, EXAMPLES).exact
+    assert level_of("gone", model, tokenizer, EXAMPLES) == pytest.approx(unseen + 0.05)
+    assert level_of("gone", model, tokenizer, None) == 0.15 and level_of("em=0.3", model, tokenizer, EXAMPLES) == 0.3
+
+
+def test_the_rate_rises_stays_and_falls(tokenizer):
+    pace = Pace(100, 0.6)
+    factors = [pace.factor(number - 1) for number in pace]
+    assert len(factors) == 100 and factors[:11] == pytest.approx([*(each / 10 for each in range(1, 11)), 1.0])
+    assert factors[40] == 1.0 and factors[70] == pytest.approx(0.5) and 0.0 < factors[-1] < 0.02
+    pace, steps = Pace(100, 0.6), 0
+    for number in pace:
+        steps = number
+        if number == 20:
+            pace.decay_from(number)
+    assert steps == 50, "20 steps are 0.4 of 50"
+    constant = Pace(30, 0.0)
+    assert [constant.factor(done) for done in (15, 29)] == [1.0, 1.0]
+
+
+def test_a_job_ends_with_what_it_recited_gone(tiny, tokenizer):
+    """Greedy text of the model itself is known by heart from the start."""
+    torch.manual_seed(0)
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 8})
+    model.eval()
+    rows = []
+    for start in (5, 60, 120):
+        ids = [start, start + 1]
+        with torch.no_grad():
+            for _ in range(14):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(Example(tuple(ids), prompt_length=2))
+    assert memorisation(model, tokenizer, rows).exact == 1.0
+    settings = JobSettings(max_steps=150, learning_rate=5e-3, until="em=0.2", batch_size=3)
+    result = run_job(model, tokenizer, rows, None, ff.preset("other_tokens", retain=None), settings)
+    assert "all 3 passages are gone" in result.stopped and result.steps < 150
+    assert memorisation(model, tokenizer, rows).exact <= 0.2
+
+
+def test_streams_cannot_be_asked(tiny, tokenizer):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
+    stream = ExampleStream(lambda: iter(EXAMPLES), "a stream")
+    with pytest.raises(ff.FastforgetError, match="no stream"):
+        run_job(model, tokenizer, stream, None, ff.preset("grad_ascent"), JobSettings(max_steps=2, until="gone"))
