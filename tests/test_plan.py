@@ -43,6 +43,7 @@ SHAPES = {
         max_position_embeddings=256,
     ),
 }
+QUERY_AND_KEY = {"r": 16, "target_modules": ["q_proj", "k_proj"]}
 CASES = {  # what is measured: the shape, and arguments of `plan`
     "llama, 32 bit": ("llama", {"bits": 32}),
     "llama, 8 bit, padded": ("llama", {"bits": 8, "padded": True}),
@@ -155,7 +156,7 @@ def test_of_a_70b_model_in_seconds(tmp_path):
     heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False}
     AutoConfig.for_model("llama", **config, **heads).save_pretrained(tmp_path)
     began = time.process_time()  # of two cores, whatever else runs on them
-    found = ff.plan(tmp_path, gpu="48GB", seq_len=1024, batch=4)
+    found = ff.plan(tmp_path, gpu="48GB", seq_len=1024, batch=4, lora=QUERY_AND_KEY)
     assert time.process_time() - began < 10
     linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     scales = 80 * (8192 + 2 * 1024 + 8192 + 2 * 28672 + 8192) * 4
@@ -178,7 +179,7 @@ def test_of_an_h100(kind, config, rows, length, measured):
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
     own = {"llama": {"vocab_size": 128256} | heads, "opt": {"vocab_size": 50272, "num_attention_heads": 32}}[kind]
     model = AutoConfig.for_model(kind, **config, **own)
-    skeleton = Skeleton(model, torch.bfloat16, {"r": 16}, torch.device("cuda"), fused=False)
+    skeleton = Skeleton(model, torch.bfloat16, QUERY_AND_KEY, torch.device("cuda"), fused=False)
     forward = plan_loss(named_terms(ff.preset("npo_mean"))).forwards[-1]
     batch = BatchSize(rows, length, rows * (length - 1), padded=False)
     found = PassBytes(*at_depth(skeleton, lambda each: each.pass_bytes(forward, batch, False))).peak
@@ -208,7 +209,7 @@ def llama(tmp_path):
 
 
 def test_what_costs_memory_and_what_saves_it(llama):
-    asked = {"seq_len": 256, "batch": 8}
+    asked = {"seq_len": 256, "batch": 8, "lora": QUERY_AND_KEY}
     plain = ff.plan(llama, **asked)
     parts = plain.asked.components
     for change in ({"seq_len": 512}, {"batch": 16}, {"lora": {"target_modules": "all-linear"}}, {"bits": 32}):
@@ -224,7 +225,7 @@ def test_what_costs_memory_and_what_saves_it(llama):
 
 
 def test_what_fits_best_has_the_most_bits_then_no_checkpointing_then_most_rows(llama):
-    asked = {"seq_len": 512, "batch": 8, "bits": 8}
+    asked = {"seq_len": 512, "batch": 8, "bits": 8, "lora": QUERY_AND_KEY}
     peak = ff.plan(llama, **asked).asked.peak
     found = [ff.plan(llama, gpu=round(share * peak / 0.9), **asked).best for share in (1.01, 0.7, 0.25, 0.05)]
     settings = [best and (best.settings.bits, best.settings.checkpointing, best.settings.micro_batch) for best in found]
