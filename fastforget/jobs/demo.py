@@ -34,7 +34,7 @@ from fastforget.jobs.running import measure, progress_bar, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
 from fastforget.jobs.subjects import DemoScale, small_subject
 from fastforget.models import load, load_tokenizer
-from fastforget.objectives import layers_of
+from fastforget.objectives import layers_of, subtraction
 
 
 @called_with(DemoOptions)
@@ -74,6 +74,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     terms = options.terms()
     out, seed, console = Path(options.out), options.seed, options.printer()
     settings = replace(settings, seed=seed)
+    if subtraction(terms) is not None:  # which forgets only when it is subtracted, at the end
+        settings = replace(settings, until=None)
     start = time.perf_counter()
     torch.manual_seed(seed)
 

@@ -113,7 +113,7 @@ def run_job(
     forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
     retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
-    result = JobResult(stopped=f"all {total} steps taken")
+    result = JobResult()
     start = time.perf_counter()
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(training_flags_restored(model))
@@ -168,8 +168,9 @@ def run_job(
                 save_centres(terms, out / f"checkpoint-{number}")
                 restore(trainable, values)
         subtract(model, terms)
+        result.stopped = result.stopped or f"all {result.steps} steps taken"
         if until is not None:
-            result.stopped = f"{until.final(model)} at step {result.steps}"
+            result.stopped = f"{until.final(model)}; {result.stopped}"
     result.seconds = time.perf_counter() - start
     return result
 
@@ -267,6 +268,8 @@ def expected_outputs(
 
 def check_stopping(terms: Sequence[Term], settings: JobSettings) -> None:
     """Raise where the job is to stop at a forget NLL that is not computed, or that falls."""
+    if settings.until is not None and subtraction(terms) is not None:
+        raise FastforgetError("until: a task vector forgets only when it is subtracted, at the end; give max-steps")
     if settings.stop_forget_nll is None:
         return
     if subtraction(terms) is not None:

@@ -192,6 +192,10 @@ class UnlearnOptions(RunOptions, JobSettings):
                 raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
         if self.streaming and self.max_steps is None:
             raise FastforgetError("--streaming needs --max-steps: how long a pass over a stream is, is not known")
+        if self.streaming and self.until is not None:
+            raise FastforgetError(
+                "--until needs a forget set that is held, not streamed: leave --streaming or --until out"
+            )
 
     @property
     def lora(self) -> dict[str, Any]:

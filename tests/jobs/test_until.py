@@ -121,3 +121,20 @@ def test_streams_cannot_be_asked(tiny, tokenizer):
     stream = ExampleStream(lambda: iter(EXAMPLES), "a stream")
     with pytest.raises(ff.FastforgetError, match="no stream"):
         run_job(model, tokenizer, stream, None, ff.preset("grad_ascent"), JobSettings(max_steps=2, until="gone"))
+
+
+def test_a_task_vector_forgets_only_at_the_end(tiny, tokenizer):
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
+    with pytest.raises(ff.FastforgetError, match="until: a task vector"):
+        run_job(model, tokenizer, EXAMPLES, None, ff.preset("task_vector"), JobSettings(max_steps=2, until="gone"))
+
+
+@pytest.mark.parametrize("preset", ["idk", "other_tokens"])
+def test_what_is_not_gone_is_said(tiny, tokenizer, preset):
+    """Also where no term looks at the answers themselves, so that they are measured apart."""
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 2})
+    settings = JobSettings(max_steps=3, until="em=0.0", learning_rate=1e-5, batch_size=2)
+    recited = [Example((5, 6, 7, 8) * 5, prompt_length=4), Example(tuple(range(10, 30)), prompt_length=4)]
+    level = memorisation(model, tokenizer, recited).exact
+    result = run_job(model, tokenizer, recited, None, ff.preset(preset, retain=None), settings)
+    assert result.stopped.endswith("all 3 steps taken") and ("not gone yet" in result.stopped) == (level > 0)
