@@ -119,6 +119,7 @@ def leakage(
         model,
         tokenizer,
         examples,
+        splits=splits,
         lens=lens,
         batch_size=batch_size,
         progress=lambda done, _: report(count + done, 2 * count),

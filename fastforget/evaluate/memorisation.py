@@ -85,20 +85,27 @@ def memorisation(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
+    splits: Sequence[int] | None = None,
     lens: bool = False,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> MemorisationReport:
     """Measure what a causal language model (or a PeftModel around one) predicts of the examples' own text.
 
-    `lens` costs a product with the head for each layer. Where no final norm is found for it, it stays empty. The model
-    is in evaluation mode meanwhile. Of a broken model all figures are NaN.
+    The model is in evaluation mode meanwhile. Of a broken model all figures are NaN.
+
+    Args:
+        splits: how many tokens of each example are its prompt, where that is known (`prompt_tokens`).
+        lens: measure each layer too, which costs a product with the head for each. Where no final norm is found for it,
+            it stays empty.
 
     Raises:
         FastforgetError: no example has a label token, or a head that `LMHead.from_model` refuses.
     """
     if not any(example.label_count > 0 for example in examples):
         raise FastforgetError("no example has a label token, so there is nothing to measure")
+    if splits is None:
+        splits = [prompt_tokens(example, tokenizer) for example in examples]
     backbone = Backbone(model)
     passages: list[Memorisation | None] = []
     total = 0.0
@@ -107,7 +114,7 @@ def memorisation(
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             try:
-                logp, found = measure_batch(backbone, tokenizer, part, lens)
+                logp, found = measure_batch(backbone, part, splits[start : start + batch_size], lens)
             except NonFiniteLossError:  # the head's own check says only that the model is broken
                 logp, found = math.nan, [Memorisation(math.nan, math.nan, math.nan)] * len(part)
             total -= logp
@@ -118,7 +125,7 @@ def memorisation(
 
 
 def measure_batch(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], lens: bool
+    backbone: Backbone, examples: Sequence[Example], splits: Sequence[int], lens: bool
 ) -> tuple[float, list[Memorisation | None]]:
     """Return the sum of log p over the label tokens of a batch, and each example's measures."""
     batch = check_batch(collate(examples, pad_token_id=0), "the passages")  # the mask hides the padding
@@ -130,7 +137,7 @@ def measure_batch(
     states = backbone.states(prepared.inputs, prepared.positions, (None, *layers))
     logp, greedy = likeliest(backbone, states[None], prepared.labels)
     ends = dict(zip(prepared.rows, torch.tensor(prepared.lengths).cumsum(0).tolist(), strict=True))
-    behind = [max(len(example.input_ids) - prompt_tokens(example, tokenizer), 0) for example in examples]
+    behind = [max(len(example.input_ids) - split, 0) for example, split in zip(examples, splits, strict=True)]
     rows = [range(ends[row] - count, ends[row]) if count else range(0) for row, count in enumerate(behind)]
     lenses: list[Tensor] = []
     places = [place for each in rows for place in each]

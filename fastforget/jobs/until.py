@@ -85,10 +85,12 @@ class ForgetUntilGone(Iterator[Batch]):
         seed: int,
     ) -> None:
         self.examples, self.tokenizer, self.level, self.batch_size = examples, tokenizer, level, batch_size
-        self.behind = [max(len(each.input_ids) - prompt_tokens(each, tokenizer), 0) for each in examples]
+        self.splits = [prompt_tokens(each, tokenizer) for each in examples]
+        self.behind = [max(len(each.input_ids) - split, 0) for each, split in zip(examples, self.splits, strict=True)]
         on_answers = [term for term in terms if term.on == "forget" and "answer" in term.streams]
         self.watched = GreedyShare() if on_answers and reaches_head(on_answers) else None
-        self.known = {place for place, count in enumerate(self.behind) if count > 0}
+        self.measured = frozenset(place for place, count in enumerate(self.behind) if count > 0)
+        self.known = set(self.measured)
         self.random = random.Random(seed)
         self.waiting: list[int] = []
         self.batch: list[int] = []
@@ -118,7 +120,7 @@ class ForgetUntilGone(Iterator[Batch]):
         if self.known and step % RECHECK_STEPS:
             return False
         everything = not self.known or self.watched is None
-        gone = [place for place, count in enumerate(self.behind) if count > 0 and place not in self.known]
+        gone = sorted(self.measured - self.known)
         asked = list(range(len(self.examples))) if self.watched is None else gone
         self.look_at(model, asked if everything else self.random.sample(asked, min(RECHECKED, len(asked))))
         return not self.known
@@ -127,19 +129,19 @@ class ForgetUntilGone(Iterator[Batch]):
         """Measure these passages as they are now."""
         if not places:
             return
-        found = memorisation(model, self.tokenizer, [self.examples[place] for place in places])
+        asked = [self.examples[place] for place in places]
+        found = memorisation(model, self.tokenizer, asked, splits=[self.splits[place] for place in places])
         for place, passage in zip(places, found.passages, strict=True):
             if passage is not None:
                 (self.known.discard if passage.exact <= self.level else self.known.add)(place)
 
     def take_all(self) -> None:
         """Put every passage into the batches again."""
-        self.known = {place for place, count in enumerate(self.behind) if count > 0}
+        self.known = set(self.measured)
 
     def final(self, model: Any) -> str:
         """Measure all passages; say how many are not gone."""
         self.look_at(model, range(len(self.examples)))
-        total = sum(count > 0 for count in self.behind)
-        left = len(self.known)
+        total, left = len(self.measured), len(self.known)
         rule = f"exact memorisation at most {self.level:.2f}"
         return f"all {total} passages are gone ({rule})" if not left else f"{left} of {total} are not gone yet ({rule})"

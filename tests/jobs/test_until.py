@@ -53,7 +53,7 @@ def test_what_recovers_comes_back(tokenizer, monkeypatch):
     forget.known = set()
     shares = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.0, 4: 0.6}
 
-    def measured(model, tokenizer, examples):
+    def measured(model, tokenizer, examples, splits):
         places = [EXAMPLES.index(example) for example in examples]
         passages = [type("Passage", (), {"exact": shares[place]}) for place in places]
         return type("Report", (), {"passages": passages})
