@@ -10,7 +10,7 @@ if not glob.glob("/dev/nvidia*"):  # without a GPU the kernels run in Triton's i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from helpers import VOCABULARY, load_perturbed, make_batch, tiny_model
+from helpers import VOCABULARY, load_perturbed, make_batch, run_command, tiny_model
 
 from fastforget.backends import tiling
 from fastforget.data.text import text_examples
@@ -73,21 +73,12 @@ def short_continuations(monkeypatch):
 @pytest.fixture
 def run(monkeypatch, capsys, tiny, tmp_path, short_continuations):
     """run(*arguments) -> (exit code, output, error lines); MODEL, FORGET and RETAIN stand for small files."""
-    from fastforget import cli
-
     files = {"FORGET": (tmp_path / "forget.txt", FORGET_TEXT), "RETAIN": (tmp_path / "retain.txt", RETAIN_TEXT)}
     for path, text in files.values():
         path.write_text(text)
     names = {name: str(path) for name, (path, _) in files.items()} | {"MODEL": str(tiny["llama"])}
 
     def runner(*arguments):
-        monkeypatch.setattr("sys.argv", ["fastforget", *(names.get(argument, argument) for argument in arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.strip().splitlines()
+        return run_command(monkeypatch, capsys, *(names.get(argument, argument) for argument in arguments))
 
     return runner

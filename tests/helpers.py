@@ -178,3 +178,17 @@ def with_lora(model):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return wrapped.train()
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Run `fastforget` in this process; returns its exit code, its output, and the lines of its error stream."""
+    from fastforget import cli
+
+    monkeypatch.setattr("sys.argv", ["fastforget", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.strip().splitlines()

@@ -9,10 +9,10 @@ import re
 
 import pytest
 import torch
+from helpers import run_command
 from rich.console import Console
 
 import fastforget as ff
-from fastforget import cli
 from fastforget.config import LONGEST_FILE, options_of, read_config
 from fastforget.data import sources
 from fastforget.data import text as data_text
@@ -34,13 +34,8 @@ def run(monkeypatch, capsys, tiny, tmp_path):
         given = ["--model", str(tiny["llama"]), "--forget", str(tmp_path / "forget.txt")]
         given += ["--out", str(tmp_path / "out")]
         quick = ["--max-steps", "1", "--max-length", "48", "--bits", "32", "--lora-r", "2"]
-        monkeypatch.setattr("sys.argv", ["fastforget", "unlearn", *given, *quick, *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err.strip().splitlines()
+        code, _, errors = run_command(monkeypatch, capsys, "unlearn", *given, *quick, *arguments)
+        return code, errors
 
     return runner
 

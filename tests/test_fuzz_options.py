@@ -4,8 +4,8 @@ import random
 
 import pytest
 import yaml
+from helpers import run_command
 
-from fastforget import cli
 from fastforget.errors import FastforgetError
 from fastforget.jobs import unlearn as job_module
 from fastforget.objectives import PRESETS
@@ -103,13 +103,8 @@ def outcome(monkeypatch, capsys, tiny, tmp_path):
         with open(places["CONFIG"], "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(config)
         given = [part if part is None else part.replace("FORGET", places["FORGET"]) for part in arguments]
-        monkeypatch.setattr("sys.argv", ["fastforget", "unlearn", *(places.get(part, part) for part in given)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr().err.strip().splitlines()
+        code, _, errors = run_command(monkeypatch, capsys, "unlearn", *(places.get(part, part) for part in given))
+        return code, errors
 
     return run
 
