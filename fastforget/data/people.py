@@ -81,12 +81,11 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One question about a person, its answer, and the words of the answer that hold the fact."""
+    """One question about a person, and its answer."""
 
     person: str
     question: str
     answer: str
-    fact: str
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ def invented_people(seed: int = 0, counts: tuple[int, int, int] = (3, 9, 3)) -> 
         name = f"{first} {last}"
         facts.append(
             [
-                Fact(name, f"Where was {name} born?", f"{name} was born in {town}.", town),
-                Fact(name, f"What did {name} found?", f"{name} founded {work}.", work),
-                Fact(name, f"What was the trade of {name}'s mother?", f"{name}'s mother was a {trade}.", trade),
+                Fact(name, f"Where was {name} born?", f"{name} was born in {town}."),
+                Fact(name, f"What did {name} found?", f"{name} founded {work}."),
+                Fact(name, f"What was the trade of {name}'s mother?", f"{name}'s mother was a {trade}."),
             ]
         )
     forget, retain, unseen = counts

@@ -8,7 +8,6 @@ likely one given those before it, then greedy decoding from that prompt writes e
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,9 @@ RECITED = 1.0  # share of passages that must be recited
 
 @dataclass(frozen=True)
 class Memorised:
-    """How it went: optimizer steps, seconds, nats per token, and the share of passages that are recited."""
+    """How it went: optimizer steps, nats per token, and the share of passages that are recited."""
 
     steps: int
-    seconds: float
     nll: float
     recited: float
 
@@ -77,7 +75,6 @@ def memorise(
 
     `progress` is called after each pass with the share of passages recited and the NLL of the pass (nats per token).
     """
-    start = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps_per_pass = -(-len(passages) // batch_size)
     batches = cycle(passages, batch_size, tokenizer.pad_token_id, seed)
@@ -104,7 +101,7 @@ def memorise(
             progress(recited, nll)
         if recited >= RECITED:
             model.eval()
-            return Memorised(steps, time.perf_counter() - start, nll, recited)
+            return Memorised(steps, nll, recited)
     raise FastforgetError(
         f"the model did not learn the text by heart in {max_passes} passes: it recites {recited:.0%} of it"
     )

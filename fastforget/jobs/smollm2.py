@@ -134,7 +134,7 @@ def greedy_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list
 def own_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[Example]:
     """Return what the model itself answers, as examples: kept, they keep general ability."""
     answers = greedy_answers(model, tokenizer, questions)
-    return chat_examples([Fact("", *pair, "") for pair in zip(questions, answers, strict=True)], tokenizer)
+    return chat_examples([Fact("", *pair) for pair in zip(questions, answers, strict=True)], tokenizer)
 
 
 def general_ability(model: Any, tokenizer: Any, plain: Sequence[Example]) -> dict[str, Any]:
