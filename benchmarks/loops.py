@@ -172,13 +172,6 @@ def compile_layers(model: Any) -> None:
     compile_layers(model)
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Let decoder layers keep only their inputs."""
-    causal_lm = model.get_base_model()
-    causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-    causal_lm.enable_input_require_grads()
-
-
 def perturb(model: Any, seed: int, std: float) -> None:
     """Draw LoRA's B anew: at its start, 0, the adapter does nothing."""
     generator = torch.Generator().manual_seed(seed)

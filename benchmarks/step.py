@@ -35,6 +35,7 @@ from benchmarks.loops import Backward, Batches, StepSetting
 from benchmarks.tables import goal, ratio
 from fastforget.backends import pick
 from fastforget.frozen_weight import free_buffers
+from fastforget.memory import checkpoint_layers
 
 LEARNING_RATE = 1e-4
 ADAPTER_STD = 0.2  # of LoRA's B when losses are compared: at its initial 0 the KL and most gradients are 0
@@ -138,7 +139,7 @@ class Problem:
             if kind == "ours_compiled":
                 loops.compile_layers(made)
             if kind == "ours_checkpointed":
-                loops.checkpoint_layers(made)
+                checkpoint_layers(made)
         return self._models[kind]
 
     def release(self, record: Record) -> None:

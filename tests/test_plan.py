@@ -20,6 +20,7 @@ from fastforget.jobs.options import UnlearnOptions
 from fastforget.jobs.planning import fitted
 from fastforget.loss import named_terms
 from fastforget.loss_plan import plan_loss
+from fastforget.memory import checkpoint_layers
 from fastforget.plan import parse_size
 
 LENGTH, ROWS = 128, 4
@@ -72,9 +73,7 @@ def take_steps(folder, given, between=lambda: None):
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
     if given.get("checkpointing"):
-        causal_lm = model.get_base_model()
-        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
-        causal_lm.enable_input_require_grads()
+        checkpoint_layers(model)
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=given["preset"], lr=1e-4)
     sides = []
     for seed in range(2):

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-import torch
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,6 +15,7 @@ from rich.table import Column, Table
 from fastforget.config import Help
 from fastforget.errors import FastforgetError
 from fastforget.jobs.options import MODEL, OUTPUT, TRAINING, UnlearnOptions, checked_preset, lora_arguments
+from fastforget.models import usable_device
 from fastforget.objectives import Term
 from fastforget.objectives.presets import DEFAULT_PRESET
 from fastforget.plan import LEFT_FREE, Plan, plan
@@ -112,7 +112,7 @@ def fitted(options: UnlearnOptions, terms: Sequence[Term], console: Console) -> 
     """
     if options.fit is None:
         return options
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     found = plan(
         options.model,
         gpu=options.fit,
