@@ -101,7 +101,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
             terms,
             settings,
             progress=lambda step, total, output: update(step, total, shown_nll(output)),
-            unseen=sets["unseen"],
+            never_trained=before["unseen"].memorised.exact,
         )
     after = measure(model, tokenizer, sets, "After: continuing every passage", console)
     check_measured(after, BROKEN)

@@ -58,7 +58,7 @@ def run_job(
     progress: Progress | None = None,
     refusals: Sequence[str] = REFUSALS,
     max_length: int | None = None,
-    unseen: Sequence[Example] | None = None,
+    never_trained: float | None = None,
 ) -> JobResult:
     """Unlearn `forget` in the model's adapter, in place.
 
@@ -68,7 +68,8 @@ def run_job(
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
     With `save_steps` checkpoints go to `out/checkpoint-STEP`. With `until` a step's forget passages are those that are
-    still known (`jobs/until.py`), by the measure of `unseen`, passages that the model never saw, where there are any.
+    still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages that the model never
+    saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -96,7 +97,7 @@ def run_job(
     if settings.until is not None:
         if isinstance(forget, ExampleStream):
             raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
-        level = level_of(settings.until, model, tokenizer, unseen)
+        level = level_of(settings.until, never_trained)
         until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
     step = UnlearnStep(
         model,

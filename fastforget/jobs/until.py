@@ -30,12 +30,11 @@ RECHECKED = 64  # passages at most, drawn at random: a large set is looked at a 
 ARGMAX = Field("argmax")
 
 
-def level_of(until: str, model: Any, tokenizer: Any, unseen: Sequence[Example] | None) -> float:
-    """Return the exact memorisation at which a passage is gone."""
+def level_of(until: str, never_trained: float | None) -> float:
+    """Return the exact memorisation at which a passage is gone; `never_trained`: that of passages never seen."""
     level = parsed_until(until)
     if level is not None:
         return level
-    never_trained = memorisation(model, tokenizer, unseen).exact if unseen else None
     return WITHOUT_UNSEEN if never_trained is None else never_trained + ABOVE_UNSEEN
 
 

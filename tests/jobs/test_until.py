@@ -78,8 +78,8 @@ def test_levels(tokenizer):
             parsed_until(wrong)
     model = random_model("llama", tokenizer)
     unseen = memorisation(model, tokenizer, EXAMPLES).exact
-    assert level_of("gone", model, tokenizer, EXAMPLES) == pytest.approx(unseen + 0.05)
-    assert level_of("gone", model, tokenizer, None) == 0.15 and level_of("em=0.3", model, tokenizer, EXAMPLES) == 0.3
+    assert level_of("gone", unseen) == pytest.approx(unseen + 0.05)
+    assert level_of("gone", None) == 0.15 and level_of("em=0.3", unseen) == 0.3
 
 
 def test_the_rate_rises_stays_and_falls(tokenizer):
