@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastforget.data.examples import Example
 from fastforget.data.sources import Source, check_source, read_source
-from fastforget.errors import FastforgetError
 from fastforget.evaluate.report import check_measured, figures, print_continuations, print_table, write_json
 from fastforget.evaluate.robustness import RELEARN_RATE, RELEARN_STEPS, RobustnessRow, print_robustness, robustness
 from fastforget.jobs.loop import run_job
-from fastforget.jobs.options import EvaluateOptions, JobSettings, called_with
-from fastforget.jobs.outputs import REPORT
+from fastforget.jobs.options import EvaluateOptions, JobSettings, called_with, console_of
+from fastforget.jobs.outputs import REPORT, claimed_folder
 from fastforget.jobs.running import measure, surroundings
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import CE
@@ -56,17 +54,15 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         FastforgetError: bad input, before anything is written.
     """
-    with surroundings(options.seed, options.quiet):
+    # no adapter in there is touched
+    with claimed_folder(Path(options.out), overwrite=True), surroundings(options.seed, options.quiet):
         return run_evaluate(options)
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Read, load, measure with the adapter off and on, print and write."""
     start = time.perf_counter()
-    console = Console(quiet=True) if options.quiet else options.console or Console()
-    out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise FastforgetError(f"{out} is a file: --out needs a folder")
+    console = console_of(options.quiet, options.console)
     tokenizer = load_tokenizer(options.model)
     sets = read_examples(options, tokenizer)
     model: Any = load(
@@ -94,8 +90,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         report["robustness"] = [asdict(row) for row in rows]
         print_robustness(console, rows)
     report["seconds"] = round(time.perf_counter() - start, 1)
-    out.mkdir(parents=True, exist_ok=True)
-    return write_json(out / REPORT, report)
+    return write_json(Path(options.out) / REPORT, report)
 
 
 def robust_rows(

@@ -68,7 +68,7 @@ class RunOptions:
 
     def printer(self) -> Console:
         """Return the console to print to, which says nothing where the run is quiet."""
-        return Console(quiet=True) if self.quiet else self.console or Console()
+        return console_of(self.quiet, self.console)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +266,11 @@ class DemoOptions(RunOptions):
             raise FastforgetError(f"the demo's model is {SMALL} or {SMOLLM2}, not {self.model!r}")
         if self.until is not None:
             parsed_until(self.until)
+
+
+def console_of(quiet: bool, console: Console | None) -> Console:
+    """Return the given console, or standard output; where it is to be quiet, one that says nothing."""
+    return Console(quiet=True) if quiet else console or Console()
 
 
 def check_seed(seed: int) -> None:
