@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
 from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.errors import FastforgetError, RetainNLLError
+from fastforget.guard import copy, first_not_finite
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
 from fastforget.jobs.until import ForgetUntilGone, level_of
@@ -106,6 +107,7 @@ def run_job(
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
         combine=settings.combine,
         first_micro_batch=settings.micro_batch,
+        guard=settings.guard,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
@@ -119,8 +121,8 @@ def run_job(
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(training_flags_restored(model))
         afterwards.callback(step.zero_grad)
+        afterwards.enter_context(subtracted_at_last(model, terms))
         model.train()
-        good = snapshot(trainable)
         for number in pace:
             batches = (
                 companions.attach("forget", next(forget_batches)),
@@ -129,11 +131,12 @@ def run_job(
             out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
                 until.note()
-            norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
-            what = first_not_finite({**numbers_of(out_step), "gradient": norm})
-            if what is not None:  # the last update led here, and is taken back
-                result.steps = max(0, number - 2)
-                raise take_back(model, terms, trainable, good, f"the {what} at step {number} of {total}", result.steps)
+            torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
+            try:
+                step.guard.check()
+            except RetainNLLError as error:
+                result.steps, result.stopped = error.good_steps, str(error)
+                break
             for side in ("forget", "retain"):
                 if f"{side}_nll" in out_step.stats:
                     getattr(result, f"{side}_nll").append(float(out_step.stats[f"{side}_nll"]))
@@ -142,7 +145,6 @@ def run_job(
                     f"forget NLL {result.forget_nll[-1]:.2f} >= {settings.stop_forget_nll:g} at step {number}"
                 )
                 break
-            good = snapshot(trainable)
             step.step()
             step.zero_grad()
             scheduler.step()
@@ -154,21 +156,14 @@ def run_job(
                     until.take_all()
             saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
             if saves or number == pace.last:
-                what = what_the_update_broke(model, step, batches, step.rows_at_once(micro_batch), trainable)
-                if what is not None:
-                    result.steps = number - 1
-                    where = f"the {what} after the update of step {number} of {total}"
-                    raise take_back(model, terms, trainable, good, where, result.steps)
+                check_update(model, step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
             if progress is not None:
                 progress(number, pace.last, out_step)
             if out is not None and saves:
-                values = snapshot(trainable)
-                subtract(model, terms)
-                save_adapter(model, tokenizer, out / f"checkpoint-{number}")
-                save_centres(terms, out / f"checkpoint-{number}")
-                restore(trainable, values)
-        subtract(model, terms)
+                with subtracted(model, terms, trainable):
+                    save_adapter(model, tokenizer, out / f"checkpoint-{number}")
+                    save_centres(terms, out / f"checkpoint-{number}")
         result.stopped = result.stopped or f"all {result.steps} steps taken"
         if until is not None:
             result.stopped = f"{until.final(model)}; {result.stopped}"
@@ -211,40 +206,24 @@ def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
     return {"loss": output.loss, **nlls}
 
 
-def first_not_finite(numbers: Mapping[str, Tensor]) -> str | None:
-    """Say what became no finite number ("loss became nan"); None where all are finite."""
-    values = ((name, float(number)) for name, number in numbers.items())
-    return next((f"{name} became {value}" for name, value in values if not math.isfinite(value)), None)
-
-
 @torch.no_grad()
-def what_the_update_broke(
-    model: Any,
-    step: UnlearnStep,
-    batches: tuple[Batch, Batch | None],
-    micro_batch: int | None,
-    trainable: Sequence[Tensor],
-) -> str | None:
-    """Say what is no finite number since the last update; None where it broke nothing.
+def check_update(
+    model: Any, step: UnlearnStep, batches: tuple[Batch, Batch | None], micro_batch: int | None, number: int
+) -> None:
+    """See whether the last update broke something: weights that are finite may be too large to compute with.
 
-    Weights that are finite may still be too large to compute with: one more forward of the step's own batch shows it.
+    One more forward of the step's own batch shows it.
+
+    Raises:
+        NonFiniteLossError: it did, and is taken back.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in trainable):
-        return "adapter's weights became NaN or infinite"
-    taken = step.param_groups[0]["unlearn_steps"] - 1
+    step.guard.settle()
     with without_dropout(model):  # nothing is drawn: a job does not depend on how often it is saved
-        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=taken))
-    return first_not_finite(numbers_of(add_outputs(parts)))
-
-
-def take_back(
-    model: Any, terms: Sequence[Term], trainable: Sequence[Tensor], good: Sequence[Tensor], what: str, steps: int
-) -> NonFiniteLossError:
-    """Put the last good adapter back; return the error to raise, which says what happened and where."""
-    restore(trainable, good)
-    subtract(model, terms)
-    advice = f"the adapter is as it was after {steps} steps (a lower --learning-rate may help)"
-    return NonFiniteLossError(f"{what}; {advice}", steps)
+        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=number - 1))
+    what = first_not_finite({name: float(value) for name, value in numbers_of(add_outputs(parts)).items()})
+    if what is not None:
+        raise step.guard.not_finite(f"the {what} after the update of step {number}")
+    step.guard.accept()
 
 
 def shown_nll(output: UnlearnOutput) -> str:
@@ -268,7 +247,8 @@ def expected_outputs(
 
 
 def check_stopping(terms: Sequence[Term], settings: JobSettings) -> None:
-    """Raise where the job is to stop at a forget NLL that is not computed, or that falls."""
+    """Raise where the job is to stop at an NLL that is not computed, or at a forget NLL that falls."""
+    settings.guard.check(terms)
     if settings.until is not None and subtraction(terms) is not None:
         raise FastforgetError("until: a task vector forgets only when it is subtracted, at the end; give max-steps")
     if settings.stop_forget_nll is None:
@@ -287,13 +267,21 @@ def subtract(model: Any, terms: Sequence[Term]) -> None:
         task_vector(model, alpha)
 
 
-def snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copy the adapter's weights."""
-    return [parameter.detach().clone() for parameter in parameters]
+@contextlib.contextmanager
+def subtracted_at_last(model: Any, terms: Sequence[Term]) -> Iterator[None]:
+    """Negate the adapter at the end where the terms are those of a task vector, whatever ended the job."""
+    try:
+        yield
+    finally:
+        subtract(model, terms)
 
 
-@torch.no_grad()
-def restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put a snapshot back."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+@contextlib.contextmanager
+def subtracted(model: Any, terms: Sequence[Term], trainable: Sequence[Tensor]) -> Iterator[None]:
+    """Let the adapter be what it would be at the end; it is put back."""
+    values = [parameter.detach().clone() for parameter in trainable]
+    subtract(model, terms)
+    try:
+        yield
+    finally:
+        copy(trainable, values)

@@ -18,6 +18,7 @@ from fastforget.combine import COMBINE
 from fastforget.config import IN_PYTHON, Help, placeholder, plain
 from fastforget.data.sources import Source, check_source
 from fastforget.errors import FastforgetError
+from fastforget.guard import GuardSettings
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
@@ -79,8 +80,9 @@ class JobSettings:
     steps, stays, and falls linearly to 0 over the last `decay` of the steps, in which the output settles: without that
     it is full of loops. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
-    several nats, and driving the NLL far beyond that only ruins the output. `until` leaves passages out of the steps
-    that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
+    several nats, and driving the NLL far beyond that only ruins the output. `max_retain_nll` ends it at the first step
+    whose retain batch has an NLL above that, with the last adapter that was below. `until` leaves passages out of the
+    steps that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
     "gone", or "em=LEVEL" for an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
 
     Raises:
@@ -100,6 +102,9 @@ class JobSettings:
     save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
     stop_forget_nll: Annotated[
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
+    ] = None
+    max_retain_nll: Annotated[
+        float | None, Help("Stop, with the adapter before, where a retain batch's NLL is above this.", TRAINING)
     ] = None
     until: Annotated[
         str | None, Help("Let it end once every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
@@ -122,6 +127,12 @@ class JobSettings:
         check_seed(self.seed)
         if self.stop_forget_nll is not None and not math.isfinite(self.stop_forget_nll):
             raise FastforgetError(f"stop-forget-nll must be a finite number, not {self.stop_forget_nll}")
+        self.guard  # noqa: B018 (it checks its numbers)
+
+    @property
+    def guard(self) -> GuardSettings:
+        """Return when the step gives up: a job is the same each time, so NaN would come again."""
+        return GuardSettings(bad_steps=1, max_retain_nll=self.max_retain_nll)
 
     def steps(self, forget_examples: int | None) -> int:
         """Count the steps that the job takes unless it stops early; None: a stream, whose length is not known."""

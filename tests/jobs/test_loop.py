@@ -20,7 +20,7 @@ def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, passages)
         try:
             run_job(model, tokenizer, *passages, terms, JobSettings(max_steps=steps, learning_rate=1e-3))
         except ff.NonFiniteLossError as error:
-            assert re.search(r"became nan at step 4 of 9; .* after 2 steps", str(error)) and error.good_steps == 2
+            assert re.search(r"became nan at step 4; .* after 2 steps", str(error)) and error.good_steps == 2
             assert all(parameter.grad is None for parameter in model.parameters())
         results.append(adapter_of(model))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
@@ -50,7 +50,7 @@ def test_an_update_that_breaks_the_adapter_is_taken_back(
     with monkeypatch.context() as patch, pytest.raises(ff.NonFiniteLossError) as caught:
         patch.setattr(torch.optim, "AdamW", Breaks)
         job(models[0], total, save_steps=save_steps)
-    assert re.search(f"became .* after the update of step {at} of {total}; .* after {at - 1} steps", str(caught.value))
+    assert re.search(f"became .* after the update of step {at}; .* after {at - 1} steps", str(caught.value))
     folders = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert folders == ["checkpoint-1", "checkpoint-2"] * (save_steps == 1)
     if at > 1:
