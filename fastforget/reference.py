@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -256,15 +256,15 @@ class Reference:
         self._changed.clear()
         return changed
 
-    def fill(self, entries: dict[bytes, Entry], order: Iterable[bytes], keeps_embeddings: bool) -> None:
-        """Make the cache one of these entries, as it was when `order` was asked for."""
+    def fill(self, entries: Mapping[bytes, Entry], keeps_embeddings: bool) -> None:
+        """Make the cache one of these entries, in their order, the least recently used first."""
         self.clear()
         self.keeps_embeddings = keeps_embeddings
         dropped = set() if keeps_embeddings else {EMBEDDING}
         on_gpu = self.backbone.device.type == "cuda"
-        for key in order:
-            entry = {request: value for request, value in entries[key].items() if request not in dropped}
-            self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in entry.items()}
+        for key, entry in entries.items():
+            kept = {request: value for request, value in entry.items() if request not in dropped}
+            self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in kept.items()}
             self.bytes_used += entry_bytes(self._cache[key])
 
 

@@ -139,7 +139,8 @@ def frozen_digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and name not in trains:
             update(digest, name, value)
-    configs = {"model": vars(model.config), "device": str(next(model.parameters()).device.type)}
+    config = {name: value for name, value in vars(model.config).items() if name != "_name_or_path"}
+    configs = {"model": config, "device": next(model.parameters()).device.type}
     for name, config in getattr(model, "peft_config", {}).items():
         if not adapter_trains(model, name):
             configs[name] = vars(config)

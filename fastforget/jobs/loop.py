@@ -7,7 +7,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,19 @@ from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, RetainNLLError
 from fastforget.guard import copy, first_not_finite
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
+from fastforget.jobs.state import JobResult, JobState, Pace
 from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import MicroBatch, UnlearnStep
 
-WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024
 MAX_GRAD_NORM = 1.0
 Progress = Callable[[int, int, UnlearnOutput], None]  # (step, of how many, its output)
-
-
-@dataclass
-class JobResult:
-    """What happened, step by step; NLLs are means per label token of that step's batch, before its update."""
-
-    stopped: str = ""  # why the job ended
-    steps: int = 0  # updates taken
-    seconds: float = 0.0
-    forget_nll: list[float] = field(default_factory=list)
-    retain_nll: list[float] = field(default_factory=list)
 
 
 def run_job(
@@ -55,11 +44,12 @@ def run_job(
     terms: Sequence[Term],
     settings: JobSettings,
     *,
-    out: Path | None = None,
     progress: Progress | None = None,
     refusals: Sequence[str] = REFUSALS,
     max_length: int | None = None,
     never_trained: float | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> JobResult:
     """Unlearn `forget` in the model's adapter, in place.
 
@@ -68,9 +58,10 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` checkpoints go to `out/checkpoint-STEP`. With `until` a step's forget passages are those that are
-    still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages that the model never
-    saw, where there are any.
+    With `save_steps` a checkpoint is written every so many steps, and with `resume` the job goes on from the last one,
+    if there is any, and ends as if it had never stopped (`jobs/checkpoints.py`). With `until` a step's forget passages
+    are those that are still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages
+    that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -100,24 +91,33 @@ def run_job(
             raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
         level = level_of(settings.until, never_trained)
         until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
+    saved = checkpoints.newest() if checkpoints is not None and resume else None
     step = UnlearnStep(
         model,
         torch.optim.AdamW,
         terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
+        reference_cache_folder=settings.reference_cache,
         combine=settings.combine,
-        first_micro_batch=settings.micro_batch,
+        first_micro_batch=settings.micro_batch if saved is None else saved.job["rows"],
         guard=settings.guard,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
     pace = Pace(total, settings.decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
-    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
-    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
     result = JobResult()
-    start = time.perf_counter()
+    state = JobState(model, step, scheduler, pace, companions, until, result)
+    if saved is not None:
+        state.restore(saved.job)
+        if step.loss.reference is not None and saved.reference is not None:
+            step.loss.reference.fill(**saved.reference)
+    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed, skip=pace.number)
+    retain_batches = (
+        cycle(retain, settings.batch_size, pad, settings.seed + 1, skip=pace.number) if retain and uses_retain else None
+    )
+    start = time.perf_counter() - result.seconds
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(training_flags_restored(model))
         afterwards.callback(step.zero_grad)
@@ -154,50 +154,26 @@ def run_job(
                 elif until.finished(model, number):
                     pace.decay_from(number)
                     until.take_all()
-            saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
+            saves = checkpoints is not None and settings.save_steps is not None and number % settings.save_steps == 0
             if saves or number == pace.last:
                 check_update(model, step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
             if progress is not None:
                 progress(number, pace.last, out_step)
-            if out is not None and saves:
-                with subtracted(model, terms, trainable):
-                    save_adapter(model, tokenizer, out / f"checkpoint-{number}")
-                    save_centres(terms, out / f"checkpoint-{number}")
+            if checkpoints is not None and saves:
+                result.seconds = time.perf_counter() - start
+
+                def save(folder: Path) -> None:
+                    with subtracted(model, terms, trainable):
+                        save_adapter(model, tokenizer, folder)
+                    save_centres(terms, folder)
+
+                checkpoints.write(number, state.collect(), step.loss.reference, save)
         result.stopped = result.stopped or f"all {result.steps} steps taken"
         if until is not None:
             result.stopped = f"{until.final(model)}; {result.stopped}"
     result.seconds = time.perf_counter() - start
     return result
-
-
-class Pace:
-    """The steps of a job, numbered from 1, and the learning rate's factor: it rises, stays, and falls to 0 at the end.
-
-    Args:
-        steps: at most so many.
-        decay: the share of the steps over which it falls; what is before may turn out to be shorter (`decay_from`).
-    """
-
-    def __init__(self, steps: int, decay: float) -> None:
-        self.last, self.decay = steps, decay
-        self.decays_from = steps - round(decay * steps)
-
-    def __iter__(self) -> Iterator[int]:
-        number = 0
-        while number < self.last:
-            number += 1
-            yield number
-
-    def decay_from(self, step: int) -> None:
-        """Let the rate fall from this step on, over as many as `decay` makes of the steps so far."""
-        self.decays_from = step
-        self.last = min(self.last, step + round(step * self.decay / (1.0 - self.decay)))
-
-    def factor(self, done: int) -> float:
-        """Return the factor of the step after `done` steps."""
-        falling = (self.last - done) / max(1, self.last - self.decays_from)
-        return min(1.0, (done + 1) / WARMUP_STEPS, max(0.0, falling))
 
 
 def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes the fewest
 LARGEST_RANK = 2**16
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
-NOT_OF_THE_RUN = ("overwrite", "quiet", "console")  # a permission for one folder, and what is printed where
+NOT_OF_THE_RUN = ("overwrite", "resume", "quiet", "console")  # what may happen to one folder, and what is printed where
+NOT_OF_THE_RESULT = ("out", "save_steps", "keep_checkpoints")  # a job that resumes may have others
 
 Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a dataset; or rows, each a str or a dict
 
@@ -100,6 +101,10 @@ class JobSettings:
     auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
     save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
+    keep_checkpoints: Annotated[int | None, Help("Checkpoints that are kept, the last ones.", OUTPUT)] = None
+    reference_cache: Annotated[
+        str | os.PathLike[str] | None, Help("Folder that keeps what the frozen model said, for other jobs.", TRAINING)
+    ] = None
     stop_forget_nll: Annotated[
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
     ] = None
@@ -120,7 +125,15 @@ class JobSettings:
             raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
         if not 0.0 <= self.decay < 1.0:
             raise FastforgetError(f"decay must be at least 0 and less than 1, not {self.decay}")
-        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
+        for name in (
+            "learning_rate",
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "micro_batch",
+            "save_steps",
+            "keep_checkpoints",
+        ):
             value, largest = getattr(self, name), LARGEST_RATE if name == "learning_rate" else LARGEST
             if value is not None and not 0 < value <= largest:
                 raise FastforgetError(f"{name.replace('_', '-')} must be positive and at most {largest:g}, not {value}")
@@ -176,6 +189,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
+    resume: Annotated[bool, Help("Go on from the last checkpoint in the output folder.", OUTPUT)] = False
     fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
         None
     )

@@ -8,6 +8,7 @@ from helpers import BreaksAt, adapter_of
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.loop import JobSettings, run_job
 
 
@@ -41,7 +42,9 @@ def test_an_update_that_breaks_the_adapter_is_taken_back(
 
     def job(model, steps, **more):
         settings = JobSettings(max_steps=steps, learning_rate=1e-3, **more)
-        run_job(model, tokenizer, *passages, ff.preset("grad_diff"), settings, out=tmp_path / "out")
+        run_job(
+            model, tokenizer, *passages, ff.preset("grad_diff"), settings, checkpoints=Checkpoints(tmp_path / "out")
+        )
 
     models = []
     for _ in range(2):
@@ -83,7 +86,7 @@ def test_checkpoints_load_in_plain_peft(tiny, tokenizer, passages, tmp_path):
 
     model = ff.load(tiny["opt"], bits=32, lora={"r": 4})
     settings = JobSettings(max_steps=4, save_steps=2)
-    run_job(model, tokenizer, *passages, ff.preset("npo_mean"), settings, out=tmp_path)
+    run_job(model, tokenizer, *passages, ff.preset("npo_mean"), settings, checkpoints=Checkpoints(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["opt"]), tmp_path / "checkpoint-4")
     ids = torch.tensor([passages[0][0].input_ids])
