@@ -134,7 +134,7 @@ class Guard:
             gradients = [each.grad for each in self._parameters if each.grad is not None]
             self._unread = self._noted() | {GRADIENT: norm(gradients, self._parameters[0].device)}
             self._is_good = self._judge(self._unread)
-            copy_where(self._is_good, self._good, self._good_of)
+            blend_where(self._is_good, self._good, self._good_of)
             zero_where(~self._is_good, gradients)
         self._inspected = True
 
@@ -315,6 +315,19 @@ def copy_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor
     flags = {device: flag.to(device, non_blocking=True) for device in {each.device for each in targets}}
     for target, source in zip(targets, sources, strict=True):
         torch.where(flags[target.device], source, target, out=target)
+
+
+def blend_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """As `copy_where`, of finite tensors, in a few launches however many there are."""
+    if on_host(flag):
+        copy_where(flag, targets, sources)
+        return
+    for device in {each.device for each in targets}:
+        taken = flag.to(device, torch.float32, non_blocking=True)
+        own = [each for each in targets if each.device == device]
+        theirs = [each.detach() for each in sources if each.device == device]
+        torch._foreach_mul_(own, 1.0 - taken)
+        torch._foreach_add_(own, torch._foreach_mul(theirs, taken))
 
 
 def zero_where(flag: Tensor, tensors: Sequence[Tensor]) -> None:

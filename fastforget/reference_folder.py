@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastforget.errors import BrokenFileError
+from fastforget.errors import BrokenFileError, FastforgetError
 from fastforget.files import PART
 from fastforget.objectives import Field
 from fastforget.reference import Entry, LayerStates, adapter_trains
@@ -40,9 +40,18 @@ class ReferenceFolder:
         limit: bytes; beyond, the entries that were not used for the longest time go.
         model: whose frozen part is the reference.
         backend: that computes what is kept.
+
+    Raises:
+        FastforgetError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, limit: int, model: nn.Module, backend: str) -> None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FastforgetError(
+                f"{folder} cannot hold what the reference said ({error.strerror}): give another folder, or none"
+            ) from None
         self.folder, self.limit = folder, limit
         self.model, self.backend = model, backend
         self.failed = False  # the disk is full, say: once is enough to be told
@@ -69,7 +78,6 @@ class ReferenceFolder:
             return
         path = self._path(key)
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, scratch = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=PART)
             os.close(handle)
             try:
@@ -109,8 +117,7 @@ class ReferenceFolder:
         """Where the entry of an example lies."""
         if self._prefix is None:
             self._prefix = f"{frozen_digest(self.model)} {self.backend}".encode()
-            if self.folder.is_dir():
-                self._used = self.tidy()
+            self._used = self.tidy()
         return self.folder / f"{hashlib.sha256(self._prefix + key).hexdigest()}.safetensors"
 
 

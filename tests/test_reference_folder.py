@@ -127,3 +127,10 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tiny, batch, tmp_path, mo
 def test_no_folder_without_a_cache(tiny, batch, tmp_path):
     value(loss_in(tmp_path, load_perturbed(tiny["llama"]), reference_cache_bytes=0), batch)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["file", "file/x", "/proc/x", "a" * 300])
+def test_a_folder_that_cannot_be_is_found_at_once(tiny, tmp_path, where):
+    (tmp_path / "file").touch()
+    with pytest.raises(ff.FastforgetError, match="cannot hold what the reference said"):
+        loss_in(tmp_path / where, load_perturbed(tiny["llama"]))

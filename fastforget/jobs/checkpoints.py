@@ -95,15 +95,23 @@ class Checkpoints:
 
     def folders(self) -> list[Path]:
         """List the checkpoints by their steps; not what a killed process left of one."""
-        if not self.folder.is_dir():
+        try:
+            paths = list(self.folder.iterdir())
+        except OSError:  # the job will say what is wrong with it
             return []
-        named = ((NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir())
+        named = ((NAME.fullmatch(path.name), path) for path in paths if path.is_dir())
         return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
     def clear(self) -> None:
-        """Remove all checkpoints, and what killed processes left."""
-        for folder in (*self.folders(), *self.folder.glob(f".checkpoint-*{PART}")):
+        """Remove all checkpoints."""
+        for folder in self.folders():
             shutil.rmtree(folder)
+        self.settle()
+
+    def settle(self) -> None:
+        """Remove what killed processes left of checkpoints."""
+        for scratch in self.folder.glob(f".checkpoint-*{PART}"):
+            shutil.rmtree(scratch)
 
     def newest(self) -> Checkpoint | None:
         """Read the last checkpoint that is whole; None where there is none.
@@ -111,6 +119,7 @@ class Checkpoints:
         Raises:
             FastforgetError: it is of another job, by `identity`.
         """
+        self.settle()
         for folder in reversed(self.folders()):
             try:
                 state = read_state(folder / STATE)
