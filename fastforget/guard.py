@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fastforget.errors import FastforgetError, NonFiniteLossError, RetainNLLError
+from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.loss import UnlearnOutput
 from fastforget.objectives import Term, reaches_head
 
@@ -191,36 +191,43 @@ class Guard:
         if reading is None or self.settings is None:
             return
         numbers = reading.numbers()
-        what = first_not_finite(numbers)
-        bound = self.settings.max_retain_nll
-        if what is None and bound is not None and numbers.get(RETAIN, 0.0) > bound:
-            found = f"the retain NLL rose to {numbers[RETAIN]:.2f}, above {bound:g}, at step {reading.step}"
-            raise RetainNLLError(*self._rolled_back(found))
-        of_the_update = what is not None and what.startswith(WEIGHTS)
-        if GRADIENT in numbers and (what is None or of_the_update):
+        bad = self.verdict(numbers)
+        of_the_update = bad is not None and bad[1].startswith(f"the {WEIGHTS}")
+        if GRADIENT in numbers and (bad is None or of_the_update):
             self.good_steps = reading.step - 1
-        if what is None:
+        if bad is None:
             self._good_in_a_row += reading.ends_step
             self._bad_in_a_row *= self._good_in_a_row < 2
             return
-        self._good_in_a_row = 0
-        self._bad_in_a_row += 1
-        self.optimizer.param_groups[0][SKIPPED] = self.skipped + 1
-        if self._bad_in_a_row >= self.settings.bad_steps:
-            when = "after the update of" if of_the_update else "at"
-            row = f", the last of {self._bad_in_a_row} in a row" if self._bad_in_a_row > 1 else ""
-            raise self.not_finite(f"the {what} {when} step {reading.step}{row}")
+        error, what = bad
+        when = f"{'after the update of' if of_the_update else 'at'} step {reading.step}"
+        if error is NonFiniteLossError:
+            self._good_in_a_row = 0
+            self._bad_in_a_row += 1
+            self.optimizer.param_groups[0][SKIPPED] = self.skipped + 1
+            if self._bad_in_a_row < self.settings.bad_steps:
+                return
+            if self._bad_in_a_row > 1:
+                when += f", the last of {self._bad_in_a_row} in a row"
+        raise self.give_up(error, f"{what} {when}")
 
-    def not_finite(self, what: str) -> NonFiniteLossError:
+    def verdict(self, numbers: Mapping[str, float]) -> tuple[type[DivergenceError], str] | None:
+        """Say what is wrong with numbers of a step, and by which error; None where nothing is."""
+        what = first_not_finite(numbers)
+        if what is not None:
+            return NonFiniteLossError, f"the {what}"
+        bound = None if self.settings is None else self.settings.max_retain_nll
+        if bound is not None and numbers.get(RETAIN, 0.0) > bound:
+            return RetainNLLError, f"the retain NLL rose to {numbers[RETAIN]:.2f}, above {bound:g},"
+        return None
+
+    def give_up(self, error: type[DivergenceError], what: str) -> DivergenceError:
         """Put the last good parameters back; return the error to raise."""
-        return NonFiniteLossError(*self._rolled_back(what))
-
-    def _rolled_back(self, what: str) -> tuple[str, int]:
         copy(self._good_of, self._good)
         self._is_good, self._unread = None, {}
         self._forget_noted()
         advice = f"the adapter is as it was after {self.good_steps} steps (a lower learning rate may help)"
-        return f"{what}; {advice}", self.good_steps
+        return error(f"{what}; {advice}", self.good_steps)
 
     def accept(self) -> None:
         """Take the parameters as they are for good ones: the caller has computed something with them."""

@@ -20,7 +20,7 @@ from fastforget.clusters import fit_centres, save_centres
 from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, RetainNLLError
-from fastforget.guard import copy, first_not_finite
+from fastforget.guard import copy
 from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
@@ -122,6 +122,7 @@ def run_job(
         afterwards.enter_context(training_flags_restored(model))
         afterwards.callback(step.zero_grad)
         afterwards.enter_context(subtracted_at_last(model, terms))
+        afterwards.enter_context(stopped_at_the_bound(result))
         model.train()
         for number in pace:
             batches = (
@@ -132,11 +133,7 @@ def run_job(
             if until is not None:
                 until.note()
             torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
-            try:
-                step.guard.check()
-            except RetainNLLError as error:
-                result.steps, result.stopped = error.good_steps, str(error)
-                break
+            step.guard.check()
             for side in ("forget", "retain"):
                 if f"{side}_nll" in out_step.stats:
                     getattr(result, f"{side}_nll").append(float(out_step.stats[f"{side}_nll"]))
@@ -169,9 +166,9 @@ def run_job(
                     save_centres(terms, folder)
 
                 checkpoints.write(number, state.collect(), step.loss.reference, save)
-        result.stopped = result.stopped or f"all {result.steps} steps taken"
-        if until is not None:
-            result.stopped = f"{until.final(model)}; {result.stopped}"
+    result.stopped = result.stopped or f"all {result.steps} steps taken"
+    if until is not None:
+        result.stopped = f"{until.final(model)}; {result.stopped}"
     result.seconds = time.perf_counter() - start
     return result
 
@@ -191,14 +188,14 @@ def check_update(
     One more forward of the step's own batch shows it.
 
     Raises:
-        NonFiniteLossError: it did, and is taken back.
+        NonFiniteLossError, RetainNLLError: it did, and is taken back.
     """
     step.guard.settle()
     with without_dropout(model):  # nothing is drawn: a job does not depend on how often it is saved
         parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=number - 1))
-    what = first_not_finite({name: float(value) for name, value in numbers_of(add_outputs(parts)).items()})
-    if what is not None:
-        raise step.guard.not_finite(f"the {what} after the update of step {number}")
+    bad = step.guard.verdict({name: float(value) for name, value in numbers_of(add_outputs(parts)).items()})
+    if bad is not None:
+        raise step.guard.give_up(bad[0], f"{bad[1]} after the update of step {number}")
     step.guard.accept()
 
 
@@ -241,6 +238,15 @@ def subtract(model: Any, terms: Sequence[Term]) -> None:
     alpha = subtraction(terms)
     if alpha is not None:
         task_vector(model, alpha)
+
+
+@contextlib.contextmanager
+def stopped_at_the_bound(result: JobResult) -> Iterator[None]:
+    """End the job, with what it has, where the retain NLL rises above its bound."""
+    try:
+        yield
+    except RetainNLLError as error:
+        result.steps, result.stopped = error.good_steps, str(error)
 
 
 @contextlib.contextmanager
