@@ -35,6 +35,7 @@ class Checkpoint:
     """A checkpoint that was read and is whole."""
 
     folder: Path
+    identity: Mapping[str, Any]
     job: Mapping[str, Any]  # `JobState.collect`
     reference: Mapping[str, Any] | None
 
@@ -114,29 +115,37 @@ class Checkpoints:
             shutil.rmtree(scratch)
 
     def newest(self) -> Checkpoint | None:
-        """Read the last checkpoint that is whole; None where there is none.
-
-        Raises:
-            FastforgetError: it is of another job, by `identity`.
-        """
+        """Read the last checkpoint that is whole; None where there is none."""
         self.settle()
         for folder in reversed(self.folders()):
             try:
                 state = read_state(folder / STATE)
-                found = Checkpoint(folder, state["job"], self.cache(folder, state["reference"]))
-                known = dict(state["identity"]) if state["format"] == FORMAT else {}
+                if state["format"] == FORMAT:
+                    cache = self.cache(folder, state["reference"])
+                    return Checkpoint(folder, state["identity"], state["job"], cache)
+                self.say(f"{folder.name} is not used: another version of fastforget wrote it")
             except (BrokenFileError, LookupError, TypeError) as error:
                 self.say(f"{folder.name} is not used: {error}")
-                continue
-            differing = [name for name in {**known, **self.identity} if known.get(name) != self.identity.get(name)]
-            if differing:
-                raise FastforgetError(
-                    f"--resume: {folder} is of a job with other {', '.join(differing)}: give what that one was given, "
-                    "or start anew with --overwrite"
-                )
-            self.last = folder
-            return found
         return None
+
+    def to_resume(self) -> Checkpoint | None:
+        """Read the checkpoint that the job is to go on from; None where it begins at its beginning.
+
+        Raises:
+            FastforgetError: it is of another job, by `identity`.
+        """
+        found = self.newest()
+        if found is None:
+            return None
+        names = {**found.identity, **self.identity}
+        differing = [name for name in names if found.identity.get(name) != self.identity.get(name)]
+        if differing:
+            raise FastforgetError(
+                f"--resume: {found.folder} is of a job with other {', '.join(differing[:5])}: give what that one was "
+                "given, or start anew with --overwrite"
+            )
+        self.last = found.folder
+        return found
 
     def cache(self, folder: Path, stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Read the reference's cache of a checkpoint, as `Reference.fill` takes it."""

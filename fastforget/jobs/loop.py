@@ -91,7 +91,7 @@ def run_job(
             raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
         level = level_of(settings.until, never_trained)
         until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
-    saved = checkpoints.newest() if checkpoints is not None and resume else None
+    saved = checkpoints.to_resume() if checkpoints is not None and resume else None
     step = UnlearnStep(
         model,
         torch.optim.AdamW,

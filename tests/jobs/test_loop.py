@@ -81,6 +81,25 @@ def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, passages):
     assert JobSettings(epochs=3, batch_size=4).steps(10) == 9
 
 
+@pytest.mark.parametrize("save_steps", [1, None])
+def test_stops_where_the_retain_nll_rises_above_its_bound(tiny, tokenizer, passages, tmp_path, save_steps):
+    terms = [ff.NegatedCE(), ff.KL(on="retain", weight=1e-3)]
+    known = run_job(ff.load(tiny["llama"], bits=32), tokenizer, *passages, terms, JobSettings(max_steps=1))
+    bound = known.retain_nll[0] + 0.3
+    settings = JobSettings(max_steps=300, learning_rate=2e-2, max_retain_nll=bound, save_steps=save_steps)
+    model, folder = ff.load(tiny["llama"], bits=32, lora={"r": 4}), Checkpoints(tmp_path)
+    result = run_job(model, tokenizer, *passages, terms, settings, checkpoints=folder)
+    assert re.search(r"the retain NLL rose to .*, above .*; the adapter is as it was after", result.stopped)
+    assert 0 < result.steps < 300 and max(result.retain_nll) <= bound
+    if save_steps:
+        last = folder.newest()
+        assert last.folder.name == f"checkpoint-{result.steps}"
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(torch.equal(value, weights[name]) for name, value in last.job["weights"].items())
+    with pytest.raises(ff.FastforgetError, match="max_retain_nll: no term computes"):
+        run_job(model, tokenizer, *passages, ff.preset("grad_ascent"), settings)
+
+
 def test_checkpoints_load_in_plain_peft(tiny, tokenizer, passages, tmp_path):
     import peft
 
