@@ -20,6 +20,7 @@ from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
 from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.reference import DEFAULT_CACHE_BYTES
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
 from fastforget.term_state import TermStates
 
@@ -37,7 +38,8 @@ class UnlearnStep(torch.optim.Optimizer):
         model: a Hugging Face causal LM, with a PEFT adapter where a term needs the reference.
         optimizer: an optimizer class, made here over the trainable parameters with `optimizer_arguments`, or an
             optimizer that exists, which is taken over.
-        terms, backend, reference_cache_bytes, reference_cache_folder: as in `UnlearnLoss`.
+        terms, backend, reference_cache_bytes, reference_cache_folder, reference_cache_folder_bytes: as in
+            `UnlearnLoss`.
         combine: how the gradient of the forget terms and that of the retain terms become one: "sum", "mgda" (the
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
@@ -66,6 +68,7 @@ class UnlearnStep(torch.optim.Optimizer):
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
         combine: str = "sum",
         fuse: bool = True,
         first_micro_batch: int | None = None,
@@ -86,6 +89,7 @@ class UnlearnStep(torch.optim.Optimizer):
             "backend": backend,
             "reference_cache_bytes": reference_cache_bytes,
             "reference_cache_folder": reference_cache_folder,
+            "reference_cache_folder_bytes": reference_cache_folder_bytes,
         }
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
         check_sides(combine, self._terms)
