@@ -202,6 +202,33 @@ def test_a_scaler_that_skips_a_step_is_no_bad_step_and_nan_under_it_is(tiny, bat
     assert same(adapter_of(model), before)
 
 
+def test_a_scaler_inside_the_base_optimizer_sees_the_gradients_itself(tiny, batch, where):
+    """As in Accelerate's optimizers: it skips, and only the loss and the weights are judged."""
+    model = load_perturbed(tiny["llama"])
+    step = step_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    adapters = [adapter_of(model)]
+    for factor in (1e30, 1.0, 1.0, torch.nan, 1.0):
+        forget, scale = batch(2, len(adapters)), scaler.get_scale()
+        handle = model.get_base_model().model.norm.register_forward_hook(
+            lambda module, given, states, factor=factor: states * factor if factor != factor else states
+        )
+        step.backward(forget, batch(2, 2), backward=lambda loss: scaler.scale(loss).backward())
+        handle.remove()
+        step.guard.before_update(scaled=True)
+        scaler.step(step.base)
+        step.guard.after_update()
+        scaler.update(new_scale=2.0**10 if factor == 1e30 else None)
+        assert (scaler.get_scale() < scale) == (factor != 1.0), "it saw the infinite ones"
+        step.zero_grad()
+        adapters.append(adapter_of(model))
+    step.guard.settle()
+    assert step.guard.skipped == 1
+    assert same(adapters[1], adapters[0]) and not same(adapters[2], adapters[1]) and not same(adapters[3], adapters[2])
+    assert same(adapters[4], adapters[2]), "the update that led to NaN is taken back"
+    assert not same(adapters[5], adapters[4])
+
+
 def test_float16_overflow_leaves_the_last_good_weights(tiny, batch, where):
     """Without a scaler, in weights of 16 bit."""
     model = load_perturbed(tiny["llama"])
