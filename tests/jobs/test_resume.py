@@ -226,6 +226,12 @@ def test_a_broken_checkpoint_is_not_used(job, tmp_path, tiny, name, how):
 def test_resume_is_of_the_same_job(job, tmp_path, tiny):
     out = tmp_path / "run"
     job(out, max_steps=4)
+    with pytest.raises(ff.FastforgetError, match="already holds an adapter"):
+        job(out, max_steps=4)
+    adapter = out / "adapter_model.safetensors"
+    (out / "adapter_config.json").unlink()
+    before = adapter.read_bytes()
+    adapter.unlink()
     with pytest.raises(ff.FastforgetError, match="holds checkpoints of an earlier job: --resume"):
         job(out, max_steps=4)
     for changed, name in (
@@ -235,9 +241,8 @@ def test_resume_is_of_the_same_job(job, tmp_path, tiny):
     ):
         with pytest.raises(ff.FastforgetError, match=f"is of a job with other .*{name}"):
             job(out, **{"max_steps": 4, **changed}, resume=True)
-    before = weights(out)
     job(out, max_steps=4, resume=True, save_steps=1, keep_checkpoints=1)
-    assert same(weights(out), before), "nothing was left to do"
+    assert adapter.read_bytes() == before, "nothing was left to do"
     job(out, max_steps=2, overwrite=True)
     assert [folder.name for folder in Checkpoints(out).folders()] == ["checkpoint-2"]
 
