@@ -10,8 +10,9 @@ from fastforget.clusters import cluster_centres, load_centres
 from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.fusing import FuseReport, fuse, unfuse
+from fastforget.guard import GuardSettings
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
 from fastforget.merging import merge
@@ -96,10 +97,12 @@ __all__ = [
     "WGA",
     "AnswerPreservation",
     "ClusterPull",
+    "DivergenceError",
     "DualCE",
     "EmbeddingDistance",
     "FastforgetError",
     "FuseReport",
+    "GuardSettings",
     "HiddenMSE",
     "JensUn",
     "LMHead",
@@ -112,6 +115,7 @@ __all__ = [
     "OtherTokens",
     "RandomMismatch",
     "RefusalCE",
+    "RetainNLLError",
     "SatImp",
     "SimNPO",
     "TaskVector",

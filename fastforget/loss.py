@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from fastforget.objectives import (
     weight_at,
 )
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
 from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_sides, check_streams, join, prepared_parts, seen_by
 from fastforget.term_state import TermStates
@@ -55,6 +58,8 @@ class UnlearnLoss:
         terms: a list of terms, or a preset's name.
         backend: "auto", "triton", "native", "torch" or "eager".
         reference_cache_bytes: limit of the reference's cache on the CPU; 0 switches it off (streamed data).
+        reference_cache_folder, reference_cache_folder_bytes: a folder in which entries of the cache lie too, up to a
+            limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
         reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off. Terms
             that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
 
@@ -72,6 +77,8 @@ class UnlearnLoss:
         *,
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
         reference: nn.Module | None = None,
     ) -> None:
         self.terms = named_terms(preset(terms) if isinstance(terms, str) else terms)
@@ -83,12 +90,15 @@ class UnlearnLoss:
         self.backbone.check_layers(layers_of(self.terms.values()))
         self.plan = plan_loss(self.terms)
         self.reference: Reference | None = None
-        if self.plan.asks_reference and reference is None:
-            self.reference = Reference(self.backbone, reference_cache_bytes)
-        elif self.plan.asks_reference:
-            frozen = Backbone(reference)
-            check_separate(self.backbone, frozen, self.plan)
-            self.reference = Reference(frozen, reference_cache_bytes, is_model=True)
+        if self.plan.asks_reference:
+            frozen = self.backbone if reference is None else Backbone(reference)
+            if reference is not None:
+                check_separate(self.backbone, frozen, self.plan)
+            folder = None
+            if reference_cache_folder is not None:
+                path = Path(reference_cache_folder)
+                folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
+            self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}
