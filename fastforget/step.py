@@ -209,13 +209,13 @@ class UnlearnStep(torch.optim.Optimizer):
             counts: the denominators of the whole accumulated batch, by `fastforget.count_labels`. Without them each
                 call's means are its own: over calls of different sizes those do not add up to the mean of the whole.
         """
-        check_micro_batch(micro_batch)
         processes = self._check_processes(micro_batch)
         if micro_batch == "auto":
             return self._fitting.find(
                 lambda rows: self.backward(forget, retain, micro_batch=rows, backward=backward, counts=counts),
                 lambda: row_count(forget, retain),
             )
+        check_micro_batch(micro_batch)
         if backward is None:
             backward = torch.Tensor.backward if self._accelerator is None else self._accelerator_backward(counts)
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
