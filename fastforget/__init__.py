@@ -9,7 +9,10 @@ from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
 from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
+from fastforget.data.batches import batches
+from fastforget.data.examples import collate
 from fastforget.data.refusals import REFUSALS
+from fastforget.data.sources import examples
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.head import LMHead
@@ -55,15 +58,16 @@ from fastforget.step import UnlearnStep
 
 if TYPE_CHECKING:
     from fastforget.jobs.demo import demo
+    from fastforget.jobs.memorise import tiny_model
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
-    _LATE = {name: f"fastforget.jobs.{name}" for name in ("demo", "unlearn")}
+    _LATE = {"demo": "demo", "tiny_model": "memorise", "unlearn": "unlearn"}  # the module of fastforget.jobs of each
 
     def __getattr__(name):
         if name not in _LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(_LATE[name]), name)
+        globals()[name] = value = getattr(import_module(f"fastforget.jobs.{_LATE[name]}"), name)
         return value
 
     def __dir__():
@@ -116,11 +120,14 @@ __all__ = [
     "UnlearnOutput",
     "UnlearnStep",
     "Unlikelihood",
+    "batches",
     "cluster_centres",
+    "collate",
     "compile_layers",
     "count_labels",
     "demo",
     "divergence",
+    "examples",
     "fuse",
     "hidden_stats",
     "load",
@@ -131,6 +138,7 @@ __all__ = [
     "preset",
     "save_adapter",
     "task_vector",
+    "tiny_model",
     "token_stats",
     "token_stats_from_logits",
     "unfuse",

@@ -13,19 +13,31 @@ from typing import Annotated, Any
 
 import typer
 
+import fastforget
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
 from fastforget.jobs.options import HEADINGS, DemoOptions, EvaluateOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
 
-app = typer.Typer(
-    help="Make a causal language model forget chosen text, quickly and in little memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 CONFIG_HELP = "YAML file with any of these options; the command line wins. A run leaves its own as config.yaml."
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, where `--version` is given."""
+    if wanted:
+        print(f"fastforget {fastforget.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Make a causal language model forget chosen text, quickly and in little memory."""
 
 
 def taking(options: type, *, config: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

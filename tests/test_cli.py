@@ -1,13 +1,17 @@
 """The commands end to end at a small scale, and bad input: one clear line, exit code 2, nothing half-written."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from helpers import BreaksAt, write_rows
 from safetensors.torch import load_file
 
+import fastforget as ff
 from fastforget.objectives import PRESETS
 from fastforget.objectives.presets import DEFAULT_PRESET
 
@@ -192,3 +196,17 @@ def test_help_names_every_flag_and_its_default(run, monkeypatch, command, flags)
 def test_doctor_tells_the_backend(run):
     code, text, _ = run("doctor")
     assert code == 0 and "backend auto" in text and "torch" in text
+
+
+def test_version_and_python_m(run):
+    assert run("--version") == (0, f"fastforget {ff.__version__}\n", [])
+    result = subprocess.run([sys.executable, "-m", "fastforget", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"fastforget {ff.__version__}\n"), result.stderr
+
+
+def test_a_shell_completes_commands():
+    """A shell asks the command for its completions: `unl` is `unlearn`."""
+    asked = {"_FASTFORGET_COMPLETE": "complete_bash", "COMP_WORDS": "fastforget unl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'fastforget'; import fastforget.cli as c; c.main()"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked})
+    assert result.stdout.split() == ["unlearn"], result.stderr

@@ -18,7 +18,8 @@ from fastforget.adapters import save_adapter, task_vector
 from fastforget.backbone import training_flags_restored, without_dropout
 from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
-from fastforget.data.examples import Example, ExampleStream, cycle
+from fastforget.data.batches import Cycle
+from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.jobs.companions import Companions, check_sets
@@ -111,8 +112,8 @@ def run_job(
     )
     pace = Pace(total, settings.decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
-    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
-    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
+    forget_batches = until or Cycle(forget, settings.batch_size, pad, settings.seed)
+    retain_batches = Cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
     result = JobResult()
     start = time.perf_counter()
@@ -263,7 +264,7 @@ def expected_outputs(
         return None
     if isinstance(retain, ExampleStream):
         retain = retain.head(STREAM_EXAMPLES_FOR_CENTRES)
-    batches = cycle(retain, batch_size, pad_token_id, seed)
+    batches = Cycle(retain, batch_size, pad_token_id, seed)
     return itertools.islice(batches, math.ceil(len(retain) / batch_size))
 
 
