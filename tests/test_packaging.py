@@ -128,3 +128,5 @@ def test_version_has_a_single_source():
     assert importlib.metadata.version("fastforget") == version, "stale installation: make venv"
     sources = [ROOT / "setup.py", *(ROOT / "fastforget").rglob("*.py")]
     assert not [source for source in sources if f'"{version}"' in source.read_text()]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
