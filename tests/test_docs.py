@@ -149,7 +149,7 @@ TABLE = {
     "2026-11-28-nll-cpu": ("100 % of the tokens, flat p", ("ours", "eager", "compile")),
     "2026-11-28-head": ("nll,", ("ours", "eager", "compile")),
     "2026-11-28-kl-cpu": ("100 % of the tokens", (("ours", "ours_known"), "eager", "compile")),
-    "2026-11-21-bench-full": ("grad_diff: opt small (D 512, 6 layers, V 50272), 32 bit", ("ours_later", "loop", None)),
+    "2026-11-28-step-full": ("grad_diff: small (D 512, 6 layers, V 50272), 32 bit", ("ours_later", "loop", None)),
     "h100-2026-11-28/head-all-labels-flat": ("D 4096, V 128256", ("ours", "eager", "compile")),
     "h100-2026-11-28/step": ("8b 8 bit 4+4x1024", ("ours", "usual", None)),
 }
@@ -157,8 +157,6 @@ TABLE = {
 
 def rows_of(results):
     """The benchmark rows of a results file, of any of its forms."""
-    if "parts" in results:
-        return [row for part in results["parts"].values() for row in part.get("results", {}).get("rows", [])]
     if "rows" in results:
         return results["rows"]
     return [{"name": name, "contestants": {name.rpartition(" ")[2]: record}} for name, record in results.items()]

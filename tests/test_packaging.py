@@ -114,6 +114,17 @@ def test_doctor_says_what_is_missing_or_broken(monkeypatch):
     assert "backend auto, cpu" in findings
 
 
+@pytest.mark.parametrize(("load", "threads", "advice"), [(0.2, 2, None), (1.9, 2, 1), (3.0, 4, 1), (1.2, 4, 3)])
+def test_doctor_says_what_to_set_on_a_busy_machine(monkeypatch, load, threads, advice):
+    monkeypatch.setattr(doctor, "_usable_cpus", lambda: 2 if threads == 2 else 4)
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    finding = dict(doctor.report())["torch threads"]
+    assert finding.startswith(str(threads))
+    assert ("OMP_NUM_THREADS" in finding) == (advice is not None)
+    assert advice is None or f"OMP_NUM_THREADS={advice}," in finding
+
+
 def test_kernels_is_a_namespace_package():
     assert (ROOT / "kernels").is_dir()
     assert not list((ROOT / "kernels").rglob("__init__.py")), "it would shadow the PyPI package `kernels`"

@@ -25,18 +25,23 @@ class Cycle(Iterator[dict[str, Tensor]]):
         batch_size: examples of a batch.
         pad_token_id: stands on padding, which the mask hides.
         seed: of the shuffling.
+        skip: so many batches are left out at the beginning, those that a job which goes on has had.
 
     Raises:
         FastforgetError: a batch size below 1; at the first batch, where there is no example; or what reading a stream
             raises.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, pad_token_id: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, examples: Examples, batch_size: int, pad_token_id: int = 0, seed: int = 0, *, skip: int = 0
+    ) -> None:
         if batch_size < 1:
             raise FastforgetError(f"batch_size must be at least 1, not {batch_size}")
         self.examples, self.batch_size, self.pad_token_id = examples, batch_size, pad_token_id
         self.generator = torch.Generator().manual_seed(seed)
         self.begin_pass()
+        for _ in range(skip):
+            self.take()
 
     def begin_pass(self) -> None:
         """Start over, in a new order."""
@@ -49,6 +54,10 @@ class Cycle(Iterator[dict[str, Tensor]]):
 
     def __next__(self) -> dict[str, Tensor]:
         """Return the next batch: `input_ids`, `attention_mask`, `labels`, each int64 (B, T) on the CPU."""
+        return collate(self.take(), self.pad_token_id)
+
+    def take(self) -> list[Example]:
+        """Return the examples of the next batch."""
         batch = list(islice(self.left, self.batch_size))
         if not batch:
             if self.taken:
@@ -57,7 +66,7 @@ class Cycle(Iterator[dict[str, Tensor]]):
             if not batch:
                 raise FastforgetError("there are no examples to take batches of")
         self.taken += len(batch)
-        return collate(batch, self.pad_token_id)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return where it is: the generator as this pass began, and how many examples of the pass were taken."""

@@ -248,14 +248,6 @@ def take_back(
     return NonFiniteLossError(f"{what}; {advice}", steps)
 
 
-def shown_nll(output: UnlearnOutput) -> str:
-    """Write a step's NLL in a few words: of the forget batch's answers, or of what stands for them; else its loss."""
-    if not output.stats:  # its forwards end before the head
-        return f"loss {float(output.loss):.3g}"
-    name, value = next(iter(output.stats.items()))
-    return f"{name.removesuffix('_nll').replace('_', ' ')} NLL {float(value):.2f}"
-
-
 def expected_outputs(
     retain: Sequence[Example] | ExampleStream | None, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, Tensor]] | None:

@@ -27,11 +27,12 @@ from fastforget.evaluate.report import (
     write_json,
 )
 from fastforget.jobs.companions import check_sets
-from fastforget.jobs.loop import check_stopping, run_job, shown_nll
+from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
 from fastforget.jobs.planning import fitted
-from fastforget.jobs.running import measure, progress_bar, say, surroundings
+from fastforget.jobs.progress import shown_steps
+from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.sets import check_ids, read_sets
 from fastforget.models import load, load_tokenizer, usable_device
 from fastforget.objectives import Term, layers_of
@@ -61,6 +62,7 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
             (`fastforget.plan`).
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
+        log_to: "jsonl" (log.jsonl in `out`), "tensorboard" or "wandb": every step's figures.
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
 
     Returns:
@@ -109,7 +111,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     before = measure(model, tokenizer, measured, "Before: continuing the passages", console)
     check_measured(before, "it is broken before anything was unlearned; check its weights, or give --bits 32")
     try:
-        with progress_bar(f"Unlearning ({options.preset})", console) as update:
+        with shown_steps(options.preset, console, log_to=options.log_to, out=out) as progress:
             result = run_job(
                 model,
                 tokenizer,
@@ -118,7 +120,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
                 terms,
                 options,
                 out=out,
-                progress=lambda step, total, output: update(step, total, shown_nll(output)),
+                progress=progress,
                 refusals=refusals,
                 max_length=options.max_length,
             )

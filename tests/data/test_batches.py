@@ -91,6 +91,15 @@ def test_cycle_goes_on_from_its_state(kind, taken, monkeypatch):
     assert first_ids(itertools.islice(resumed, 9)) == expected
 
 
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_cycle_that_skips_goes_on_after_as_many(kind):
+    whole = Cycle(numbers(kind), 3, 0, seed=5)
+    for _ in range(6):
+        next(whole)
+    skipping = Cycle(numbers(kind), 3, 0, seed=5, skip=6)
+    assert first_ids(itertools.islice(skipping, 9)) == first_ids(itertools.islice(whole, 9))
+
+
 def test_a_state_of_other_texts_is_refused():
     state = Cycle(numbers("list"), 3).state_dict()
     with pytest.raises(ff.FastforgetError, match="of a set of 10 examples, and this one has 9 examples"):
