@@ -13,8 +13,9 @@ from fastforget.data.batches import batches
 from fastforget.data.examples import collate
 from fastforget.data.refusals import REFUSALS
 from fastforget.data.sources import examples
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.fusing import FuseReport, fuse, unfuse
+from fastforget.guard import GuardSettings
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
 from fastforget.merging import merge
@@ -94,10 +95,12 @@ __all__ = [
     "WGA",
     "AnswerPreservation",
     "ClusterPull",
+    "DivergenceError",
     "DualCE",
     "EmbeddingDistance",
     "FastforgetError",
     "FuseReport",
+    "GuardSettings",
     "HiddenMSE",
     "JensUn",
     "LMHead",
@@ -110,6 +113,7 @@ __all__ = [
     "OtherTokens",
     "RandomMismatch",
     "RefusalCE",
+    "RetainNLLError",
     "SatImp",
     "SimNPO",
     "TaskVector",

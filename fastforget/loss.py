@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from fastforget.objectives import (
     weight_at,
 )
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
 from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_sides, check_streams, join, prepared_parts, seen_by
 from fastforget.term_state import TermStates
@@ -55,6 +58,8 @@ class UnlearnLoss:
         terms: a list of terms, or a preset's name.
         backend: "auto", "triton", "native", "torch" or "eager".
         reference_cache_bytes: limit of the reference's cache on the CPU; 0 switches it off (streamed data).
+        reference_cache_folder, reference_cache_folder_bytes: a folder in which entries of the cache lie too, up to a
+            limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
 
@@ -70,6 +75,8 @@ class UnlearnLoss:
         *,
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
     ) -> None:
         self.terms = named_terms(preset(terms) if isinstance(terms, str) else terms)
         self.backend = backend
@@ -79,7 +86,12 @@ class UnlearnLoss:
             term.check_ready()
         self.backbone.check_layers(layers_of(self.terms.values()))
         self.plan = plan_loss(self.terms)
-        self.reference = Reference(self.backbone, reference_cache_bytes) if self.plan.asks_reference else None
+        self.reference: Reference | None = None
+        if self.plan.asks_reference:
+            folder = None
+            if reference_cache_folder is not None:
+                folder = ReferenceFolder(Path(reference_cache_folder), reference_cache_folder_bytes, model, backend)
+            self.reference = Reference(self.backbone, reference_cache_bytes, folder)
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}

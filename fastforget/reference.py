@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
 from fastforget.errors import FastforgetError
 from fastforget.objectives import Field
+
+if TYPE_CHECKING:
+    from fastforget.reference_folder import ReferenceFolder
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
 
@@ -137,11 +140,15 @@ class Reference:
     Args:
         backbone: of the model that carries the adapter.
         cache_bytes: the cache's limit; least recently used examples go first, and a miss is recomputed. 0: no cache.
+        folder: where entries lie on a disk too, for other runs; only beside a cache.
     """
 
-    def __init__(self, backbone: Backbone, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self, backbone: Backbone, cache_bytes: int = DEFAULT_CACHE_BYTES, folder: ReferenceFolder | None = None
+    ) -> None:
         check_reference(backbone.model)
         self.backbone = backbone
+        self.folder = folder if cache_bytes > 0 else None
         self.cache_bytes = cache_bytes
         self.bytes_used = 0
         # to compute the reference's embedding costs what it saves in one epoch: without a cache, or where it does not
@@ -149,6 +156,7 @@ class Reference:
         self.keeps_embeddings = cache_bytes > 0
         self.forwards = 0  # reference forwards so far
         self._cache: OrderedDict[bytes, Entry] = OrderedDict()
+        self._changed: set[bytes] = set()  # since `changes`
 
     def answers(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str = "auto") -> Entry:
         """What the reference says of a side's kept tokens, on the model's device; (n, D) in the model's dtype."""
@@ -161,6 +169,8 @@ class Reference:
                 entries[index] = entry
                 if side.keys:
                     self._keep(side.keys[index], entry)
+                    if self.folder is not None:
+                        self.folder.write(side.keys[index], entry)
         device, order = side.labels.device, range(side.sequence_count)
         return {each: torch.cat([entries[i][each].to(device, non_blocking=True) for i in order]) for each in wanted}
 
@@ -190,10 +200,20 @@ class Reference:
 
     def _cached(self, key: bytes, wanted: frozenset[ReferenceRequest], length: int) -> Entry | None:
         """The entry, unless it lacks something or is not of so many tokens."""
+
+        def serves(entry: Entry | None) -> bool:
+            return entry is not None and wanted <= entry.keys() and all(len(entry[each]) == length for each in wanted)
+
         entry = self._cache.get(key)
-        if entry is None or not wanted <= entry.keys() or any(len(entry[request]) != length for request in wanted):
+        if not serves(entry) and self.folder is not None:
+            entry = self.folder.read(key)
+            if entry is not None and serves(entry):
+                entry = {each: entry[each] for each in wanted}
+                self._keep(key, entry)
+        if entry is None or not serves(entry):
             return None
-        self._cache.move_to_end(key)
+        if key in self._cache:
+            self._cache.move_to_end(key)
         return dict(entry)  # the cache's own may lose its embedding while the rest of the batch is kept
 
     def _keep(self, key: bytes, entry: Entry) -> None:
@@ -206,7 +226,9 @@ class Reference:
             self.bytes_used -= entry_bytes(replaced)
             entry = replaced | entry
             size = entry_bytes(entry)
-        self._cache[key] = {request: copy_on_cpu(value) for request, value in entry.items()}
+        on_gpu = self.backbone.device.type == "cuda"
+        self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in entry.items()}
+        self._changed.add(key)
         self.bytes_used += size
         if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
             self.keeps_embeddings = False
@@ -214,18 +236,41 @@ class Reference:
                 dropped = each.pop(EMBEDDING, None)
                 self.bytes_used -= 0 if dropped is None else dropped.numel() * dropped.element_size()
         while self.bytes_used > self.cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
+            key, oldest = self._cache.popitem(last=False)
+            self._changed.discard(key)
             self.bytes_used -= entry_bytes(oldest)
 
     def clear(self) -> None:
         """Forget everything cached (after the frozen weights were changed on purpose)."""
         self._cache.clear()
+        self._changed.clear()
         self.bytes_used = 0
 
+    def order(self) -> list[bytes]:
+        """The keys of the cache, the least recently used first."""
+        return list(self._cache)
 
-def copy_on_cpu(value: Tensor) -> Tensor:
-    """Copy a tensor (a slice would keep the whole batch alive), from a GPU into pinned memory, which it can read."""
-    if value.is_cuda:
+    def changes(self) -> dict[bytes, Entry]:
+        """The entries that came, or grew, since the last call."""
+        changed = {key: entry for key, entry in self._cache.items() if key in self._changed}
+        self._changed.clear()
+        return changed
+
+    def fill(self, entries: Mapping[bytes, Entry], keeps_embeddings: bool) -> None:
+        """Make the cache one of these entries, in their order, the least recently used first."""
+        self.clear()
+        self.keeps_embeddings = keeps_embeddings
+        dropped = set() if keeps_embeddings else {EMBEDDING}
+        on_gpu = self.backbone.device.type == "cuda"
+        for key, entry in entries.items():
+            kept = {request: value for request, value in entry.items() if request not in dropped}
+            self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in kept.items()}
+            self.bytes_used += entry_bytes(self._cache[key])
+
+
+def copy_on_cpu(value: Tensor, pinned: bool) -> Tensor:
+    """Copy a tensor (a slice would keep the whole batch alive), for a GPU into pinned memory, which it can read."""
+    if pinned:
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
     return value.to("cpu", copy=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -14,10 +15,12 @@ from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
+from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
 from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.reference import DEFAULT_CACHE_BYTES
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
 from fastforget.term_state import TermStates
 
@@ -35,12 +38,16 @@ class UnlearnStep(torch.optim.Optimizer):
         model: a Hugging Face causal LM, with a PEFT adapter where a term needs the reference.
         optimizer: an optimizer class, made here over the trainable parameters with `optimizer_arguments`, or an
             optimizer that exists, which is taken over.
-        terms, backend, reference_cache_bytes: as in `UnlearnLoss`.
+        terms, backend, reference_cache_bytes, reference_cache_folder, reference_cache_folder_bytes: as in
+            `UnlearnLoss`.
         combine: how the gradient of the forget terms and that of the retain terms become one: "sum", "mgda" (the
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
         fuse: let the model's adapted and quantised layers run fused (`fastforget.fuse`), for good.
         first_micro_batch: what `micro_batch="auto"` begins with; default the whole batch.
+        guard: skips a step whose loss or gradient is NaN or infinite, takes back the update that led there, counts it
+            in `step.guard.skipped`, and gives up after some in a row (`fastforget/guard.py`). It keeps one more copy of
+            the trainable weights; None: no guard.
 
     Everything that `torch.optim.Optimizer` promises is the base optimizer's: `param_groups`, `state`, `state_dict`.
     A copied or unpickled step has no model; `attach` gives it one. The number of steps taken after a `backward` lies in
@@ -60,9 +67,12 @@ class UnlearnStep(torch.optim.Optimizer):
         *,
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
         combine: str = "sum",
         fuse: bool = True,
         first_micro_batch: int | None = None,
+        guard: GuardSettings | None = GuardSettings(),  # noqa: B008 (it is frozen)
         **optimizer_arguments: Any,
     ) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -75,7 +85,12 @@ class UnlearnStep(torch.optim.Optimizer):
             if not trainable:
                 raise FastforgetError("no parameter of the model requires a gradient: add an adapter (fastforget.load)")
             self.base = optimizer(trainable, **optimizer_arguments)
-        self._options: dict[str, Any] = {"backend": backend, "reference_cache_bytes": reference_cache_bytes}
+        self._options: dict[str, Any] = {
+            "backend": backend,
+            "reference_cache_bytes": reference_cache_bytes,
+            "reference_cache_folder": reference_cache_folder,
+            "reference_cache_folder_bytes": reference_cache_folder_bytes,
+        }
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
         check_sides(combine, self._terms)
         warn_of_standstill(combine, self._terms)
@@ -83,6 +98,9 @@ class UnlearnStep(torch.optim.Optimizer):
         self._fuse = fuse
         check_micro_batch(first_micro_batch)
         self._first_micro_batch = first_micro_batch
+        self._guard_settings = guard
+        if guard is not None:
+            guard.check(self._terms)
         self._start()
         own = {id(parameter) for parameter in model.parameters()}
         if not any(id(parameter) in own for parameter in self._held()):
@@ -96,6 +114,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self.base.defaults = defaults
         self.param_groups[0].setdefault("unlearn_steps", 0)
         self._states = TermStates(named_terms(self._terms), self.base)
+        self.guard = Guard(self._guard_settings, self.base)
         self._backward_pending = False
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
         self._fitting = FittingRows(self._first_micro_batch)
@@ -209,6 +228,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._backward_pending = True
         out = add_outputs(parts)
         self._states.note(out.terms, is_part=counts is not None)
+        self.guard.note(out, is_part=counts is not None)
         return out
 
     def rows_at_once(self, micro_batch: MicroBatch) -> int | None:
@@ -231,11 +251,19 @@ class UnlearnStep(torch.optim.Optimizer):
             raise
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """The base optimizer's step. Without a `backward` before it no counter moves."""
-        result = self.base.step() if closure is None else self.base.step(closure)
+        """The base optimizer's step. Without a `backward` before it no counter moves, and nothing is guarded.
+
+        Raises:
+            NonFiniteLossError, RetainNLLError: the guard gives up, by what the step before computed. The weights are
+                the last good ones.
+        """
         if self._backward_pending:
+            self.guard.before_update()
+        result = self.base.step() if closure is None else self.base.step(self.guard.around(closure))
+        if self._backward_pending:
+            stands = self.guard.after_update()
             self.param_groups[0]["unlearn_steps"] += 1
-            self._states.update()
+            self._states.update(stands)
             self._backward_pending = False
         return result
 
@@ -245,6 +273,7 @@ class UnlearnStep(torch.optim.Optimizer):
         if self._gradients is not None:
             self._gradients.cleared(self._held())
         self._backward_pending = False  # a scaler may have skipped the step
+        self.guard.without_update()
         self._states.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -262,7 +291,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch")
+        kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch", "_guard_settings")
         return {"base": self.base, **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

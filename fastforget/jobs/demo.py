@@ -27,12 +27,13 @@ from fastforget.evaluate.report import (
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.evaluate import robust_rows
-from fastforget.jobs.loop import JobResult, run_job
+from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
+from fastforget.jobs.state import JobResult
 from fastforget.jobs.subjects import DemoScale, small_subject
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of, subtraction

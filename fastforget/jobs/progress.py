@@ -21,13 +21,15 @@ LINES = 10  # of a job that is not shown on a terminal, and one at its end
 
 
 @contextlib.contextmanager
-def shown_steps(label: str, printer: Console, *, log_to: str | None, out: Path) -> Iterator[StepProgress]:
+def shown_steps(
+    label: str, printer: Console, *, log_to: str | None, out: Path, goes_on: bool = False
+) -> Iterator[StepProgress]:
     """Show each step of a job on the error stream where that is a terminal, or lines on the printer; log them all.
 
     Args:
         label: what the bar is of.
         printer: where lines go; nothing is shown where it is quiet.
-        log_to, out: the log and the job's folder, as in `step_log`.
+        log_to, out, goes_on: the log and the job's folder, as in `step_log`.
     """
     terminal = Console(stderr=True)
     columns = (
@@ -37,7 +39,7 @@ def shown_steps(label: str, printer: Console, *, log_to: str | None, out: Path) 
         TextColumn("{task.fields[note]}"),
     )
     shown = terminal.is_terminal and not printer.quiet
-    with step_log(log_to, out) as log, Progress(*columns, console=terminal, disable=not shown) as bar:
+    with step_log(log_to, out, goes_on) as log, Progress(*columns, console=terminal, disable=not shown) as bar:
         task = bar.add_task(label, total=None, note="")
         clock = Clock()
 

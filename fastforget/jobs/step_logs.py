@@ -29,14 +29,15 @@ def check_log(kind: str | None) -> None:
 
 
 @contextlib.contextmanager
-def step_log(kind: str | None, out: Path) -> Iterator[StepLog]:
+def step_log(kind: str | None, out: Path, goes_on: bool = False) -> Iterator[StepLog]:
     """Open a log of a job that writes into `out`; None: one that keeps nothing.
 
-    A JSONL file gets a line for each step, at once; a folder of TensorBoard's lies in `out`, and so do the files of
-    wandb, whose own settings (WANDB_MODE, WANDB_PROJECT, ...) decide where a run goes.
+    A JSONL file gets a line for each step, at once, behind those of an earlier run where the job `goes_on`; a folder of
+    TensorBoard's lies in `out`, and so do the files of wandb, whose own settings (WANDB_MODE, WANDB_PROJECT, ...)
+    decide where a run goes.
     """
     if kind == "jsonl":
-        with open(out / LOG_FILE, "w", encoding="utf-8") as file:
+        with open(out / LOG_FILE, "a" if goes_on else "w", encoding="utf-8") as file:
 
             def write_line(step: int, figures: Mapping[str, float]) -> None:
                 file.write(json.dumps(strict({"step": step, **figures})) + "\n")

@@ -80,6 +80,8 @@ def test_a_jobs_log_has_a_line_a_step(tiny, tmp_path, short_continuations):
     for line in lines:
         assert line["loss"] == pytest.approx(line["term/ce"] + line["term/negated_ce"], rel=1e-5)
         assert line["forget_nll"] == pytest.approx(-line["term/negated_ce"], rel=1e-5) and line["seconds"] > 0
+    ff.unlearn(tiny["llama"], FORGET, out, resume=True, overwrite=True, **options)
+    assert len((out / "log.jsonl").read_text().splitlines()) == 6, "a job that goes on adds its lines"
     assert "log_to" not in (out / "config.yaml").read_text(), "another run of the options may be shown elsewhere"
 
 
