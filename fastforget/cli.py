@@ -76,11 +76,11 @@ def taking(
         parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
         if config:
             parameters.append(parameter("config", Annotated[Path | None, typer.Option(help=CONFIG_HELP)], None))
+        in_order = sorted(stated.values(), key=lambda each: (HEADINGS.index(each.help.heading), not each.required))
+        parameters += [flag_of(option) for option in in_order]
         if reports:
             flag = typer.Option("--json", help=JSON_HELP, rich_help_panel=OUTPUT)
             parameters.append(parameter("as_json", Annotated[bool, flag], False))
-        in_order = sorted(stated.values(), key=lambda each: (HEADINGS.index(each.help.heading), not each.required))
-        parameters += [flag_of(option) for option in in_order]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__name__, command.__doc__ = run.__name__, run.__doc__
         return command
