@@ -262,7 +262,7 @@ DEFAULT_PRESET = "other_tokens"
 
 
 def preset(name: str, **overrides: Any) -> list[Term]:
-    """The terms of a named preset, e.g. `preset("npo", beta=0.1)`.
+    """Return the terms of a named preset, e.g. `preset("npo", beta=0.1)`.
 
     Raises:
         FastforgetError: an unknown name or parameter (the valid ones are listed), or a value out of range.
