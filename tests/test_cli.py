@@ -27,7 +27,9 @@ def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps
     arguments[arguments.index("--max-steps") + 1] = "1"
     code, text, errors = run(*arguments)
     assert code == 2 and len(errors) == 1, errors
-    assert re.search(r"became (nan|inf) after the update of step 1; .* after 0 steps \(a lower learning rate", errors[0])
+    assert re.search(
+        r"became (nan|inf) after the update of step 1; .* after 0 steps \(a lower learning rate", errors[0]
+    )
     assert not (tmp_path / "out").exists() and "still knows" not in text
 
 
