@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fastforget.backbone import training_flags_restored
@@ -148,6 +147,8 @@ def fluency(
 
     `untouched` as in `leakage`. None where there is no such model, or no output has a token.
     """
+    from peft import PeftModel  # bitsandbytes comes with it, and warns unless `models` silenced it before
+
     if untouched is None and not isinstance(model, PeftModel):
         return None
     written = [tuple(tokenizer.encode(output, add_special_tokens=False)) for output in outputs]

@@ -48,7 +48,7 @@ def shown_steps(
             note = ", ".join((*described(figures), *clock.described(step, total)))
             bar.update(task, completed=step, total=total, note=note)
             if not shown and (step == total or step % max(1, total // LINES) == 0):
-                printer.print(f"step {step} of {total}: {note}", highlight=False)
+                printer.print(f"step {step} of {total}: {note}", highlight=False, soft_wrap=True)
             log(step, {**figures, "seconds": clock.seconds()})
 
         yield progress
