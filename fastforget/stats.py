@@ -189,7 +189,7 @@ def computed_stats(
     margin: float | None,
     backend: str,
 ) -> TokenStats:
-    """The statistics of some rows, by a backend, among all rows."""
+    """Compute the statistics of some rows, by a backend, among all rows."""
     if rows.mask is not None:  # what does not count may be NaN (padding under attention), and NaN times 0 is NaN
         ignored = ~rows.mask[:, None]
         hidden = hidden.masked_fill(ignored, 0.0)
@@ -202,7 +202,7 @@ def computed_stats(
 
 
 def with_defaults(outputs: Collection[str]) -> tuple[str, ...]:
-    """The outputs named, after those that are always there."""
+    """Return the outputs named, after those that are always there."""
     return tuple(dict.fromkeys(("logp", "lse", *outputs)))
 
 
@@ -214,7 +214,7 @@ def spread_stats(fields: dict[str, Tensor], rows: ComputedRows, margin: float | 
 
 
 def vocabulary_of(hidden: Tensor, head: LMHead) -> int:
-    """The number of logits."""
+    """Return the number of logits."""
     return hidden.shape[1] if head.is_identity else head.weight.shape[0]
 
 
