@@ -58,17 +58,24 @@ from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, 
 from fastforget.step import UnlearnStep
 
 if TYPE_CHECKING:
+    from fastforget.integrations.trainer import UnlearnTrainer, UnlearnTrainerMixin
     from fastforget.jobs.demo import demo
     from fastforget.jobs.memorise import tiny_model
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
-    _LATE = {"demo": "demo", "tiny_model": "memorise", "unlearn": "unlearn"}  # the module of fastforget.jobs of each
+    _LATE = {
+        "UnlearnTrainer": "integrations.trainer",
+        "UnlearnTrainerMixin": "integrations.trainer",
+        "demo": "jobs.demo",
+        "tiny_model": "jobs.memorise",
+        "unlearn": "jobs.unlearn",
+    }
 
     def __getattr__(name):
         if name not in _LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(f"fastforget.jobs.{_LATE[name]}"), name)
+        globals()[name] = value = getattr(import_module(f"fastforget.{_LATE[name]}"), name)
         return value
 
     def __dir__():
@@ -123,6 +130,8 @@ __all__ = [
     "UnlearnLoss",
     "UnlearnOutput",
     "UnlearnStep",
+    "UnlearnTrainer",
+    "UnlearnTrainerMixin",
     "Unlikelihood",
     "batches",
     "cluster_centres",

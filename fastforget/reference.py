@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastforget.adapters import ADDED_TO_THE_BASE
 from fastforget.backbone import Backbone, every_module, without_dropout
 from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
@@ -44,25 +45,39 @@ def check_reference(model: Any) -> None:
     """Raise where switching the adapter off would not give the frozen model.
 
     Raises:
-        FastforgetError: no PEFT adapter, LoRA with a trained bias, or trainable weights outside the adapter.
+        FastforgetError: no PEFT adapter, one with a trained bias or whose initialisation rewrote the base, or trainable
+            weights outside the adapter.
     """
-    if not hasattr(model, "peft_config"):
+    configs = getattr(model, "peft_config", None)
+    if not configs:
         raise FastforgetError(
             "a term compares with the frozen model, which is the model with its adapter off, and this model has no "
-            "PEFT adapter: load it with fastforget.load(...), or use terms without a reference (grad_ascent, grad_diff)"
+            "PEFT adapter: load it with fastforget.load(...), give a frozen copy as reference=, or use terms without a "
+            "reference (grad_ascent, grad_diff)"
         )
-    for name, config in model.peft_config.items():
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    for name, config in configs.items():
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise FastforgetError(
                 f"adapter {name!r} trains biases (bias={bias!r}): they stay changed when the adapter is off, so the "
                 "reference would be wrong; use bias='none'"
             )
-    prefix = model.base_model.prefix
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and prefix not in name and "modules_to_save" not in name:
+        initial = getattr(config, "init_lora_weights", True)
+        if initial not in ADDED_TO_THE_BASE:
             raise FastforgetError(
-                f"{name} trains but belongs to no adapter: training would change the reference; freeze it"
+                f"adapter {name!r} was made with init_lora_weights={initial!r}, which takes its start out of the base: "
+                "with the adapter off the model is not the one to be compared with. Use init_lora_weights=True or "
+                "'gaussian', or give a frozen copy of the original as reference="
+            )
+    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs.values()}
+    for name, parameter in model.named_parameters():
+        own = any(prefix in name for prefix in prefixes) or "modules_to_save" in name
+        if parameter.requires_grad and not own:
+            raise FastforgetError(
+                f"{name} trains but belongs to no adapter: training would change the reference; freeze it, or give a "
+                "frozen copy as reference="
             )
 
 
@@ -80,17 +95,16 @@ def reference_mode(model: Any) -> Iterator[None]:
         for parameter in module._parameters.values()
         if parameter is not None
     ]
-    tuner = model.base_model
-    active = list(model.active_adapters)
+    active = active_adapters(model, modules)
     frozen = [name for name in active if not adapter_trains(model, name)] if len(active) > 1 else []
     try:
         with torch.no_grad(), without_dropout(model):
             if frozen and len(frozen) < len(active):
-                tuner.set_adapter(frozen)
+                set_adapters(model, modules, frozen)
                 try:
                     yield
                 finally:
-                    tuner.set_adapter(active)
+                    set_adapters(model, modules, active)
             else:
                 with adapters_off(modules):
                     yield
@@ -98,6 +112,36 @@ def reference_mode(model: Any) -> Iterator[None]:
         for parameter, requires_grad in flags:
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+def active_adapters(model: Any, modules: Iterable[Any]) -> list[str]:
+    """The names of the adapters that are on: in a PeftModel, or in a model that has them without one."""
+    if hasattr(model, "get_base_model"):
+        return list(model.active_adapters)
+    return list(dict.fromkeys(name for layer in tuner_layers(modules) for name in layer.active_adapters))
+
+
+def set_adapters(model: Any, modules: Iterable[Any], names: list[str]) -> None:
+    """Switch these adapters on, and others off; PEFT changes what trains."""
+    if hasattr(model, "get_base_model"):
+        model.base_model.set_adapter(names)
+        return
+    for layer in tuner_layers(modules):
+        layer.set_adapter(names)
+
+
+def tuner_layers(modules: Iterable[Any]) -> list[Any]:
+    """The layers among the modules that PEFT put an adapter in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def frozen_mode(model: Any) -> Iterator[None]:
+    """Another model as the reference: dropout off, no gradients."""
+    with torch.no_grad(), without_dropout(model):
+        yield
 
 
 @contextlib.contextmanager
@@ -138,16 +182,24 @@ class Reference:
     """What the frozen reference says of the kept tokens of a batch.
 
     Args:
-        backbone: of the model that carries the adapter.
+        backbone: of the model that carries the adapter, or of a model that is the reference itself.
         cache_bytes: the cache's limit; least recently used examples go first, and a miss is recomputed. 0: no cache.
         folder: where entries lie on a disk too, for other runs; only beside a cache.
+        is_model: the backbone is of the reference itself.
     """
 
     def __init__(
-        self, backbone: Backbone, cache_bytes: int = DEFAULT_CACHE_BYTES, folder: ReferenceFolder | None = None
+        self,
+        backbone: Backbone,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        folder: ReferenceFolder | None = None,
+        *,
+        is_model: bool = False,
     ) -> None:
-        check_reference(backbone.model)
+        if not is_model:
+            check_reference(backbone.model)
         self.backbone = backbone
+        self.mode = frozen_mode if is_model else reference_mode
         self.folder = folder if cache_bytes > 0 else None
         self.cache_bytes = cache_bytes
         self.bytes_used = 0
@@ -184,7 +236,7 @@ class Reference:
         fields = [request for request in wanted if isinstance(request, Field)]
         layers = {request.layer for request in wanted if isinstance(request, LayerStates)}
         layers |= {None} if fields else set()
-        with reference_mode(self.backbone.model):
+        with self.mode(self.backbone.model):
             states = self.backbone.states(inputs, positions, layers)
             values: Entry = {LayerStates(layer): state for layer, state in states.items()}
             if fields:

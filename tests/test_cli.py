@@ -27,9 +27,7 @@ def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps
     arguments[arguments.index("--max-steps") + 1] = "1"
     code, text, errors = run(*arguments)
     assert code == 2 and len(errors) == 1, errors
-    assert re.search(
-        r"became (nan|inf) after the update of step 1; .* after 0 steps \(a lower learning rate", errors[0]
-    )
+    assert re.search(r"became inf after the update of step 1; .* after 0 steps \(a lower learning rate", errors[0])
     assert not (tmp_path / "out").exists() and "still knows" not in text
 
 
@@ -70,7 +68,7 @@ def test_unlearn_without_retain_in_8_bit(run, tmp_path):
         (["--lora-targets", ","], "--lora-targets is empty"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
         (["--chat-template"], "chat template"),
-        (["--learning-rate", "1e38", "--max-steps", "9"], "became (nan|inf) after the update of step 1"),
+        (["--learning-rate", "1e38", "--max-steps", "9"], "weights became inf after the update of step 1;"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, more, message):

@@ -111,7 +111,7 @@ def test_wheel_imports_from_another_folder(dependencies, distributions, tmp_path
 def test_readme_program_in_a_clean_environment(dependencies, distributions, tmp_path):
     environment = Environment(tmp_path / "readme", borrowed=dependencies)
     environment.install("--no-deps", distributions[1])
-    (program,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    program = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     lines = environment.run("-c", program, cwd=tmp_path).splitlines()
     first, last = (float(re.search(r"forget (-\d+\.\d+)", line)[1]) for line in (lines[0], lines[-1]))
     assert last < first - 1.0
