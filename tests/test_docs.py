@@ -63,7 +63,7 @@ def test_own_term_is_ten_lines():
 
 
 def test_readme_program(tmp_path, monkeypatch, capsys, no_accelerator):
-    """At most 20 lines, run as they stand in an empty folder: the forget set goes, the other stays; and what follows."""
+    """At most 20 lines, run as they stand in an empty folder: one set goes, the other stays. Then what follows."""
     monkeypatch.chdir(tmp_path)
     program = PYTHON.findall(README.read_text())[0]
     assert len([line for line in program.splitlines() if line]) <= 20
