@@ -93,7 +93,7 @@ def row_collator(pad_token_id: int = 0) -> Callable[[Sequence[Row]], dict[str, T
                 rows += [{**as_row(part), "role": ROLES[side, stream]} for stream, part in parts.items()]
         for row in rows:
             missing = [key for key in ("input_ids", "labels") if key not in row]
-            if missing or row.keys() != rows[0].keys():
+            if missing or row.keys() - {"attention_mask"} != rows[0].keys() - {"attention_mask"}:
                 raise FastforgetError(
                     f"a row has the keys {', '.join(row)}, the first one {', '.join(rows[0])}: each needs input_ids "
                     "and labels, and what one gives the model all must give"
