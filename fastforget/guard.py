@@ -61,7 +61,8 @@ class Reading:
     values: Tensor  # (len(names),) float32, on the CPU once `copied` has come to pass
     copied: torch.cuda.Event | None
     step: int  # from 1
-    ends_step: bool  # the update has been made, or undone
+    begins: bool  # they say whether the weights that the step began with are good
+    ends: bool  # the update has been made, or undone
 
     def numbers(self) -> dict[str, float]:
         """The numbers by name."""
@@ -120,8 +121,12 @@ class Guard:
             value = out.stats["retain_nll"]
             self._retain = value if self._retain is None else self._retain + value
 
-    def before_update(self) -> None:
+    def before_update(self, scaled: bool = False) -> None:
         """Judge the loss and the gradient that the step is about to use; a bad gradient becomes 0.
+
+        Args:
+            scaled: a scaler is in between, which looks for infinite gradients itself, skips the step and lowers its
+                scale: they are left to it, and only the loss is judged.
 
         Raises:
             NonFiniteLossError, RetainNLLError: as `settle`, of the step before.
@@ -131,8 +136,10 @@ class Guard:
         self.settle()
         with torch.no_grad():
             self._hold()
-            gradients = [each.grad for each in self._parameters if each.grad is not None]
-            self._unread = self._noted() | {GRADIENT: norm(gradients, self._parameters[0].device)}
+            self._unread = self._noted()
+            gradients = [each.grad for each in self._parameters if each.grad is not None and not scaled]
+            if not scaled:
+                self._unread[GRADIENT] = norm(gradients, self._parameters[0].device)
             self._is_good = self._judge(self._unread)
             blend_where(self._is_good, self._good, self._good_of)
             zero_where(~self._is_good, gradients)
@@ -156,7 +163,7 @@ class Guard:
             weights = norm(self._good_of, self._is_good.device)
             stands = self._is_good & weights.isfinite()
             copy_where(~stands, self._good_of, self._good)
-        self._send({**self._unread, WEIGHTS: weights}, ends_step=True)
+        self._send({**self._unread, WEIGHTS: weights}, begins=bool(self._unread), ends=True)
         self._is_good = None
         self._forget_noted()
         return stands
@@ -169,7 +176,7 @@ class Guard:
                 self._hold()
                 numbers = self._noted()
                 copy_where(~self._judge(numbers), self._good_of, self._good)
-            self._send(numbers, ends_step=False)
+            self._send(numbers, begins=False, ends=False)
         self._is_good, self._unread = None, {}
         self._forget_noted()
 
@@ -177,7 +184,7 @@ class Guard:
         """Judge and read at once what `step` would judge and the next one read; raise as `settle`."""
         self.before_update()
         if self._unread:
-            self._send(self._unread, ends_step=False)
+            self._send(self._unread, begins=True, ends=False)
             self.settle()
 
     def settle(self) -> None:
@@ -193,10 +200,10 @@ class Guard:
         numbers = reading.numbers()
         bad = self.verdict(numbers)
         of_the_update = bad is not None and bad[1].startswith(f"the {WEIGHTS}")
-        if GRADIENT in numbers and (bad is None or of_the_update):
+        if reading.begins and (bad is None or of_the_update):
             self.good_steps = reading.step - 1
         if bad is None:
-            self._good_in_a_row += reading.ends_step
+            self._good_in_a_row += reading.ends
             self._bad_in_a_row *= self._good_in_a_row < 2
             return
         error, what = bad
@@ -278,7 +285,7 @@ class Guard:
         bound = self.settings.max_retain_nll
         return good & (numbers[RETAIN] <= bound) if bound is not None and RETAIN in numbers else good
 
-    def _send(self, numbers: Mapping[str, Tensor], ends_step: bool) -> None:
+    def _send(self, numbers: Mapping[str, Tensor], begins: bool, ends: bool) -> None:
         """Let numbers travel to the host, which does not wait."""
         step = self.optimizer.param_groups[0]["unlearn_steps"] + 1
         values = torch.stack([each.float() for each in numbers.values()])
@@ -287,7 +294,7 @@ class Guard:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._reading = Reading(tuple(numbers), values.cpu(), copied, step, ends_step)
+        self._reading = Reading(tuple(numbers), values.cpu(), copied, step, begins, ends)
         self._unread = {}
 
 
@@ -340,8 +347,8 @@ def blend_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tenso
 def zero_where(flag: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set tensors to 0 where a flag, () bool, is true; a flag on a device is not read."""
     if on_host(flag):
-        if flag.numpy():
-            torch._foreach_zero_(list(tensors))
+        for tensor in tensors if flag.numpy() else ():
+            tensor.zero_()
         return
     flags = {device: flag.to(device, non_blocking=True) for device in {each.device for each in tensors}}
     for tensor in tensors:

@@ -202,6 +202,36 @@ def test_a_scaler_that_skips_a_step_is_no_bad_step_and_nan_under_it_is(tiny, bat
     assert same(adapter_of(model), before)
 
 
+def test_a_scaler_inside_the_base_optimizer_sees_the_gradients_itself(tiny, batch, where):
+    """As in Accelerate's optimizers: it skips, and only the loss and the weights are judged."""
+    model = load_perturbed(tiny["llama"])
+    step = step_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    norm, adapters = model.get_base_model().model.norm, [adapter_of(model)]
+    for what in ("overflow", "", "", "NaN", ""):
+        scale = scaler.get_scale()
+        handle = norm.register_forward_hook(lambda *given, what=what: given[2] * torch.nan if what == "NaN" else None)
+        larger = 1e4 if what == "overflow" else 1.0
+        step.backward(
+            batch(2, len(adapters)), batch(2, 2), backward=lambda loss, by=larger: scaler.scale(loss * by).backward()
+        )
+        handle.remove()
+        step.guard.before_update(scaled=True)
+        scaler.step(step.base)
+        step.guard.after_update()
+        scaler.update()
+        assert (scaler.get_scale() < scale) == (what != ""), "it saw the infinite ones"
+        if what == "overflow":
+            scaler.update(new_scale=2.0**10)
+        step.zero_grad()
+        adapters.append(adapter_of(model))
+    step.guard.settle()
+    assert step.guard.skipped == 1
+    assert same(adapters[1], adapters[0]) and not same(adapters[2], adapters[1]) and not same(adapters[3], adapters[2])
+    assert same(adapters[4], adapters[2]), "the update that led to NaN is taken back"
+    assert not same(adapters[5], adapters[4])
+
+
 def test_float16_overflow_leaves_the_last_good_weights(tiny, batch, where):
     """Without a scaler, in weights of 16 bit."""
     model = load_perturbed(tiny["llama"])

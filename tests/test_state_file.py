@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import adapter_of, load_perturbed
 
 import fastforget as ff
 from fastforget.errors import BrokenFileError
@@ -55,3 +56,26 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
             read_state(path)
     with pytest.raises(BrokenFileError):
         read_state(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "AdamW8bit", "Lion8bit"])
+def test_any_optimizer_continues_identically(tiny, batch, tmp_path, name):
+    """Of torch and of bitsandbytes."""
+    import bitsandbytes
+
+    kind = getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
+    more = {"momentum": 0.9} if name == "SGD" else {"min_8bit_size": 64} if "8bit" in name else {}
+
+    def steps(seeds, model, state=None):
+        step = ff.UnlearnStep(model, kind, terms="pdu", lr=1e-3, **more)
+        if state is not None:
+            step.load_state_dict(state)
+        for seed in seeds:
+            step(batch(2, seed), batch(2, seed + 10))
+        return step
+
+    whole, first = load_perturbed(tiny["llama"]), load_perturbed(tiny["llama"])
+    steps(range(4), whole)
+    write_state(tmp_path / "file", steps(range(2), first).state_dict())
+    steps(range(2, 4), first, read_state(tmp_path / "file"))
+    assert all(torch.equal(value, adapter_of(first)[name]) for name, value in adapter_of(whole).items())

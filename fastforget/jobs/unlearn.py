@@ -77,12 +77,12 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         FastforgetError: any other bad input, before anything is written.
     """
     checkpoints = Checkpoints(Path(options.out), options.keep_checkpoints)
-    if checkpoints.folders() and not options.resume and not options.overwrite:
-        raise FastforgetError(
-            f"{options.out} holds checkpoints of an earlier job: --resume goes on with it, --overwrite removes them"
-        )
     replaces = options.overwrite or (options.resume and bool(checkpoints.folders()))
     with claimed_folder(Path(options.out), replaces), surroundings(options.seed, options.quiet):
+        if checkpoints.folders() and not options.resume and not options.overwrite:
+            raise FastforgetError(
+                f"{options.out} holds checkpoints of an earlier job: --resume goes on with it, --overwrite removes them"
+            )
         return run_unlearn(options, checkpoints)
 
 

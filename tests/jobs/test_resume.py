@@ -119,8 +119,7 @@ def killed_after(steps, work):
 def test_what_goes_on_ends_as_what_never_stopped(job, tmp_path, options):
     whole, out = tmp_path / "run-whole", tmp_path / "run-killed"
     assert in_a_process(lambda: job(whole, **options))
-    for steps in (3, 4):
-        assert not in_a_process(lambda steps=steps: killed_after(steps, lambda: job(out, **options, resume=True)))
+    assert not in_a_process(lambda: killed_after(6, lambda: job(out, **options)))
     assert in_a_process(lambda: job(out, **options, resume=True))
     assert same(weights(out), weights(whole)) and any(value.any() for value in weights(out).values())
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, out)]
@@ -144,14 +143,14 @@ def recited(model, length=16):
 
 def test_a_stopping_rule_goes_on_where_it_was(tiny, tokenizer, tmp_path):
     """Also where some of the passages are gone, and where all are and the learning rate falls."""
-    settings = JobSettings(max_steps=120, learning_rate=3e-3, until="em=0.2", batch_size=2, save_steps=1)
+    settings = JobSettings(max_steps=120, learning_rate=3e-3, until="em=0.2", batch_size=2, save_steps=3)
 
     def run(steps):
         """Run the job from what it saved after so many steps; what it came to."""
         torch.manual_seed(0)
         model = ff.load(tiny["llama"], bits=32, lora={"r": 8}).eval()
         checkpoints = Checkpoints(tmp_path)
-        for folder in checkpoints.folders()[steps:]:
+        for folder in checkpoints.folders()[steps // settings.save_steps :]:
             shutil.rmtree(folder)
         terms, rows = ff.preset("other_tokens", retain=None), recited(model)
         result = run_job(model, tokenizer, rows, None, terms, settings, checkpoints=checkpoints, resume=True)
@@ -160,8 +159,8 @@ def test_a_stopping_rule_goes_on_where_it_was(tiny, tokenizer, tmp_path):
     figures, adapter = run(0)
     known = [len(read_state(folder / STATE)["job"]["until"]["known"]) for folder in Checkpoints(tmp_path).folders()]
     assert "all 5 passages are gone" in figures[1] and figures[0] < 120 and 0 < min(known) < 5
-    for steps in (known.index(min(known)) + 1, len(known) - 3):
-        again, other = run(steps)
+    for place in (known.index(min(known)) + 1, len(known) - 2):
+        again, other = run(place * settings.save_steps)
         assert again == figures and same(other, adapter)
 
 
@@ -227,6 +226,12 @@ def test_a_broken_checkpoint_is_not_used(job, tmp_path, tiny, name, how):
 def test_resume_is_of_the_same_job(job, tmp_path, tiny):
     out = tmp_path / "run"
     job(out, max_steps=4)
+    with pytest.raises(ff.FastforgetError, match="already holds an adapter"):
+        job(out, max_steps=4)
+    adapter = out / "adapter_model.safetensors"
+    (out / "adapter_config.json").unlink()
+    before = adapter.read_bytes()
+    adapter.unlink()
     with pytest.raises(ff.FastforgetError, match="holds checkpoints of an earlier job: --resume"):
         job(out, max_steps=4)
     for changed, name in (
@@ -236,9 +241,8 @@ def test_resume_is_of_the_same_job(job, tmp_path, tiny):
     ):
         with pytest.raises(ff.FastforgetError, match=f"is of a job with other .*{name}"):
             job(out, **{"max_steps": 4, **changed}, resume=True)
-    before = weights(out)
     job(out, max_steps=4, resume=True, save_steps=1, keep_checkpoints=1)
-    assert same(weights(out), before), "nothing was left to do"
+    assert adapter.read_bytes() == before, "nothing was left to do"
     job(out, max_steps=2, overwrite=True)
     assert [folder.name for folder in Checkpoints(out).folders()] == ["checkpoint-2"]
 
