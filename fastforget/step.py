@@ -316,13 +316,11 @@ class UnlearnStep(torch.optim.Optimizer):
         accelerator = self._accelerator
         if accelerator is not None and not accelerator.sync_gradients:
             return None  # the gradients of more calls are to come
-        # a scaler looks for infinite gradients itself, to lower its scale
-        guarded = self._backward_pending and (accelerator is None or accelerator.scaler is None)
-        if guarded:
-            self.guard.before_update()
+        if self._backward_pending:
+            self.guard.before_update(scaled=accelerator is not None and accelerator.scaler is not None)
         result = self.base.step() if closure is None else self.base.step(self.guard.around(closure))
         if self._backward_pending and not (accelerator is not None and accelerator.optimizer_step_was_skipped):
-            stands = self.guard.after_update() if guarded else None
+            stands = self.guard.after_update()
             self.param_groups[0]["unlearn_steps"] += 1
             self._states.update(stands)
             self._backward_pending = False
