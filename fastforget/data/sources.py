@@ -128,6 +128,44 @@ def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example
     return stream if source.streaming else list(stream)
 
 
+def examples(
+    texts: str | os.PathLike[str] | Iterable[Any],
+    tokenizer: Any,
+    *,
+    max_length: int = 128,
+    columns: Mapping[str, str] | None = None,
+    split: str = DEFAULT_SPLIT,
+    subset: str | None = None,
+    streaming: bool = False,
+    chat_template: bool | None = None,
+) -> list[Example] | ExampleStream:
+    """Tokenize texts or rows into examples, as a job does; `ff.batches` makes batches of them.
+
+    Args:
+        texts: a list of texts, or of dicts of which `text`, or `prompt` and `response`, or chat `messages` are read (of
+            the latter two only the answer is labelled); or what holds such rows, as `Source.path` lists them: a text
+            file, a JSONL, CSV or parquet file, a dataset's folder, its hub name, a `datasets.Dataset`.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens of an example at most; what is longer is cut into pieces, and no token is dropped.
+        columns, split, subset, streaming, chat_template: as `Source` has them.
+
+    Returns:
+        A list of examples; where it is to stream, a stream that is read anew in each pass.
+
+    Raises:
+        FastforgetError: what `read_source` raises.
+    """
+    source = Source(
+        path=texts,
+        columns=columns or {},
+        split=split,
+        subset=subset,
+        streaming=streaming,
+        chat_template=chat_template,
+    )
+    return read_source(source, tokenizer, max_length)
+
+
 def kind_of(source: Source) -> str:
     """Tell "text", "jsonl" or "table" (a file), "saved" or "folder", "hub", "dataset" (an object) and "rows" apart.
 
