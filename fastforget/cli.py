@@ -196,7 +196,8 @@ def main() -> None:
         quiet_libraries()
         app()
     except FastforgetError as error:
-        print(f"fastforget: {error}", file=sys.stderr)
+        message = str(error).encode(errors="backslashreplace").decode()  # a path may hold half a surrogate pair
+        print(f"fastforget: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fastforget: interrupted; nothing more was written", file=sys.stderr)
