@@ -45,7 +45,7 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert "What the model still knows" in text
 
     code, _, errors = run(*unlearn(out))
-    assert code == 2 and len(errors) == 1 and "holds checkpoints of an earlier job" in errors[0]
+    assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]
     assert run(*unlearn(out, "--overwrite", "--preset", "grad_diff"))[0] == 0
     assert json.loads((out / "report.json").read_text())["preset"] == "grad_diff"
 
