@@ -6,7 +6,7 @@
 PYTHON ?= python3
 # Installed before everything else, so that no dependency picks another build of it; not in constraints.txt for this reason.
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,data,plot,cluster,gpu
+EXTRAS ?= dev,data,plot,cluster,evaluate,gpu
 TEST_WORKERS ?= 2
 ARGS ?=
 
