@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | evaluate | plan | presets | doctor."""
+"""The command line: fastforget demo | unlearn | select | evaluate | recipe | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import typer
 
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import HEADINGS, DemoOptions, EvaluateOptions, UnlearnOptions
+from fastforget.jobs.evaluation_options import EvaluateOptions, SelectOptions
+from fastforget.jobs.options import HEADINGS, DemoOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
+from fastforget.jobs.recipe_options import RecipeOptions
 
 app = typer.Typer(
     help="Make a causal language model forget chosen text, quickly and in little memory.",
@@ -28,11 +30,14 @@ app = typer.Typer(
 CONFIG_HELP = "YAML file with any of these options; the command line wins. A run leaves its own as config.yaml."
 
 
-def taking(options: type, *, config: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def taking(
+    options: type, *, config: bool = False, argument: tuple[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command a flag for each option that a dataclass states; it is called with those that were given, by name.
 
     Args:
         config: a flag `--config` too, for a file of options, over which the command line wins.
+        argument: name and help of what is given without a flag.
     """
     stated = options_of(options)
 
@@ -42,7 +47,7 @@ def taking(options: type, *, config: bool = False) -> Callable[[Callable[..., No
             given = {name: values[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
             path = given.pop("config", None)
             for name, texts in given.items():
-                if stated[name].kind is dict:
+                if name in stated and stated[name].kind is dict:
                     given[name] = parse_pairs(texts, stated[name].flag, stated[name].values)
             given = {**(read_config(path, stated) if path else {}), **given}
             missing = [option.flag for option in stated.values() if option.required and option.name not in given]
@@ -54,6 +59,9 @@ def taking(options: type, *, config: bool = False) -> Callable[[Callable[..., No
             run(**given)
 
         parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
+        if argument is not None:
+            name, text = argument
+            parameters.append(parameter(name, Annotated[str, typer.Argument(help=text)], inspect.Parameter.empty))
         if config:
             annotation = Annotated[Path | None, typer.Option(help=CONFIG_HELP)]
             parameters.append(parameter("config", annotation, None))
@@ -99,12 +107,30 @@ def unlearn(**options: Any) -> None:
 
 
 @app.command()
+@taking(SelectOptions, config=True)
+def select(**options: Any) -> None:
+    """Score dialogues with an evaluator, and write those that are to be forgotten."""
+    from fastforget.jobs.select import select
+
+    select(**options)
+
+
+@app.command()
 @taking(EvaluateOptions)
 def evaluate(**options: Any) -> None:
     """Measure what MODEL still knows of a text, without and with an adapter; writes report.json."""
     from fastforget.jobs.evaluate import evaluate
 
     evaluate(**options)
+
+
+@app.command()
+@taking(RecipeOptions, argument=("name", "harmful, copyright, hallucination, privacy, tofu or muse."))
+def recipe(**options: Any) -> None:
+    """Run a published job from its data to a report: select, unlearn, evaluate."""
+    from fastforget.jobs.recipe import recipe
+
+    recipe(**options)
 
 
 @app.command()
