@@ -13,13 +13,13 @@ from fastforget.jobs.tofu_models import TofuScale
 from fastforget.jobs.tofu_offline import MAIN_PRESETS, TofuOfflineOptions, TofuTrial, check_power, tofu_offline
 
 TINY = TofuScale(
-    authors=8,
+    authors=4,
     known_authors=1,
     countries=2,
     unseen_authors=1,
     vocabulary=512,
     hidden_size=64,
-    passes=120,
+    passes=100,
     retain_asked=20,
 )
 TRIALS = [TofuTrial("npo", {"beta": 0.1}, 3e-3, 30)]
