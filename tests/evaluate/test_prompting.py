@@ -55,7 +55,8 @@ def test_figures_are_those_of_the_prompted_sequence(model, tokenizer):
 
 def test_what_does_not_fit_into_the_context_does_not_count(tokenizer):
     model = random_model("opt", tokenizer, context=32).eval()
-    long = [example(tokenizer, "The old oak tree near the river bend. " * 2, 3), example(tokenizer, "A plan of it.", 3)]
-    assert all(len(each.input_ids) <= 32 for each in long)
+    texts = ("The old oak tree near the river.", "A river bend of stone and wood.")
+    long = [example(tokenizer, text, 3) for text in texts]
+    assert all(16 < len(each.input_ids) <= 32 for each in long)
     rows = prompting.prompting_rows(model, tokenizer, long, [], [])
     assert rows[0].forget_memorisation is None and rows[0].unseen_memorisation is None
