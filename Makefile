@@ -68,12 +68,14 @@ sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
-## make proof         the tests that take minutes, then the demo with every preset and three seeds, and every preset's job
-##                    and memory on a small set (ARGS="..." for options); writes results under benchmarks/results/
+## make proof         the tests that take minutes, every causal LM class of transformers, then the demo with every preset
+##                    and three seeds, and every preset's job and memory on a small set (ARGS="..." for options); writes
+##                    results under benchmarks/results/
 proof: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) \
 	    tests/backends/test_oracle.py tests/test_linear.py
+	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.presets $(ARGS)
 
 ## make format        format, and fix what the linter can

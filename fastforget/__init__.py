@@ -10,8 +10,9 @@ from fastforget.clusters import cluster_centres, load_centres
 from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
 from fastforget.data.refusals import REFUSALS
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.fusing import FuseReport, fuse, unfuse
+from fastforget.guard import GuardSettings
 from fastforget.head import LMHead
 from fastforget.loss import UnlearnLoss, UnlearnOutput
 from fastforget.merging import merge
@@ -54,16 +55,22 @@ from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, 
 from fastforget.step import UnlearnStep
 
 if TYPE_CHECKING:
+    from fastforget.integrations.trainer import UnlearnTrainer, UnlearnTrainerMixin
     from fastforget.jobs.demo import demo
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
-    _LATE = {name: f"fastforget.jobs.{name}" for name in ("demo", "unlearn")}
+    _LATE = {
+        "UnlearnTrainer": "integrations.trainer",
+        "UnlearnTrainerMixin": "integrations.trainer",
+        "demo": "jobs.demo",
+        "unlearn": "jobs.unlearn",
+    }
 
     def __getattr__(name):
         if name not in _LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(_LATE[name]), name)
+        globals()[name] = value = getattr(import_module(f"fastforget.{_LATE[name]}"), name)
         return value
 
     def __dir__():
@@ -90,10 +97,12 @@ __all__ = [
     "WGA",
     "AnswerPreservation",
     "ClusterPull",
+    "DivergenceError",
     "DualCE",
     "EmbeddingDistance",
     "FastforgetError",
     "FuseReport",
+    "GuardSettings",
     "HiddenMSE",
     "JensUn",
     "LMHead",
@@ -106,6 +115,7 @@ __all__ = [
     "OtherTokens",
     "RandomMismatch",
     "RefusalCE",
+    "RetainNLLError",
     "SatImp",
     "SimNPO",
     "TaskVector",
@@ -115,6 +125,8 @@ __all__ = [
     "UnlearnLoss",
     "UnlearnOutput",
     "UnlearnStep",
+    "UnlearnTrainer",
+    "UnlearnTrainerMixin",
     "Unlikelihood",
     "cluster_centres",
     "compile_layers",

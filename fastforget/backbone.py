@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare
+from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.errors import FastforgetError, NonFiniteLossError
-from fastforget.head import LMHead, base_causal_lm
+from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
 
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
@@ -66,22 +67,6 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _LayerReachedError(Exception):
-    """Ends a forward whose further layers nobody wants; never leaves this module."""
-
-
-def keep_output(captured: dict[int | None, Tensor], layers: Collection[int], last: bool) -> Callable[..., None]:
-    """A forward hook that keeps what a layer puts out, under its numbers; after the `last` one the forward ends."""
-
-    def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-        for layer in layers:
-            captured[layer] = output[0] if isinstance(output, tuple) else output
-        if last:
-            raise _LayerReachedError
-
-    return hook
-
-
 def place_of(number: int, count: int) -> int:
     """A layer's number counted from the front, of `count` layers; raises FastforgetError where there is none."""
     if not -count <= number < count:
@@ -92,16 +77,31 @@ def place_of(number: int, count: int) -> int:
 class Backbone:
     """The model up to its head, and the head as an `LMHead`.
 
+    Every forward is a call of the model as it was given, its outermost wrapper included (torch.compile's,
+    DistributedDataParallel's, what Accelerate puts around `forward` for autocast), and the user's hooks run.
+
     On the first batch the head checks itself: its logits of a few tokens against the model's own. Where they differ the
     model does something between its states and its logits that `LMHead` does not know; then, with a warning, the
     model's own logits are used (`LMHead(None)`): slower and larger, still right.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped or not; `Backbone.model` is the one inside, a PeftModel where it has an
+            adapter.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.head = LMHead.from_model(model)
+        self.model = unwrapped(model)
+        self.head = LMHead.from_model(self.model)
         self.checked = False
+        self._captures = Captures(model, base_causal_lm(self.model))
         self._takes_positions: bool | None = None
+        if is_compiled(model):
+            let_graphs_see_hooks()
+
+    @property
+    def outer(self) -> nn.Module:
+        """The model as it was given."""
+        return self._captures.outer
 
     @property
     def device(self) -> torch.device:
@@ -130,19 +130,17 @@ class Backbone:
         return self._takes_positions
 
     def moved_by_padding(self) -> float:
-        """How far left padding moves a few tokens' final states, as a share of their norm; costs two short forwards."""
-        causal_lm = base_causal_lm(self.model)
-        rows = causal_lm.get_input_embeddings().weight.shape[0]
+        """How far left padding moves a few tokens' logits, as a share of their norm; costs two short forwards."""
+        rows = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
         ids = (torch.arange(1, CHECK_TOKENS + 1, device=self.device) % rows)[None]
-        finals = []
-        with torch.no_grad(), without_dropout(self.model):
+        logits = []
+        with torch.no_grad(), without_dropout(self.model), uncompiled():
             for padding in (0, CHECK_PADDING):
                 mask = F.pad(torch.ones_like(ids), (padding, 0))
                 padded = {"input_ids": F.pad(ids, (padding, 0)), "attention_mask": mask}
                 padded["position_ids"] = positions_without_padding(mask)
-                final = causal_lm.base_model(**padded, use_cache=False)[0]
-                finals.append(final[:, padding:].float())
-        return float((finals[0] - finals[1]).norm() / finals[0].norm())
+                logits.append(self._captures.run(padded, nn.ModuleList(), (), "logits")[None][:, padding:].float())
+        return float((logits[0] - logits[1]).norm() / logits[0].norm())
 
     def states(
         self, inputs: dict[str, Any], positions: tuple[Tensor, Tensor], layers: Collection[int | None] = (None,)
@@ -167,23 +165,16 @@ class Backbone:
         to_the_end = None in layers
         if to_the_end and not self.checked:
             self.check(inputs)
-        causal_lm = base_causal_lm(self.model)
+        end: End = "layer" if not to_the_end else "logits" if self.head.is_identity else "head"
+        states = self._captures.run(inputs, stack, numbers, end)
         captured: dict[int | None, Tensor] = {}
-        with contextlib.ExitStack() as hooks:
-            for place, names in numbers.items():
-                hook = keep_output(captured, names, last=not to_the_end and place == max(numbers))
-                hooks.callback(stack[place].register_forward_hook(hook).remove)
-            try:
-                if self.head.is_identity:
-                    final = causal_lm(**inputs, use_cache=False).logits
-                else:
-                    final = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
-                if to_the_end:
-                    captured[None] = final
-            except _LayerReachedError:
-                pass
+        for place in numbers.keys() & states.keys():
+            captured |= dict.fromkeys(numbers[place], states[place])
         for number in wanted - captured.keys():
             raise FastforgetError(f"layer {number} did not run in this forward: switch layer drop off")
+        if to_the_end:
+            # autocast leaves the states in another dtype than the head's, and casts both
+            captured[None] = states[None] if self.head.is_identity else states[None].to(self.head.weight.dtype)
         return {layer: state[positions] for layer, state in captured.items()}
 
     def layer(self, number: int) -> nn.Module:
@@ -214,17 +205,21 @@ class Backbone:
         short = {"input_ids": inputs["input_ids"][:1, -CHECK_TOKENS:]}
         if set(inputs) - {"input_ids", "attention_mask", "position_ids"}:
             short = {key: value[:1] if value.shape[:1] == (size,) else value for key, value in inputs.items()}
-        with torch.no_grad(), without_dropout(self.model):
-            own = causal_lm(**short, use_cache=False).logits.float()
-            output = causal_lm.base_model(**short, use_cache=False)
-            hidden = getattr(output, "last_hidden_state", None)
-            fits = hidden is not None and hidden.shape[-1] == self.head.weight.shape[1]
-            ours = (
-                self.head.logits(hidden[..., -own.shape[1] :, :])
-                if fits and hidden is not None
-                else torch.full_like(own, torch.nan)
-            )
-        precision = {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.head.weight.dtype, 2e-2)
+        with torch.no_grad(), without_dropout(self.model), uncompiled():
+            own, dtype = self._captures.logits_and_dtype(short)
+            own = own.float()
+            try:
+                hidden = self._captures.run(short, nn.ModuleList(), (), "head").get(None)
+            except (
+                RuntimeError,
+                TypeError,
+                ValueError,
+                IndexError,
+            ):  # what follows the head wants logits of their size
+                hidden = None
+            fits = hidden is not None and hidden.shape == (*own.shape[:2], self.head.weight.shape[1])
+            ours = self.head.logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
+        precision = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
         if not own.isfinite().all():
             raise NonFiniteLossError(
                 "the model's own logits are not finite on the first batch: the model itself is broken"

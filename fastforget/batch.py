@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
+from fastforget.packing import IGNORE_INDEX as IGNORE_INDEX
+from fastforget.packing import unpacked
 
-IGNORE_INDEX = -100  # a label that does not count
 Batch = Mapping[str, Any]  # tensors by name; a companion batch under its stream's name; anything else for the model
 FLAT_KEYS = ("role", "example_id")  # of a flat batch; never passed to the model
 COMPANIONS = ("refusal", "mismatch")  # keys of a side's batch that hold batches of their own
@@ -127,6 +128,7 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
     what = f"{name} needs input_ids, attention_mask and labels, tensors (B, T)"
     if not isinstance(batch, Mapping):
         raise FastforgetError(f"{what}: it is a {type(batch).__name__}")
+    batch = unpacked(batch)
     inputs = {key: value for key, value in batch.items() if key not in ("labels", *FLAT_KEYS, *COMPANIONS)}
     for key in ("input_ids", "labels", "attention_mask"):
         value = batch.get(key)
@@ -290,6 +292,13 @@ def split_roles(batch: Batch) -> tuple[Batch, Batch | None]:
     retain = sides["retain"]
     has_retain = len(retain["input_ids"]) or any(stream in retain for stream in COMPANIONS)
     return sides["forget"], retain if has_retain else None
+
+
+def sides_of(forget: Any, retain: Batch | None) -> tuple[Any, Batch | None]:
+    """The two sides of what was given: a pair, or a flat batch in the first one's place."""
+    if isinstance(forget, Mapping) and "role" in forget and retain is None:
+        return split_roles(forget)
+    return forget, retain
 
 
 def count_labels(micro_batches: Iterable[Batch | tuple[Batch | None, Batch | None]]) -> LabelCounts:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastforget.backbone import Backbone, training_flags_restored
+from fastforget.captures import let_graphs_see_hooks
 from fastforget.errors import FastforgetError
 from fastforget.fusing import LayerForward
 from fastforget.head import base_causal_lm
@@ -131,7 +132,7 @@ def set_up_dynamo() -> None:
     import torch._dynamo.config as config
 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    config.skip_nnmodule_hook_guards = False
+    let_graphs_see_hooks()
 
 
 def try_layers(model: nn.Module) -> None:

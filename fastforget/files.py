@@ -27,6 +27,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield scratch
         to_disk(scratch)
         scratch.replace(path)
+        to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -57,6 +58,26 @@ def replaced_together(folder: Path) -> Iterator[Path]:
     settle(folder)
 
 
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder beside `folder`; with all that lies in it, it takes its place at the end.
+
+    A process that is killed on the way leaves at most the scratch folder, which the next writer of `folder` removes.
+    """
+    scratch = folder.with_name(f".{folder.name}{PART}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in scratch.rglob("*"):
+            to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+        to_disk(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def settle(folder: Path) -> None:
     """Finish, or clear away, what a writer that was killed left in a folder."""
     shutil.rmtree(folder / PART, ignore_errors=True)
@@ -72,9 +93,12 @@ def settle(folder: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's content is on the disk: only then may it take another's place."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file's content, or a folder's names, are on the disk: only then may it take another's place."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_regular(place: Path) -> None:

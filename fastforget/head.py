@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastforget.errors import FastforgetError
 
@@ -106,8 +107,29 @@ class LMHead:
         return cls(embeddings.weight, bias, scale, softcap)
 
 
+def wrapped_module(model: nn.Module) -> nn.Module | None:
+    """The module one level down in a wrapper of torch's (compiled, several devices); None where there is none."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        return model.module
+    return model._modules.get("_orig_mod")  # of torch.compile's wrapper, whose class takes seconds to import
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch's wrappers: a PeftModel, or the transformers model itself."""
+    inner = wrapped_module(model)
+    return model if inner is None else unwrapped(inner)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile took the model, a wrapper of it, or what is inside."""
+    inner = wrapped_module(model)
+    compiled = "_orig_mod" in model._modules or model._compiled_call_impl is not None
+    return compiled or (inner is not None and is_compiled(inner))
+
+
 def base_causal_lm(model: Any) -> Any:
-    """The transformers model inside PEFT's wrapper, adapters still injected."""
+    """The transformers model inside torch's and PEFT's wrappers, adapters still injected."""
+    model = unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

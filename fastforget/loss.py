@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
-from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, split_roles, total_counts
+from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, sides_of, total_counts
 from fastforget.errors import FastforgetError
-from fastforget.loss_plan import SIDES, ForwardPlan, StreamPlan, plan_loss
+from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, plan_loss
 from fastforget.objectives import (
     LOGP,
     Divergence,
@@ -27,6 +29,7 @@ from fastforget.objectives import (
     weight_at,
 )
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
 from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_sides, check_streams, join, prepared_parts, seen_by
 from fastforget.term_state import TermStates
@@ -55,6 +58,10 @@ class UnlearnLoss:
         terms: a list of terms, or a preset's name.
         backend: "auto", "triton", "native", "torch" or "eager".
         reference_cache_bytes: limit of the reference's cache on the CPU; 0 switches it off (streamed data).
+        reference_cache_folder, reference_cache_folder_bytes: a folder in which entries of the cache lie too, up to a
+            limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
+        reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off. Terms
+            that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
 
@@ -70,6 +77,9 @@ class UnlearnLoss:
         *,
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
+        reference: nn.Module | None = None,
     ) -> None:
         self.terms = named_terms(preset(terms) if isinstance(terms, str) else terms)
         self.backend = backend
@@ -79,7 +89,16 @@ class UnlearnLoss:
             term.check_ready()
         self.backbone.check_layers(layers_of(self.terms.values()))
         self.plan = plan_loss(self.terms)
-        self.reference = Reference(self.backbone, reference_cache_bytes) if self.plan.asks_reference else None
+        self.reference: Reference | None = None
+        if self.plan.asks_reference:
+            frozen = self.backbone if reference is None else Backbone(reference)
+            if reference is not None:
+                check_separate(self.backbone, frozen, self.plan)
+            folder = None
+            if reference_cache_folder is not None:
+                path = Path(reference_cache_folder)
+                folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
+            self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}
@@ -102,8 +121,13 @@ class UnlearnLoss:
 
         Raises:
             FastforgetError: a batch that lacks a key, a side or a companion that a term needs, or any label; a schedule
-                that gives no weight.
+                that gives no weight; several processes run, whose counts this call does not know.
         """
+        if process_count() > 1:
+            raise FastforgetError(
+                "several processes run, and UnlearnLoss knows only this one's labels: UnlearnStep and UnlearnTrainer "
+                "count over all of them, so use one of these, or run one process"
+            )
         return add_outputs(list(self.passes(forget, retain, counts, step=step)))
 
     def passes(
@@ -116,9 +140,7 @@ class UnlearnLoss:
     ) -> Iterator[UnlearnOutput]:
         """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
-        if isinstance(forget, Mapping) and "role" in forget and retain is None:
-            forget, retain = split_roles(forget)
-        sides = {"forget": forget, "retain": retain}
+        sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
         checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
         own_counts = total_counts(checked)
         counts = counts or own_counts
@@ -262,6 +284,38 @@ class UnlearnLoss:
         if tensor not in self._constants:
             self._constants[tensor] = tensor.to(self.backbone.device)
         return self._constants[tensor]
+
+
+def check_separate(backbone: Backbone, frozen: Backbone, plan: LossPlan) -> None:
+    """Raise where a model of its own cannot be the reference of a loss.
+
+    Raises:
+        FastforgetError: it trains, it shares weights that train with the model, or its head is another one and a term
+            compares whole distributions, which are computed with one head.
+    """
+    training = {id(each) for each in backbone.model.parameters() if each.requires_grad}
+    if any(each.requires_grad or id(each) in training for each in frozen.model.parameters()):
+        raise FastforgetError("the reference has weights that train: give a frozen copy (requires_grad_(False))")
+    compared = any(
+        stream.divergences for forward in (*plan.baselines, *plan.forwards) for stream in forward.streams.values()
+    )
+    same = (
+        not backbone.head.trainable
+        and backbone.head.weight.shape == frozen.head.weight.shape
+        and torch.equal(backbone.head.weight, frozen.head.weight.to(backbone.head.weight))
+    )
+    if compared and not same:
+        raise FastforgetError(
+            "a term compares whole distributions (KL, JensUn, UNDIAL), which takes one frozen head for the model and "
+            "its reference, and here they differ or the model's trains: freeze the head (get_output_embeddings()), or "
+            "use terms of the label's log-probs (npo, grad_diff)"
+        )
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def named_terms(terms: Sequence[Term]) -> dict[str, Term]:

@@ -233,6 +233,7 @@ class Planner:
         """Our footprint."""
         skeleton, passes = self.skeleton(settings.bits), self.passes(settings)
         found = {"base": skeleton.base_bytes(settings.bits), **self.trained(skeleton)}
+        found["last good adapter"] = skeleton.adapter_bytes
         found |= {"activations": passes.activations, "head": passes.head, "working memory": passes.working}
         found["cast buffer"] = skeleton.cast_bytes(settings.bits)
         if self.device.type == "cpu":

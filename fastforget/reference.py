@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastforget.adapters import ADDED_TO_THE_BASE
 from fastforget.backbone import Backbone, every_module, without_dropout
 from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
 from fastforget.errors import FastforgetError
 from fastforget.objectives import Field
+
+if TYPE_CHECKING:
+    from fastforget.reference_folder import ReferenceFolder
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
 
@@ -41,25 +45,39 @@ def check_reference(model: Any) -> None:
     """Raise where switching the adapter off would not give the frozen model.
 
     Raises:
-        FastforgetError: no PEFT adapter, LoRA with a trained bias, or trainable weights outside the adapter.
+        FastforgetError: no PEFT adapter, one with a trained bias or whose initialisation rewrote the base, or trainable
+            weights outside the adapter.
     """
-    if not hasattr(model, "peft_config"):
+    configs = getattr(model, "peft_config", None)
+    if not configs:
         raise FastforgetError(
             "a term compares with the frozen model, which is the model with its adapter off, and this model has no "
-            "PEFT adapter: load it with fastforget.load(...), or use terms without a reference (grad_ascent, grad_diff)"
+            "PEFT adapter: load it with fastforget.load(...), give a frozen copy as reference=, or use terms without a "
+            "reference (grad_ascent, grad_diff)"
         )
-    for name, config in model.peft_config.items():
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    for name, config in configs.items():
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise FastforgetError(
                 f"adapter {name!r} trains biases (bias={bias!r}): they stay changed when the adapter is off, so the "
                 "reference would be wrong; use bias='none'"
             )
-    prefix = model.base_model.prefix
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and prefix not in name and "modules_to_save" not in name:
+        initial = getattr(config, "init_lora_weights", True)
+        if initial not in ADDED_TO_THE_BASE:
             raise FastforgetError(
-                f"{name} trains but belongs to no adapter: training would change the reference; freeze it"
+                f"adapter {name!r} was made with init_lora_weights={initial!r}, which takes its start out of the base: "
+                "with the adapter off the model is not the one to be compared with. Use init_lora_weights=True or "
+                "'gaussian', or give a frozen copy of the original as reference="
+            )
+    prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs.values()}
+    for name, parameter in model.named_parameters():
+        own = any(prefix in name for prefix in prefixes) or "modules_to_save" in name
+        if parameter.requires_grad and not own:
+            raise FastforgetError(
+                f"{name} trains but belongs to no adapter: training would change the reference; freeze it, or give a "
+                "frozen copy as reference="
             )
 
 
@@ -77,17 +95,16 @@ def reference_mode(model: Any) -> Iterator[None]:
         for parameter in module._parameters.values()
         if parameter is not None
     ]
-    tuner = model.base_model
-    active = list(model.active_adapters)
+    active = active_adapters(model, modules)
     frozen = [name for name in active if not adapter_trains(model, name)] if len(active) > 1 else []
     try:
         with torch.no_grad(), without_dropout(model):
             if frozen and len(frozen) < len(active):
-                tuner.set_adapter(frozen)
+                set_adapters(model, modules, frozen)
                 try:
                     yield
                 finally:
-                    tuner.set_adapter(active)
+                    set_adapters(model, modules, active)
             else:
                 with adapters_off(modules):
                     yield
@@ -95,6 +112,36 @@ def reference_mode(model: Any) -> Iterator[None]:
         for parameter, requires_grad in flags:
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+def active_adapters(model: Any, modules: Iterable[Any]) -> list[str]:
+    """The names of the adapters that are on: in a PeftModel, or in a model that has them without one."""
+    if hasattr(model, "get_base_model"):
+        return list(model.active_adapters)
+    return list(dict.fromkeys(name for layer in tuner_layers(modules) for name in layer.active_adapters))
+
+
+def set_adapters(model: Any, modules: Iterable[Any], names: list[str]) -> None:
+    """Switch these adapters on, and others off; PEFT changes what trains."""
+    if hasattr(model, "get_base_model"):
+        model.base_model.set_adapter(names)
+        return
+    for layer in tuner_layers(modules):
+        layer.set_adapter(names)
+
+
+def tuner_layers(modules: Iterable[Any]) -> list[Any]:
+    """The layers among the modules that PEFT put an adapter in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def frozen_mode(model: Any) -> Iterator[None]:
+    """Another model as the reference: dropout off, no gradients."""
+    with torch.no_grad(), without_dropout(model):
+        yield
 
 
 @contextlib.contextmanager
@@ -135,13 +182,25 @@ class Reference:
     """What the frozen reference says of the kept tokens of a batch.
 
     Args:
-        backbone: of the model that carries the adapter.
+        backbone: of the model that carries the adapter, or of a model that is the reference itself.
         cache_bytes: the cache's limit; least recently used examples go first, and a miss is recomputed. 0: no cache.
+        folder: where entries lie on a disk too, for other runs; only beside a cache.
+        is_model: the backbone is of the reference itself.
     """
 
-    def __init__(self, backbone: Backbone, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        check_reference(backbone.model)
+    def __init__(
+        self,
+        backbone: Backbone,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        folder: ReferenceFolder | None = None,
+        *,
+        is_model: bool = False,
+    ) -> None:
+        if not is_model:
+            check_reference(backbone.model)
         self.backbone = backbone
+        self.mode = frozen_mode if is_model else reference_mode
+        self.folder = folder if cache_bytes > 0 else None
         self.cache_bytes = cache_bytes
         self.bytes_used = 0
         # to compute the reference's embedding costs what it saves in one epoch: without a cache, or where it does not
@@ -149,6 +208,7 @@ class Reference:
         self.keeps_embeddings = cache_bytes > 0
         self.forwards = 0  # reference forwards so far
         self._cache: OrderedDict[bytes, Entry] = OrderedDict()
+        self._changed: set[bytes] = set()  # since `changes`
 
     def answers(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str = "auto") -> Entry:
         """What the reference says of a side's kept tokens, on the model's device; (n, D) in the model's dtype."""
@@ -161,6 +221,8 @@ class Reference:
                 entries[index] = entry
                 if side.keys:
                     self._keep(side.keys[index], entry)
+                    if self.folder is not None:
+                        self.folder.write(side.keys[index], entry)
         device, order = side.labels.device, range(side.sequence_count)
         return {each: torch.cat([entries[i][each].to(device, non_blocking=True) for i in order]) for each in wanted}
 
@@ -174,7 +236,7 @@ class Reference:
         fields = [request for request in wanted if isinstance(request, Field)]
         layers = {request.layer for request in wanted if isinstance(request, LayerStates)}
         layers |= {None} if fields else set()
-        with reference_mode(self.backbone.model):
+        with self.mode(self.backbone.model):
             states = self.backbone.states(inputs, positions, layers)
             values: Entry = {LayerStates(layer): state for layer, state in states.items()}
             if fields:
@@ -190,10 +252,20 @@ class Reference:
 
     def _cached(self, key: bytes, wanted: frozenset[ReferenceRequest], length: int) -> Entry | None:
         """The entry, unless it lacks something or is not of so many tokens."""
+
+        def serves(entry: Entry | None) -> bool:
+            return entry is not None and wanted <= entry.keys() and all(len(entry[each]) == length for each in wanted)
+
         entry = self._cache.get(key)
-        if entry is None or not wanted <= entry.keys() or any(len(entry[request]) != length for request in wanted):
+        if not serves(entry) and self.folder is not None:
+            entry = self.folder.read(key)
+            if entry is not None and serves(entry):
+                entry = {each: entry[each] for each in wanted}
+                self._keep(key, entry)
+        if entry is None or not serves(entry):
             return None
-        self._cache.move_to_end(key)
+        if key in self._cache:
+            self._cache.move_to_end(key)
         return dict(entry)  # the cache's own may lose its embedding while the rest of the batch is kept
 
     def _keep(self, key: bytes, entry: Entry) -> None:
@@ -206,7 +278,9 @@ class Reference:
             self.bytes_used -= entry_bytes(replaced)
             entry = replaced | entry
             size = entry_bytes(entry)
-        self._cache[key] = {request: copy_on_cpu(value) for request, value in entry.items()}
+        on_gpu = self.backbone.device.type == "cuda"
+        self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in entry.items()}
+        self._changed.add(key)
         self.bytes_used += size
         if self.bytes_used > self.cache_bytes and self.keeps_embeddings:
             self.keeps_embeddings = False
@@ -214,18 +288,41 @@ class Reference:
                 dropped = each.pop(EMBEDDING, None)
                 self.bytes_used -= 0 if dropped is None else dropped.numel() * dropped.element_size()
         while self.bytes_used > self.cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
+            key, oldest = self._cache.popitem(last=False)
+            self._changed.discard(key)
             self.bytes_used -= entry_bytes(oldest)
 
     def clear(self) -> None:
         """Forget everything cached (after the frozen weights were changed on purpose)."""
         self._cache.clear()
+        self._changed.clear()
         self.bytes_used = 0
 
+    def order(self) -> list[bytes]:
+        """The keys of the cache, the least recently used first."""
+        return list(self._cache)
 
-def copy_on_cpu(value: Tensor) -> Tensor:
-    """Copy a tensor (a slice would keep the whole batch alive), from a GPU into pinned memory, which it can read."""
-    if value.is_cuda:
+    def changes(self) -> dict[bytes, Entry]:
+        """The entries that came, or grew, since the last call."""
+        changed = {key: entry for key, entry in self._cache.items() if key in self._changed}
+        self._changed.clear()
+        return changed
+
+    def fill(self, entries: Mapping[bytes, Entry], keeps_embeddings: bool) -> None:
+        """Make the cache one of these entries, in their order, the least recently used first."""
+        self.clear()
+        self.keeps_embeddings = keeps_embeddings
+        dropped = set() if keeps_embeddings else {EMBEDDING}
+        on_gpu = self.backbone.device.type == "cuda"
+        for key, entry in entries.items():
+            kept = {request: value for request, value in entry.items() if request not in dropped}
+            self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in kept.items()}
+            self.bytes_used += entry_bytes(self._cache[key])
+
+
+def copy_on_cpu(value: Tensor, pinned: bool) -> Tensor:
+    """Copy a tensor (a slice would keep the whole batch alive), for a GPU into pinned memory, which it can read."""
+    if pinned:
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
     return value.to("cpu", copy=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fastforget import fusing
-from fastforget.batch import Batch, LabelCounts
+from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
-from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
+from fastforget.guard import Guard, GuardSettings
+from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms, process_count
 from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
+from fastforget.processes import check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
 from fastforget.term_state import TermStates
 
@@ -34,13 +38,17 @@ class UnlearnStep(torch.optim.Optimizer):
     Args:
         model: a Hugging Face causal LM, with a PEFT adapter where a term needs the reference.
         optimizer: an optimizer class, made here over the trainable parameters with `optimizer_arguments`, or an
-            optimizer that exists, which is taken over.
-        terms, backend, reference_cache_bytes: as in `UnlearnLoss`.
+            optimizer that exists, which is taken over. Parameter groups may be given as `params`.
+        terms, backend, reference_cache_bytes, reference_cache_folder, reference_cache_folder_bytes, reference: as in
+            `UnlearnLoss`.
         combine: how the gradient of the forget terms and that of the retain terms become one: "sum", "mgda" (the
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
         fuse: let the model's adapted and quantised layers run fused (`fastforget.fuse`), for good.
         first_micro_batch: what `micro_batch="auto"` begins with; default the whole batch.
+        guard: skips a step whose loss or gradient is NaN or infinite, takes back the update that led there, counts it
+            in `step.guard.skipped`, and gives up after some in a row (`fastforget/guard.py`). It keeps one more copy of
+            the trainable weights; None: no guard.
 
     Everything that `torch.optim.Optimizer` promises is the base optimizer's: `param_groups`, `state`, `state_dict`.
     A copied or unpickled step has no model; `attach` gives it one. The number of steps taken after a `backward` lies in
@@ -48,8 +56,7 @@ class UnlearnStep(torch.optim.Optimizer):
     updated after each of these steps by the values that its whole batch had.
 
     Raises:
-        FastforgetError: nothing trains, several processes run (their gradients would not be synchronised), or `combine`
-            is unknown or lacks a side.
+        FastforgetError: nothing trains, or `combine` is unknown or lacks a side.
     """
 
     def __init__(
@@ -60,9 +67,13 @@ class UnlearnStep(torch.optim.Optimizer):
         *,
         backend: str = "auto",
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        reference_cache_folder: str | os.PathLike[str] | None = None,
+        reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
+        reference: nn.Module | None = None,
         combine: str = "sum",
         fuse: bool = True,
         first_micro_batch: int | None = None,
+        guard: GuardSettings | None = GuardSettings(),  # noqa: B008 (it is frozen)
         **optimizer_arguments: Any,
     ) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -74,8 +85,13 @@ class UnlearnStep(torch.optim.Optimizer):
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             if not trainable:
                 raise FastforgetError("no parameter of the model requires a gradient: add an adapter (fastforget.load)")
-            self.base = optimizer(trainable, **optimizer_arguments)
-        self._options: dict[str, Any] = {"backend": backend, "reference_cache_bytes": reference_cache_bytes}
+            self.base = optimizer(optimizer_arguments.pop("params", trainable), **optimizer_arguments)
+        self._options: dict[str, Any] = {
+            "backend": backend,
+            "reference_cache_bytes": reference_cache_bytes,
+            "reference_cache_folder": reference_cache_folder,
+            "reference_cache_folder_bytes": reference_cache_folder_bytes,
+        }
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
         check_sides(combine, self._terms)
         warn_of_standstill(combine, self._terms)
@@ -83,11 +99,14 @@ class UnlearnStep(torch.optim.Optimizer):
         self._fuse = fuse
         check_micro_batch(first_micro_batch)
         self._first_micro_batch = first_micro_batch
+        self._guard_settings = guard
+        if guard is not None:
+            guard.check(self._terms)
         self._start()
         own = {id(parameter) for parameter in model.parameters()}
         if not any(id(parameter) in own for parameter in self._held()):
             raise FastforgetError("none of the optimizer's parameters belong to the model: a step would train nothing")
-        self.attach(model)
+        self.attach(model, reference)
 
     def _start(self) -> None:
         """What torch.optim.Optimizer keeps for itself, with the groups and the state left to the base optimizer."""
@@ -96,10 +115,12 @@ class UnlearnStep(torch.optim.Optimizer):
         self.base.defaults = defaults
         self.param_groups[0].setdefault("unlearn_steps", 0)
         self._states = TermStates(named_terms(self._terms), self.base)
+        self.guard = Guard(self._guard_settings, self.base)
         self._backward_pending = False
         self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
         self._fitting = FittingRows(self._first_micro_batch)
         self._loss: UnlearnLoss | None = None
+        self._accelerator: Any = None
         self._parameters: list[Tensor] = []  # whose gradients a failed `backward` puts back, and their ids
         self._own: set[int] = set()
 
@@ -111,14 +132,14 @@ class UnlearnStep(torch.optim.Optimizer):
         lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
     )
 
-    def attach(self, model: nn.Module) -> None:
-        """Give a step its model: at the start, or after copying or unpickling it."""
-        refuse_several_processes()
+    def attach(self, model: nn.Module, reference: nn.Module | None = None) -> None:
+        """Give a step its model, and a reference of its own: at the start, or after copying or unpickling it."""
         self._adopt(model)
         if self._fuse:
             fusing.fuse(model)
         let_inputs_require_grad(model)
-        self._loss = UnlearnLoss(model, self._terms, **self._options)
+        self._reference = reference
+        self._loss = UnlearnLoss(model, self._terms, reference=reference, **self._options)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
         self._own = set(map(id, self._parameters))
@@ -142,6 +163,11 @@ class UnlearnStep(torch.optim.Optimizer):
         self.state.update(state)
         for group in self.param_groups:
             group["params"] = [new[id(parameter)] for parameter in group["params"]]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that each forward calls, as it was given or as Accelerate wrapped it."""
+        return self.loss.backbone.outer
 
     @property
     def loss(self) -> UnlearnLoss:
@@ -183,33 +209,83 @@ class UnlearnStep(torch.optim.Optimizer):
             counts: the denominators of the whole accumulated batch, by `fastforget.count_labels`. Without them each
                 call's means are its own: over calls of different sizes those do not add up to the mean of the whole.
         """
+        processes = self._check_processes(micro_batch)
         if micro_batch == "auto":
             return self._fitting.find(
                 lambda rows: self.backward(forget, retain, micro_batch=rows, backward=backward, counts=counts),
                 lambda: row_count(forget, retain),
             )
         check_micro_batch(micro_batch)
-        refuse_several_processes()
-        parts = []
+        if backward is None:
+            backward = torch.Tensor.backward if self._accelerator is None else self._accelerator_backward(counts)
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
-        passes = self.loss.passes(forget, retain, counts, micro_batch, taken)
-        with (
-            gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]),
-            self._kept_apart(held) as pass_of,
-        ):
-            for part in passes:
-                assert part.side is not None
-                with pass_of(part.side):
-                    if backward is None:
-                        part.loss.backward()
-                    else:
-                        backward(part.loss)
-                part.loss = part.loss.detach()
-                parts.append(part)
+
+        def run(whole: LabelCounts | None) -> UnlearnOutput:
+            parts = []
+            with self._kept_apart(held) as pass_of:
+                for part in self.loss.passes(forget, retain, whole, micro_batch, taken):
+                    assert part.side is not None
+                    with pass_of(part.side):
+                        backward(part.loss * processes if processes > 1 else part.loss)
+                    part.loss = part.loss.detach()
+                    parts.append(part)
+            return add_outputs(parts)
+
+        with gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]):
+            if processes == 1:
+                out = run(counts)
+            else:
+                out = run_together(
+                    self.model,
+                    self.loss.terms,
+                    held,
+                    lambda: counts or count_labels([sides_of(forget, retain)]),
+                    run,
+                    self.loss.backbone.device,
+                )
         self._backward_pending = True
-        out = add_outputs(parts)
         self._states.note(out.terms, is_part=counts is not None)
+        self.guard.note(out, is_part=counts is not None)
         return out
+
+    def _check_processes(self, micro_batch: MicroBatch) -> int:
+        """How many processes train together; raises for what they cannot do."""
+        check_parallel(self.loss.backbone.outer)
+        processes = process_count()
+        if processes > 1:
+            for refused, what in (
+                (micro_batch == "auto", "micro_batch='auto'"),
+                (self._combine != "sum", f"combine={self._combine!r}"),
+                (bool(self.loss.plan.baselines), "a term that takes a mean over one call's batch (KTO)"),
+            ):
+                if refused:
+                    raise FastforgetError(f"{what} does not work over several processes yet: run one process")
+        return processes
+
+    def prepare(self, accelerator: Any) -> None:
+        """Hand the model and the optimizer over to an `accelerate.Accelerator`; the step itself stays what is called.
+
+        The model is then placed, wrapped and run in Accelerate's precision (`step.model` is the wrapped one), and
+        `step`, `zero_grad` and `backward` follow its accumulation and its scaler: within
+        `accelerator.accumulate(step.model)` an update comes after every so many calls. Each call's means are its own,
+        and the update takes their mean, unless `counts` are given, of all these calls' batches: then it is the mean of
+        the whole. `accelerator.save_state` and `load_state` include the step.
+
+        Raises:
+            FastforgetError: it was prepared before.
+        """
+        if self._accelerator is not None:
+            raise FastforgetError("this step was prepared already: prepare it once")
+        model = accelerator.prepare_model(self.model)
+        self.base = accelerator.prepare_optimizer(self.base)
+        self._accelerator = accelerator
+        self.attach(model, self._reference)
+
+    def _accelerator_backward(self, counts: LabelCounts | None) -> Callable[[Tensor], None]:
+        """Accelerate's backward; with `counts` losses are shares already, and are not divided once more."""
+        accelerator = self._accelerator
+        factor = 1 if counts is None else accelerator.gradient_accumulation_steps
+        return lambda loss: accelerator.backward(loss * factor)
 
     def rows_at_once(self, micro_batch: MicroBatch) -> int | None:
         """The number that a `micro_batch` is by now; None: there is no limit."""
@@ -231,21 +307,47 @@ class UnlearnStep(torch.optim.Optimizer):
             raise
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """The base optimizer's step. Without a `backward` before it no counter moves."""
-        result = self.base.step() if closure is None else self.base.step(closure)
-        if self._backward_pending:
+        """The base optimizer's step. Without a `backward` before it no counter moves, and nothing is guarded.
+
+        Raises:
+            NonFiniteLossError, RetainNLLError: the guard gives up, by what the step before computed. The weights are
+                the last good ones.
+        """
+        accelerator = self._accelerator
+        if accelerator is not None and not accelerator.sync_gradients:
+            return None  # the gradients of more calls are to come
+        # a scaler looks for infinite gradients itself, to lower its scale
+        guarded = self._backward_pending and (accelerator is None or accelerator.scaler is None)
+        if guarded:
+            self.guard.before_update()
+        result = self.base.step() if closure is None else self.base.step(self.guard.around(closure))
+        if self._backward_pending and not (accelerator is not None and accelerator.optimizer_step_was_skipped):
+            stands = self.guard.after_update() if guarded else None
             self.param_groups[0]["unlearn_steps"] += 1
-            self._states.update()
+            self._states.update(stands)
             self._backward_pending = False
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base optimizer's; a `step` after it has no `backward` before it."""
         self.base.zero_grad(set_to_none=set_to_none)
+        if self._accelerator is not None and not self._accelerator.sync_gradients:
+            return
         if self._gradients is not None:
             self._gradients.cleared(self._held())
         self._backward_pending = False  # a scaler may have skipped the step
+        self.guard.without_update()
         self._states.forget()
+
+    def train(self) -> None:
+        """Put a schedule-free base optimizer, which has modes, into its training mode."""
+        if callable(switch := getattr(self.base, "train", None)):
+            switch()
+
+    def eval(self) -> None:
+        """Put a schedule-free base optimizer into its evaluation mode: the weights are then those to be used."""
+        if callable(switch := getattr(self.base, "eval", None)):
+            switch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base optimizer's."""
@@ -262,7 +364,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch")
+        kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch", "_guard_settings")
         return {"base": self.base, **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -279,16 +381,3 @@ def check_micro_batch(micro_batch: Any) -> None:
     """Raise for a number of rows that is none."""
     if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
         raise FastforgetError(f"micro_batch must be at least 1, 'auto' or None, not {micro_batch!r}")
-
-
-def refuse_several_processes() -> None:
-    """Raise rather than train on gradients that no process shares with another."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise FastforgetError(
-            "several processes run, and gradients of an unlearning step are not synchronised between them yet: run one "
-            "process"
-        )

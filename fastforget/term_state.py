@@ -64,13 +64,17 @@ class TermStates:
             value = values[name].detach()
             self._values[name] = self._values[name] + value if name in self._values else value
 
-    def update(self) -> None:
-        """After an optimizer step: the scalars of each term that this step's batch had a value for."""
+    def update(self, stands: Tensor | None = None) -> None:
+        """After an optimizer step: the scalars of each term that this step's batch had a value for.
+
+        stands: () bool; False where the step was skipped, and its values are no numbers.
+        """
         states, group = self.current(), self.group
         for name, value in self._values.items():
             changed = self.terms[name].next_state(states[name], value / max(self._means, 1))
             for scalar, new in changed.items():
-                group[key_of(name, scalar)] = new.to(torch.float32)
+                new = new.to(torch.float32)
+                group[key_of(name, scalar)] = new if stands is None else torch.where(stands, new, states[name][scalar])
         self.forget()
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.loop import JobSettings, run_job
 
 pytestmark = pytest.mark.usefixtures("short_continuations")
@@ -101,7 +102,7 @@ def test_the_job_fine_tunes_and_subtracts(tiny, tokenizer, passages, tmp_path):
         torch.manual_seed(3)
         model = ff.load(tiny["llama"], bits=32, lora={"r": 4})
         saving = JobSettings(**settings, save_steps=3)
-        result = run_job(model, tokenizer, examples, None, terms, saving, out=tmp_path / name)
+        result = run_job(model, tokenizer, examples, None, terms, saving, checkpoints=Checkpoints(tmp_path / name))
         assert result.forget_nll[-1] < result.forget_nll[0]
         runs[name] = {key: value.detach() for key, value in model.named_parameters() if "lora_" in key}
     tuned = runs["tuned"]

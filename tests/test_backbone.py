@@ -70,7 +70,7 @@ def test_an_rmu_step_runs_no_later_layer_and_no_head(tiny, batch, bits, count_ca
     calls[:] = [0] * 4
     terms = [*ff.preset("rmu", layer=0), ff.CE()]
     out = ff.UnlearnLoss(model, terms)(batch(2, 1), batch(2, 2))
-    assert calls[0] == 5 and calls[1] == calls[2] == 3 and calls[3] == 1, "of these two layers' runs check the head"
+    assert calls[0] == 5 and calls[1:] == [3, 3, 3], "of these two runs check the head"
     assert out.stats.keys() == {"retain_nll"}
 
 

@@ -23,7 +23,7 @@ def test_an_update_that_breaks_the_model_is_no_success(run, tmp_path, save_steps
     arguments[arguments.index("--max-steps") + 1] = "1"
     code, text, errors = run(*arguments)
     assert code == 2 and len(errors) == 1, errors
-    assert re.search(r"became nan after the update of step 1 of 1; .* after 0 steps \(a lower --learn", errors[0])
+    assert re.search(r"became inf after the update of step 1; .* after 0 steps \(a lower learning rate", errors[0])
     assert not (tmp_path / "out").exists() and "still knows" not in text
 
 
@@ -64,7 +64,7 @@ def test_unlearn_without_retain_in_8_bit(run, tmp_path):
         (["--lora-targets", ","], "--lora-targets is empty"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
         (["--chat-template"], "chat template"),
-        (["--learning-rate", "1e38", "--max-steps", "9"], "became (nan|inf) at step 2 of 9"),
+        (["--learning-rate", "1e38", "--max-steps", "9"], "weights became inf after the update of step 1;"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, more, message):
@@ -165,7 +165,7 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
     out = tmp_path / "out"
     code, _, errors = run(*unlearn(out, "--preset", "breaks", "--max-steps", "9"))
     assert code == 2 and len(errors) == 1
-    assert "became nan at step 4 of 9" in errors[0] and f"it is saved in {out}" in errors[0]
+    assert "became nan at step 4;" in errors[0] and f"it is saved in {out}" in errors[0]
     weights = load_file(out / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values()) and not (out / "report.json").exists()
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
@@ -176,9 +176,9 @@ FLAGS = """--config --help --forget --retain --forget-column --retain-column --f
     --forget-subset --retain-subset --forget-format --retain-format --streaming --chat-template --max-length
     --measured-passages
     --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
-    --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --stop-forget-nll
-    --until --combine
-    --preset --preset-option --refusals --out --save-steps --overwrite --quiet""".split()
+    --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --reference-cache
+    --stop-forget-nll --max-retain-nll --until --combine
+    --preset --preset-option --refusals --out --save-steps --keep-checkpoints --overwrite --quiet --resume""".split()
 DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --overwrite --quiet --out""".split()
 
 

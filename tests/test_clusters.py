@@ -11,6 +11,7 @@ from safetensors import safe_open
 import fastforget as ff
 from fastforget import clusters
 from fastforget.clusters import CENTRES_FILE, cluster_centres, fit_centres, k_means, save_centres
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.loop import JobSettings, run_job
 from fastforget.objectives import CentreRequest, StateRequest
 
@@ -112,7 +113,15 @@ def test_a_job_finds_saves_and_returns_its_centres(model, tokenizer, passages, t
     terms = ff.preset("distance_cluster", k=3)
     with pytest.raises(ff.FastforgetError, match="needs expected outputs"):
         run_job(model, tokenizer, forget, None, terms[:2], JobSettings(max_steps=2))
-    run_job(model, tokenizer, forget, retain, terms, JobSettings(max_steps=2, save_steps=2), out=tmp_path)
+    run_job(
+        model,
+        tokenizer,
+        forget,
+        retain,
+        terms,
+        JobSettings(max_steps=2, save_steps=2),
+        checkpoints=Checkpoints(tmp_path),
+    )
     saved = ff.load_centres(tmp_path / "checkpoint-2")
     assert len(saved) == 1 and saved[0].shape == (3, 64) and torch.equal(saved[0], terms[1].centres)
     with safe_open(tmp_path / "checkpoint-2" / CENTRES_FILE, framework="pt") as file:

@@ -74,13 +74,14 @@ POOL = {
     "--device": ("cpu", "cuda:99", "meta", "banana", *TEXTS),
     "--lora-targets": ("auto", "all-linear", "q_proj,,", ",", *TEXTS),
     "--bits": ("8", "16", *NUMBERS),
+    "--reference-cache": TEXTS,
     **dict.fromkeys(
         """--learning-rate --epochs --max-steps --batch-size --micro-batch --seed --save-steps --stop-forget-nll
-        --max-length --measured-passages --lora-r --lora-alpha""".split(),
+        --max-length --measured-passages --lora-r --lora-alpha --keep-checkpoints --max-retain-nll""".split(),
         NUMBERS,
     ),
     **dict.fromkeys(
-        "--overwrite --quiet --streaming --chat-template --no-chat-template --allow-missing-weights".split()
+        "--overwrite --resume --quiet --streaming --chat-template --no-chat-template --allow-missing-weights".split()
     ),
 }
 

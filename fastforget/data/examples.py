@@ -80,12 +80,15 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 
 
 def cycle(
-    examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int
+    examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int, skip: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches without end, reshuffled at each pass; the last batch of a pass may be shorter.
 
     Forget and retain sets are cycled independently of each other, so neither is cut to the other's length. A stream
     is read again at its end, and shuffled within a buffer of `SHUFFLE_BUFFER` examples: no more are in memory.
+
+    Args:
+        skip: so many batches are left out at the beginning, those that a job which goes on has had.
 
     Raises:
         FastforgetError: at the first batch, where there is no example; or what reading a stream raises.
@@ -99,6 +102,9 @@ def cycle(
         count = 0
         while batch := list(islice(one_pass, batch_size)):
             count += len(batch)
+            if skip > 0:
+                skip -= 1
+                continue
             yield collate(batch, pad_token_id)
         if not count:  # or this loop would turn for ever
             raise FastforgetError("there are no examples to take batches of")

@@ -1,1 +1,1 @@
-"""Adapters to training frameworks (HF Trainer, TRL, Accelerate); empty until their issue."""
+"""Adapters to training frameworks: the Trainer of transformers, and trainers derived from it."""

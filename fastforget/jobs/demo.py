@@ -27,11 +27,12 @@ from fastforget.evaluate.report import (
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.evaluate import robust_rows
-from fastforget.jobs.loop import JobResult, run_job, shown_nll
+from fastforget.jobs.loop import run_job, shown_nll
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
 from fastforget.jobs.running import measure, progress_bar, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
+from fastforget.jobs.state import JobResult
 from fastforget.jobs.subjects import DemoScale, small_subject
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of, subtraction

@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,21 @@ from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
 from fastforget.data.examples import Example, ExampleStream, cycle
 from fastforget.data.refusals import REFUSALS
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.errors import FastforgetError, RetainNLLError
+from fastforget.guard import copy
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
+from fastforget.jobs.state import JobResult, JobState, Pace
 from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import MicroBatch, UnlearnStep
 
-WARMUP_STEPS = 10
 STREAM_EXAMPLES_FOR_CENTRES = 1024
 MAX_GRAD_NORM = 1.0
 Progress = Callable[[int, int, UnlearnOutput], None]  # (step, of how many, its output)
-
-
-@dataclass
-class JobResult:
-    """What happened, step by step; NLLs are means per label token of that step's batch, before its update."""
-
-    stopped: str = ""  # why the job ended
-    steps: int = 0  # updates taken
-    seconds: float = 0.0
-    forget_nll: list[float] = field(default_factory=list)
-    retain_nll: list[float] = field(default_factory=list)
 
 
 def run_job(
@@ -54,11 +44,12 @@ def run_job(
     terms: Sequence[Term],
     settings: JobSettings,
     *,
-    out: Path | None = None,
     progress: Progress | None = None,
     refusals: Sequence[str] = REFUSALS,
     max_length: int | None = None,
     never_trained: float | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> JobResult:
     """Unlearn `forget` in the model's adapter, in place.
 
@@ -67,9 +58,10 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` checkpoints go to `out/checkpoint-STEP`. With `until` a step's forget passages are those that are
-    still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages that the model never
-    saw, where there are any.
+    With `save_steps` a checkpoint is written every so many steps, and with `resume` the job goes on from the last one,
+    if there is any, and ends as if it had never stopped (`jobs/checkpoints.py`). With `until` a step's forget passages
+    are those that are still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages
+    that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -99,28 +91,39 @@ def run_job(
             raise FastforgetError("until needs a forget set that is no stream: leave --streaming or --until out")
         level = level_of(settings.until, never_trained)
         until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
+    saved = checkpoints.to_resume() if checkpoints is not None and resume else None
     step = UnlearnStep(
         model,
         torch.optim.AdamW,
         terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
+        reference_cache_folder=settings.reference_cache,
         combine=settings.combine,
-        first_micro_batch=settings.micro_batch,
+        first_micro_batch=settings.micro_batch if saved is None else saved.job["rows"],
+        guard=settings.guard,
         lr=settings.learning_rate,
         weight_decay=0.0,
     )
     pace = Pace(total, settings.decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(step, pace.factor)
-    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed)
-    retain_batches = cycle(retain, settings.batch_size, pad, settings.seed + 1) if retain and uses_retain else None
     micro_batch: MicroBatch = "auto" if settings.auto_micro_batch else settings.micro_batch
     result = JobResult()
-    start = time.perf_counter()
+    state = JobState(model, step, scheduler, pace, companions, until, result)
+    if saved is not None:
+        state.restore(saved.job)
+        if step.loss.reference is not None and saved.reference is not None:
+            step.loss.reference.fill(**saved.reference)
+    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed, skip=pace.number)
+    retain_batches = (
+        cycle(retain, settings.batch_size, pad, settings.seed + 1, skip=pace.number) if retain and uses_retain else None
+    )
+    start = time.perf_counter() - result.seconds
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(training_flags_restored(model))
         afterwards.callback(step.zero_grad)
+        afterwards.enter_context(subtracted_at_last(model, terms))
+        afterwards.enter_context(stopped_at_the_bound(result))
         model.train()
-        good = snapshot(trainable)
         for number in pace:
             batches = (
                 companions.attach("forget", next(forget_batches)),
@@ -129,11 +132,8 @@ def run_job(
             out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
                 until.note()
-            norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
-            what = first_not_finite({**numbers_of(out_step), "gradient": norm})
-            if what is not None:  # the last update led here, and is taken back
-                result.steps = max(0, number - 2)
-                raise take_back(model, terms, trainable, good, f"the {what} at step {number} of {total}", result.steps)
+            torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
+            step.guard.check()
             for side in ("forget", "retain"):
                 if f"{side}_nll" in out_step.stats:
                     getattr(result, f"{side}_nll").append(float(out_step.stats[f"{side}_nll"]))
@@ -142,7 +142,6 @@ def run_job(
                     f"forget NLL {result.forget_nll[-1]:.2f} >= {settings.stop_forget_nll:g} at step {number}"
                 )
                 break
-            good = snapshot(trainable)
             step.step()
             step.zero_grad()
             scheduler.step()
@@ -152,57 +151,26 @@ def run_job(
                 elif until.finished(model, number):
                     pace.decay_from(number)
                     until.take_all()
-            saves = out is not None and settings.save_steps is not None and number % settings.save_steps == 0
+            saves = checkpoints is not None and settings.save_steps is not None and number % settings.save_steps == 0
             if saves or number == pace.last:
-                what = what_the_update_broke(model, step, batches, step.rows_at_once(micro_batch), trainable)
-                if what is not None:
-                    result.steps = number - 1
-                    where = f"the {what} after the update of step {number} of {total}"
-                    raise take_back(model, terms, trainable, good, where, result.steps)
+                check_update(model, step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
             if progress is not None:
                 progress(number, pace.last, out_step)
-            if out is not None and saves:
-                values = snapshot(trainable)
-                subtract(model, terms)
-                save_adapter(model, tokenizer, out / f"checkpoint-{number}")
-                save_centres(terms, out / f"checkpoint-{number}")
-                restore(trainable, values)
-        subtract(model, terms)
-        result.stopped = result.stopped or f"all {result.steps} steps taken"
-        if until is not None:
-            result.stopped = f"{until.final(model)}; {result.stopped}"
+            if checkpoints is not None and saves:
+                result.seconds = time.perf_counter() - start
+
+                def save(folder: Path) -> None:
+                    with subtracted(model, terms, trainable):
+                        save_adapter(model, tokenizer, folder)
+                    save_centres(terms, folder)
+
+                checkpoints.write(number, state.collect(), step.loss.reference, save)
+    result.stopped = result.stopped or f"all {result.steps} steps taken"
+    if until is not None:
+        result.stopped = f"{until.final(model)}; {result.stopped}"
     result.seconds = time.perf_counter() - start
     return result
-
-
-class Pace:
-    """The steps of a job, numbered from 1, and the learning rate's factor: it rises, stays, and falls to 0 at the end.
-
-    Args:
-        steps: at most so many.
-        decay: the share of the steps over which it falls; what is before may turn out to be shorter (`decay_from`).
-    """
-
-    def __init__(self, steps: int, decay: float) -> None:
-        self.last, self.decay = steps, decay
-        self.decays_from = steps - round(decay * steps)
-
-    def __iter__(self) -> Iterator[int]:
-        number = 0
-        while number < self.last:
-            number += 1
-            yield number
-
-    def decay_from(self, step: int) -> None:
-        """Let the rate fall from this step on, over as many as `decay` makes of the steps so far."""
-        self.decays_from = step
-        self.last = min(self.last, step + round(step * self.decay / (1.0 - self.decay)))
-
-    def factor(self, done: int) -> float:
-        """Return the factor of the step after `done` steps."""
-        falling = (self.last - done) / max(1, self.last - self.decays_from)
-        return min(1.0, (done + 1) / WARMUP_STEPS, max(0.0, falling))
 
 
 def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
@@ -211,40 +179,24 @@ def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
     return {"loss": output.loss, **nlls}
 
 
-def first_not_finite(numbers: Mapping[str, Tensor]) -> str | None:
-    """Say what became no finite number ("loss became nan"); None where all are finite."""
-    values = ((name, float(number)) for name, number in numbers.items())
-    return next((f"{name} became {value}" for name, value in values if not math.isfinite(value)), None)
-
-
 @torch.no_grad()
-def what_the_update_broke(
-    model: Any,
-    step: UnlearnStep,
-    batches: tuple[Batch, Batch | None],
-    micro_batch: int | None,
-    trainable: Sequence[Tensor],
-) -> str | None:
-    """Say what is no finite number since the last update; None where it broke nothing.
+def check_update(
+    model: Any, step: UnlearnStep, batches: tuple[Batch, Batch | None], micro_batch: int | None, number: int
+) -> None:
+    """See whether the last update broke something: weights that are finite may be too large to compute with.
 
-    Weights that are finite may still be too large to compute with: one more forward of the step's own batch shows it.
+    One more forward of the step's own batch shows it.
+
+    Raises:
+        NonFiniteLossError, RetainNLLError: it did, and is taken back.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in trainable):
-        return "adapter's weights became NaN or infinite"
-    taken = step.param_groups[0]["unlearn_steps"] - 1
+    step.guard.settle()
     with without_dropout(model):  # nothing is drawn: a job does not depend on how often it is saved
-        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=taken))
-    return first_not_finite(numbers_of(add_outputs(parts)))
-
-
-def take_back(
-    model: Any, terms: Sequence[Term], trainable: Sequence[Tensor], good: Sequence[Tensor], what: str, steps: int
-) -> NonFiniteLossError:
-    """Put the last good adapter back; return the error to raise, which says what happened and where."""
-    restore(trainable, good)
-    subtract(model, terms)
-    advice = f"the adapter is as it was after {steps} steps (a lower --learning-rate may help)"
-    return NonFiniteLossError(f"{what}; {advice}", steps)
+        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=number - 1))
+    bad = step.guard.verdict({name: float(value) for name, value in numbers_of(add_outputs(parts)).items()})
+    if bad is not None:
+        raise step.guard.give_up(bad[0], f"{bad[1]} after the update of step {number}")
+    step.guard.accept()
 
 
 def shown_nll(output: UnlearnOutput) -> str:
@@ -268,7 +220,8 @@ def expected_outputs(
 
 
 def check_stopping(terms: Sequence[Term], settings: JobSettings) -> None:
-    """Raise where the job is to stop at a forget NLL that is not computed, or that falls."""
+    """Raise where the job is to stop at an NLL that is not computed, or at a forget NLL that falls."""
+    settings.guard.check(terms)
     if settings.until is not None and subtraction(terms) is not None:
         raise FastforgetError("until: a task vector forgets only when it is subtracted, at the end; give max-steps")
     if settings.stop_forget_nll is None:
@@ -287,13 +240,30 @@ def subtract(model: Any, terms: Sequence[Term]) -> None:
         task_vector(model, alpha)
 
 
-def snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copy the adapter's weights."""
-    return [parameter.detach().clone() for parameter in parameters]
+@contextlib.contextmanager
+def stopped_at_the_bound(result: JobResult) -> Iterator[None]:
+    """End the job, with what it has, where the retain NLL rises above its bound."""
+    try:
+        yield
+    except RetainNLLError as error:
+        result.steps, result.stopped = error.good_steps, str(error)
 
 
-@torch.no_grad()
-def restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put a snapshot back."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+@contextlib.contextmanager
+def subtracted_at_last(model: Any, terms: Sequence[Term]) -> Iterator[None]:
+    """Negate the adapter at the end where the terms are those of a task vector, whatever ended the job."""
+    try:
+        yield
+    finally:
+        subtract(model, terms)
+
+
+@contextlib.contextmanager
+def subtracted(model: Any, terms: Sequence[Term], trainable: Sequence[Tensor]) -> Iterator[None]:
+    """Let the adapter be what it would be at the end; it is put back."""
+    values = [parameter.detach().clone() for parameter in trainable]
+    subtract(model, terms)
+    try:
+        yield
+    finally:
+        copy(trainable, values)

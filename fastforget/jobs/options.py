@@ -19,6 +19,7 @@ from fastforget.config import IN_PYTHON, Help, placeholder, plain
 from fastforget.data.formats import FORMATS
 from fastforget.data.sources import Source, check_source
 from fastforget.errors import FastforgetError
+from fastforget.guard import GuardSettings
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
@@ -30,7 +31,8 @@ LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes the fewest
 LARGEST_RANK = 2**16
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
-NOT_OF_THE_RUN = ("overwrite", "quiet", "console")  # a permission for one folder, and what is printed where
+NOT_OF_THE_RUN = ("overwrite", "resume", "quiet", "console")  # what may happen to one folder, and what is printed where
+NOT_OF_THE_RESULT = ("out", "save_steps", "keep_checkpoints")  # a job that resumes may have others
 
 Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a dataset; or rows, each a str or a dict
 
@@ -81,8 +83,9 @@ class JobSettings:
     steps, stays, and falls linearly to 0 over the last `decay` of the steps, in which the output settles: without that
     it is full of loops. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
-    several nats, and driving the NLL far beyond that only ruins the output. `until` leaves passages out of the steps
-    that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
+    several nats, and driving the NLL far beyond that only ruins the output. `max_retain_nll` ends it at the first step
+    whose retain batch has an NLL above that, with the last adapter that was below. `until` leaves passages out of the
+    steps that the model no longer predicts, and lets the learning rate fall as soon as all are gone (`jobs/until.py`):
     "gone", or "em=LEVEL" for an exact memorisation of at most that level. `combine` is `UnlearnStep`'s.
 
     Raises:
@@ -100,8 +103,15 @@ class JobSettings:
     auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
     save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
+    keep_checkpoints: Annotated[int | None, Help("Checkpoints that are kept, the last ones.", OUTPUT)] = None
+    reference_cache: Annotated[
+        str | os.PathLike[str] | None, Help("Folder that keeps what the frozen model said, for other jobs.", TRAINING)
+    ] = None
     stop_forget_nll: Annotated[
         float | None, Help("Stop at a step whose forget batch has this NLL (nats per token).", TRAINING)
+    ] = None
+    max_retain_nll: Annotated[
+        float | None, Help("Stop, with the adapter before, where a retain batch's NLL is above this.", TRAINING)
     ] = None
     until: Annotated[
         str | None, Help("Let it end once every passage is gone: gone, or em=LEVEL of exact memorisation.", TRAINING)
@@ -117,13 +127,27 @@ class JobSettings:
             raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {self.combine!r}")
         if not 0.0 <= self.decay < 1.0:
             raise FastforgetError(f"decay must be at least 0 and less than 1, not {self.decay}")
-        for name in ("learning_rate", "epochs", "max_steps", "batch_size", "micro_batch", "save_steps"):
+        for name in (
+            "learning_rate",
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "micro_batch",
+            "save_steps",
+            "keep_checkpoints",
+        ):
             value, largest = getattr(self, name), LARGEST_RATE if name == "learning_rate" else LARGEST
             if value is not None and not 0 < value <= largest:
                 raise FastforgetError(f"{name.replace('_', '-')} must be positive and at most {largest:g}, not {value}")
         check_seed(self.seed)
         if self.stop_forget_nll is not None and not math.isfinite(self.stop_forget_nll):
             raise FastforgetError(f"stop-forget-nll must be a finite number, not {self.stop_forget_nll}")
+        self.guard  # noqa: B018 (it checks its numbers)
+
+    @property
+    def guard(self) -> GuardSettings:
+        """Return when the step gives up: a job is the same each time, so NaN would come again."""
+        return GuardSettings(bad_steps=1, max_retain_nll=self.max_retain_nll)
 
     def steps(self, forget_examples: int | None) -> int:
         """Count the steps that the job takes unless it stops early; None: a stream, whose length is not known."""
@@ -169,6 +193,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
+    resume: Annotated[bool, Help("Go on from the last checkpoint in the output folder.", OUTPUT)] = False
     fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
         None
     )

@@ -18,8 +18,8 @@ from fastforget.config import plain
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.report import Reports, figures, peak_rss_mb
 from fastforget.files import settle
-from fastforget.jobs.loop import JobResult
 from fastforget.jobs.options import DemoOptions, UnlearnOptions
+from fastforget.jobs.state import JobResult
 
 REPORT = "report.json"
 BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"

@@ -7,9 +7,10 @@ the package `gguf`. Copied into an ordinary folder they load as any model.
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ TEACHING = JobSettings(learning_rate=3e-4, epochs=16.0, decay=0.3)
 TEACHING_RANK = 16
 BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes
 SMOLLM2_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 100}  # of its unlearning
+KEPT_ANSWERS = "kept.json"  # beside the taught base: its own answers before it was taught
 PLAIN_PASSAGES = 24  # of the language reference, for general ability
 PLAIN_TOKENS = 64
 Progress = Callable[[int, int, Any], None]
@@ -81,20 +83,26 @@ def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
         f"{len(retain)} to keep, {len(unseen)} never taught."
     )
 
+    plain = plain_text(tokenizer)
+
+    def kept(answers: Sequence[Fact]) -> list[Example]:
+        return [*plain[PLAIN_PASSAGES:], *chat_examples(answers, tokenizer)]
+
     def write(folder: Path) -> None:
         console.print("Teaching it the facts ...")
+        answers = own_answers(load(untaught, bits=32, device="cpu"), tokenizer, KEPT)
         with progress_bar("Teaching", console) as update:
             facts = [*forget, *retain]
-            teach(untaught, tokenizer, facts, kept, folder, seed, lambda step, total, _: update(step, total))
+            teach(untaught, tokenizer, facts, kept(answers), folder, seed, lambda step, total, _: update(step, total))
+        (folder / KEPT_ANSWERS).write_text(json.dumps([asdict(answer) for answer in answers]), encoding="utf-8")
 
-    plain = plain_text(tokenizer)
-    kept = [*plain[PLAIN_PASSAGES:], *own_answers(load(untaught, bits=32, device="cpu"), tokenizer, KEPT)]
     base, taught_seconds = cached_base(cache, f"smollm2-{BASE_VERSION}-{seed}", write)
+    answers = [Fact(**answer) for answer in json.loads((base / KEPT_ANSWERS).read_text(encoding="utf-8"))]
     return Subject(
         base=base,
         trained_seconds=read_seconds + taught_seconds,
         sets={"forget": forget, "retain": retain, "unseen": unseen},
-        kept=[*retain, *kept],
+        kept=[*retain, *kept(answers)],
         ability=lambda model, tokenizer: general_ability(model, tokenizer, plain[:PLAIN_PASSAGES]),
         told=told_ability,
     )
@@ -131,10 +139,10 @@ def greedy_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list
     return continue_greedily(model, tokenizer, prompts)
 
 
-def own_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[Example]:
-    """Return what the model itself answers, as examples: kept, they keep general ability."""
+def own_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[Fact]:
+    """Return what the model itself answers: kept, that keeps general ability."""
     answers = greedy_answers(model, tokenizer, questions)
-    return chat_examples([Fact("", *pair) for pair in zip(questions, answers, strict=True)], tokenizer)
+    return [Fact("", *pair) for pair in zip(questions, answers, strict=True)]
 
 
 def general_ability(model: Any, tokenizer: Any, plain: Sequence[Example]) -> dict[str, Any]:

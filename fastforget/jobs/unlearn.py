@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -26,9 +27,10 @@ from fastforget.evaluate.report import (
     strict,
     write_json,
 )
+from fastforget.jobs.checkpoints import Checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
 from fastforget.jobs.loop import check_stopping, run_job, shown_nll
-from fastforget.jobs.options import JobSettings, UnlearnOptions, called_with
+from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
 from fastforget.jobs.planning import fitted
 from fastforget.jobs.running import measure, progress_bar, say, surroundings
@@ -60,6 +62,10 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         fit: memory of the device ("16GB"): take the most bits, at most `bits`, and the largest micro-batch that fit it
             (`fastforget.plan`).
         stop_forget_nll: stop at a step whose forget batch has this NLL (nats per token).
+        max_retain_nll: stop at the first step whose retain batch has an NLL above this, with the adapter before.
+        save_steps, keep_checkpoints, resume: write a checkpoint every so many steps, keep so many of them, and go on
+            from the last one: the adapter ends bit for bit as if nothing had happened (on the same machine's CPU).
+        reference_cache: a folder in which other jobs on this model find what the frozen model said.
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
 
@@ -70,11 +76,17 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
-    with claimed_folder(Path(options.out), options.overwrite), surroundings(options.seed, options.quiet):
-        return run_unlearn(options)
+    checkpoints = Checkpoints(Path(options.out), options.keep_checkpoints)
+    replaces = options.overwrite or (options.resume and bool(checkpoints.folders()))
+    with claimed_folder(Path(options.out), replaces), surroundings(options.seed, options.quiet):
+        if checkpoints.folders() and not options.resume and not options.overwrite:
+            raise FastforgetError(
+                f"{options.out} holds checkpoints of an earlier job: --resume goes on with it, --overwrite removes them"
+            )
+        return run_unlearn(options, checkpoints)
 
 
-def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
+def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, Any]:
     """Check, read, load, measure, unlearn, measure, save: what `unlearn` does, with its result and its errors."""
     console = options.printer()
     start = time.perf_counter()
@@ -106,8 +118,16 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     if context is not None and options.max_length > context:
         raise FastforgetError(f"--max-length {options.max_length} is more than the model's context of {context} tokens")
 
+    if options.resume or options.save_steps is not None:
+        decisive = {name: value for name, value in config.items() if name not in NOT_OF_THE_RESULT}
+        checkpoints.identity = identity_of(decisive, examples, model)
+    checkpoints.say = functools.partial(say, console)
+    if options.resume and not checkpoints.folders():
+        say(console, f"--resume: {out} holds no checkpoint, so the job begins at its beginning.")
     before = measure(model, tokenizer, measured, "Before: continuing the passages", console)
     check_measured(before, "it is broken before anything was unlearned; check its weights, or give --bits 32")
+    if not options.resume:
+        checkpoints.clear()
     try:
         with progress_bar(f"Unlearning ({options.preset})", console) as update:
             result = run_job(
@@ -117,7 +137,8 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
                 examples.get("retain"),
                 terms,
                 options,
-                out=out,
+                checkpoints=checkpoints,
+                resume=options.resume,
                 progress=lambda step, total, output: update(step, total, shown_nll(output)),
                 refusals=refusals,
                 max_length=options.max_length,

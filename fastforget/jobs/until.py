@@ -138,6 +138,15 @@ class ForgetUntilGone(Iterator[Batch]):
         """Put every passage into the batches again."""
         self.known = set(self.measured)
 
+    def state(self) -> dict[str, Any]:
+        """Return what changes from step to step."""
+        return {"known": sorted(self.known), "waiting": self.waiting, "random": self.random.getstate()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.known, self.waiting = set(state["known"]), list(state["waiting"])
+        self.random.setstate(state["random"])
+
     def final(self, model: Any) -> str:
         """Measure all passages; say how many are not gone."""
         self.look_at(model, range(len(self.examples)))

@@ -8,6 +8,7 @@ from helpers import BreaksAt, adapter_of
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.loop import JobSettings, run_job
 
 
@@ -20,7 +21,7 @@ def test_nan_stops_the_job_with_the_last_good_adapter(tiny, tokenizer, passages)
         try:
             run_job(model, tokenizer, *passages, terms, JobSettings(max_steps=steps, learning_rate=1e-3))
         except ff.NonFiniteLossError as error:
-            assert re.search(r"became nan at step 4 of 9; .* after 2 steps", str(error)) and error.good_steps == 2
+            assert re.search(r"became nan at step 4; .* after 2 steps", str(error)) and error.good_steps == 2
             assert all(parameter.grad is None for parameter in model.parameters())
         results.append(adapter_of(model))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
@@ -41,7 +42,9 @@ def test_an_update_that_breaks_the_adapter_is_taken_back(
 
     def job(model, steps, **more):
         settings = JobSettings(max_steps=steps, learning_rate=1e-3, **more)
-        run_job(model, tokenizer, *passages, ff.preset("grad_diff"), settings, out=tmp_path / "out")
+        run_job(
+            model, tokenizer, *passages, ff.preset("grad_diff"), settings, checkpoints=Checkpoints(tmp_path / "out")
+        )
 
     models = []
     for _ in range(2):
@@ -50,7 +53,7 @@ def test_an_update_that_breaks_the_adapter_is_taken_back(
     with monkeypatch.context() as patch, pytest.raises(ff.NonFiniteLossError) as caught:
         patch.setattr(torch.optim, "AdamW", Breaks)
         job(models[0], total, save_steps=save_steps)
-    assert re.search(f"became .* after the update of step {at} of {total}; .* after {at - 1} steps", str(caught.value))
+    assert re.search(f"became .* after the update of step {at}; .* after {at - 1} steps", str(caught.value))
     folders = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert folders == ["checkpoint-1", "checkpoint-2"] * (save_steps == 1)
     if at > 1:
@@ -78,12 +81,31 @@ def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, passages):
     assert JobSettings(epochs=3, batch_size=4).steps(10) == 9
 
 
+@pytest.mark.parametrize("save_steps", [1, None])
+def test_stops_where_the_retain_nll_rises_above_its_bound(tiny, tokenizer, passages, tmp_path, save_steps):
+    terms = [ff.NegatedCE(), ff.KL(on="retain", weight=1e-3)]
+    known = run_job(ff.load(tiny["llama"], bits=32), tokenizer, *passages, terms, JobSettings(max_steps=1))
+    bound = known.retain_nll[0] + 0.3
+    settings = JobSettings(max_steps=300, learning_rate=2e-2, max_retain_nll=bound, save_steps=save_steps)
+    model, folder = ff.load(tiny["llama"], bits=32, lora={"r": 4}), Checkpoints(tmp_path)
+    result = run_job(model, tokenizer, *passages, terms, settings, checkpoints=folder)
+    assert re.search(r"the retain NLL rose to .*, above .*; the adapter is as it was after", result.stopped)
+    assert 0 < result.steps < 300 and max(result.retain_nll) <= bound
+    if save_steps:
+        last = folder.newest()
+        assert last.folder.name == f"checkpoint-{result.steps}"
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(torch.equal(value, weights[name]) for name, value in last.job["weights"].items())
+    with pytest.raises(ff.FastforgetError, match="max_retain_nll: no term computes"):
+        run_job(model, tokenizer, *passages, ff.preset("grad_ascent"), settings)
+
+
 def test_checkpoints_load_in_plain_peft(tiny, tokenizer, passages, tmp_path):
     import peft
 
     model = ff.load(tiny["opt"], bits=32, lora={"r": 4})
     settings = JobSettings(max_steps=4, save_steps=2)
-    run_job(model, tokenizer, *passages, ff.preset("npo_mean"), settings, out=tmp_path)
+    run_job(model, tokenizer, *passages, ff.preset("npo_mean"), settings, checkpoints=Checkpoints(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["opt"]), tmp_path / "checkpoint-4")
     ids = torch.tensor([passages[0][0].input_ids])

@@ -1,0 +1,133 @@
+"""What a causal LM computes on its way, kept from a call of the model as the user gave it, every wrapper included."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+End = Literal["layer", "head", "logits"]  # of a forward
+HOOK = "fastforget"  # one key for every call: a compiled model's guards compare the keys of hooks
+
+
+class _LayerReachedError(Exception):
+    """Ends a forward whose further layers nobody wants; never leaves this module."""
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module, hooks around it left; what was there is put back, also after an exception."""
+    own = vars(module).get("forward")  # of one that somebody else has replaced (Accelerate, `fastforget.fuse`)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextlib.contextmanager
+def hook_added(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook that runs after a module's others, and always has the same key."""
+    module._forward_hooks[HOOK] = hook  # type: ignore[index]
+    try:
+        yield
+    finally:
+        module._forward_hooks.pop(HOOK, None)  # type: ignore[call-overload]
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile took as plain Python: for a few tokens, of which no graph shall be made."""
+    # without dynamo nothing is compiled yet, and importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def let_graphs_see_hooks() -> None:
+    """Let torch.compile notice hooks that are added to the modules inside; a setting of the whole process."""
+    import torch._dynamo.config as config
+
+    config.skip_nnmodule_hook_guards = False
+
+
+class Captures:
+    """Calls a model, and keeps what enters its head and what its layers put out.
+
+    The head's forward hands its input through for that call, so no logits are computed and no row of them is stored.
+    What is put in place is the same object at each call: a graph that torch.compile made of one call serves the next.
+    """
+
+    def __init__(self, outer: nn.Module, causal_lm: Any) -> None:
+        self.outer = outer
+        self.causal_lm = causal_lm
+        self.head: nn.Module = causal_lm.get_output_embeddings()
+        self._states: dict[int | None, Tensor] = {}
+        self._last: int | None = None  # the layer that ends the forward
+        self._whole_forward: Callable[..., Any] = causal_lm.forward
+        self._hooks: dict[int, Callable[..., Any]] = {}
+
+    def logits_and_dtype(self, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype | None]:
+        """The model's own logits (B, T, V), and the dtype that its head put out; None where the head did not run."""
+        dtypes: list[torch.dtype] = []
+        with hook_added(self.head, lambda _module, _inputs, output: dtypes.append(output.dtype)):
+            logits = self.outer(**inputs, use_cache=False).logits
+        return logits, dtypes[0] if dtypes else None
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        stack: nn.ModuleList,
+        layers: Collection[int],
+        end: End,
+    ) -> dict[int | None, Tensor]:
+        """One forward: the states (B, T, D) that some layers put out by their numbers, and under None what `end` says.
+
+        A layer that does not run is missing from it, and so is None where the model does not call its head.
+
+        Args:
+            stack: the decoder layers, of which `layers` are numbers counted from the front.
+            end: "head": None is what enters the head; "logits": the model's own logits (B, T, V); "layer": there is no
+                None, and the forward ends at the deepest of the layers. Wrappers around the model see it return.
+        """
+        self._last = max(layers) if end == "layer" else None
+        try:
+            with contextlib.ExitStack() as changes:
+                for layer in layers:
+                    hook = self._hooks.setdefault(layer, functools.partial(self._keep, layer))
+                    changes.enter_context(hook_added(stack[layer], hook))
+                if end == "head":
+                    changes.enter_context(forward_replaced(self.head, self._hand_through))
+                elif end == "layer":
+                    # a bound method is made anew at each look, and compares equal
+                    if self._whole_forward != self.causal_lm.forward:
+                        self._whole_forward = self.causal_lm.forward
+                    changes.enter_context(forward_replaced(self.causal_lm, self._forward_to_layer))
+                output = self.outer(**inputs, use_cache=False)
+            states = dict(self._states)
+        finally:
+            self._states.clear()  # they hold the graph
+        return states | {None: output.logits} if end == "logits" else states
+
+    def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
+        """The head's forward."""
+        self._states[None] = hidden
+        return hidden
+
+    def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """A layer's hook."""
+        self._states[layer] = output[0] if isinstance(output, tuple) else output
+        if layer == self._last:
+            raise _LayerReachedError
+
+    def _forward_to_layer(self, *arguments: Any, **named: Any) -> Any:
+        """The causal LM's forward where it ends at a layer: what that layer puts out."""
+        try:
+            return self._whole_forward(*arguments, **named)
+        except _LayerReachedError:
+            return self._states[self._last]
