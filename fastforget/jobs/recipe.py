@@ -35,6 +35,7 @@ from fastforget.objectives import CE
 SELECTED = "forget.jsonl"
 SELECTED_FORMAT = "pairs"
 ADAPTER, LEARNED = "adapter", "learned"
+SAVE_STEPS = 100  # between checkpoints, from which an interrupted recipe goes on
 NEEDS_EVALUATOR = ("harm",)
 
 
@@ -111,8 +112,9 @@ def run_recipe(chosen: Recipe, options: RecipeOptions) -> dict[str, Any]:
     common |= {"chat_template": options.chat_template, "quiet": options.quiet, "console": options.console}
 
     def unlearned() -> Any:
-        arguments = {**common, **forget, **retain, **chosen["unlearn"]}
-        return unlearn(model, out=out / ADAPTER, overwrite=True, **arguments)
+        stages.begin()
+        arguments = {**common, "save_steps": SAVE_STEPS, **forget, **retain, **chosen["unlearn"]}
+        return unlearn(model, out=out / ADAPTER, overwrite=True, resume=stages.taken_up, **arguments)
 
     report = stages.once("unlearn", unlearned)
     evaluations = {}

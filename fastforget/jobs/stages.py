@@ -27,8 +27,13 @@ class Stages:
         self.folder = folder / STAGES
         text = json.dumps(settings, sort_keys=True, default=str)
         self.key = {"settings": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-        if read(self.folder / SETTINGS) != self.key:
+        self.taken_up = read(self.folder / SETTINGS) == self.key  # an earlier run began the same job
+        if not self.taken_up:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def begin(self) -> None:
+        """Note that the job has begun, before its first part is done."""
+        write_json(self.folder / SETTINGS, self.key)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return what `compute` returned, now or when it was interrupted later: JSON's types alone."""
@@ -36,7 +41,7 @@ class Stages:
         found = read(path)
         if found is None:
             result = compute()
-            write_json(self.folder / SETTINGS, self.key)
+            self.begin()
             found = write_json(path, {"result": result})
         return found["result"]
 

@@ -5,8 +5,11 @@ import re
 
 import pytest
 from helpers import write_rows
+from safetensors.torch import load_file
 
+from fastforget.jobs import loop
 from fastforget.jobs import recipe as job
+from fastforget.jobs import unlearn as unlearn_job
 from fastforget.jobs.recipe_files import RECIPES, overridden, read_recipe
 
 SAFE = [
@@ -171,6 +174,28 @@ def test_an_interrupted_recipe_goes_on_and_ends_alike(run, tmp_path, scored, mon
             for name in ("seconds", "peak_rss_mb", "adapter"):
                 each.pop(name)
     assert found[0] == found[1]
+
+
+def test_a_recipe_interrupted_while_it_unlearns_resumes(run, tmp_path, scored, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    steps = ["--override", "unlearn.save_steps=1"]
+    assert run(*command(tmp_path, "privacy", scored, whole), *steps)[0] == 0
+    resumed = []
+
+    def stops(*given, **named):
+        named["progress"] = lambda step, total, output: (_ for _ in ()).throw(KeyboardInterrupt)
+        return loop.run_job(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn_job, "run_job", stops)
+        assert run(*command(tmp_path, "privacy", scored, out), *steps)[0] == 130
+    original = job.unlearn
+    monkeypatch.setattr(
+        job, "unlearn", lambda *given, **named: resumed.append(named["resume"]) or original(*given, **named)
+    )
+    assert run(*command(tmp_path, "privacy", scored, out), *steps)[0] == 0
+    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, out)]
+    assert resumed == [True] and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
 def test_every_field_can_be_overridden():
