@@ -7,6 +7,8 @@ PYTHON ?= python3
 # Installed before everything else, so that no dependency picks another build of it; not in constraints.txt for this reason.
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev,data,plot,cluster,evaluate,gpu
+# Other versions than those of constraints.txt, in words of pip: OTHERS="transformers==5.0.*"
+OTHERS ?=
 TEST_WORKERS ?= 2
 ARGS ?=
 
@@ -17,7 +19,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-install sanitize bench proof format clean
+.PHONY: help venv demo test test-install docs release-check sanitize bench proof format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -31,6 +33,7 @@ $(STAMP): Makefile pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PIP_INSTALL) "$(TORCH)"
 	@echo "Installing fastforget and what it needs ..."
 	@$(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	@test -z "$(OTHERS)" || $(BIN)/python -m pip install -qq --disable-pip-version-check $(foreach each,$(OTHERS),"$(each)")
 	@touch $(STAMP)
 
 ## make demo          show a small model forget a real text (ARGS="..." for options)
@@ -46,6 +49,21 @@ test: $(STAMP)
 
 ## make test-install  build the sdist and the wheel, install them into clean environments, and import
 test-install: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_install.py
+
+## make docs          the site of the documentation, into build/site; a warning is an error
+docs: $(STAMP)
+	@$(PIP_INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+## make release-check what would be published: an sdist, a wheel and a pure wheel, checked, and installed into clean
+##                    environments, where the README's program runs
+release-check: $(STAMP)
+	@$(PIP_INSTALL) -e ".[release]"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	FASTFORGET_PURE=1 $(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pytest -m slow tests/test_install.py
 
 ## make sanitize      build csrc/ with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on that build
@@ -64,7 +82,7 @@ sanitize: $(STAMP)
 	    -k "native or scalar or avx"
 
 ## make bench         a short form of every benchmark on the CPU: a dated table and a plot under benchmarks/results/
-##                    (ARGS="--full" takes the sizes that the README quotes, and half an hour)
+##                    (ARGS="--full" takes the sizes that docs/benchmarks.md quotes, and half an hour)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 

@@ -2,9 +2,11 @@
 
 `csrc/` is plain C++17 behind a C ABI. It includes neither Python's headers nor torch's and is loaded by path with
 ctypes, so one library serves every Python and every torch: its file name carries no Python ABI suffix and the wheel is
-tagged `py3-none-<platform>`. Without a compiler the package still installs, and `fastforget doctor` says so.
+tagged `py3-none-<platform>`. Without a compiler the package still installs, and `fastforget doctor` says so. With
+FASTFORGET_PURE=1 it is left out, and the wheel is for any platform.
 """
 
+import os
 import sys
 from glob import glob
 
@@ -13,6 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
+PURE = os.environ.get("FASTFORGET_PURE") == "1"
 SUFFIX = ".dll" if sys.platform == "win32" else ".so"  # fastforget/backends/native/library.py knows them too
 
 
@@ -57,20 +60,20 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel for every Python 3 of one platform."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2]  # "any" where there is no library
 
+
+LIBRARY = Extension(
+    "fastforget._csrc",
+    sources=sorted(glob("csrc/*.cpp")),
+    depends=sorted(glob("csrc/*.h")),
+    include_dirs=["csrc"],
+    language="c++",
+    optional=True,
+)
 
 setup(
     packages=[*find_packages(include=["fastforget", "fastforget.*"]), "fastforget_kernels"],
-    ext_modules=[
-        Extension(
-            "fastforget._csrc",
-            sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
-            include_dirs=["csrc"],
-            language="c++",
-            optional=True,
-        )
-    ],
+    ext_modules=[] if PURE else [LIBRARY],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

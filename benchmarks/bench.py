@@ -1,7 +1,7 @@
-"""`make bench`: a short form of every benchmark on the CPU, dated tables and a plot, and the README's tables from them.
+"""`make bench`: a short form of every benchmark on the CPU, dated tables and a plot, and docs/benchmarks.md from them.
 
     python -m benchmarks.bench [--only head,losses,step,scaling,rows] [--full]
-    python -m benchmarks.bench --readme       write the README's tables from the newest results of head, losses and step
+    python -m benchmarks.bench --readme       write the tables of docs/benchmarks.md from head, losses and step
 
 Writes benchmarks/results/DATE-PART.json, .md and .png, DATE-PART-full with `--full`, which takes the sizes of the
 acceptance figures and minutes a part. The exit code is 1 where a part failed to run; missed goals are in the tables.
@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.tables import figure, plain, ratio, replace_block, table
 
-README = harness.ROOT / "README.md"
+PAGE = harness.ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench: begin, written by python -m benchmarks.bench --readme -->", "<!-- bench: end -->"
 HEAD, STEP = "-m benchmarks.head --device cpu", "-m benchmarks.step --device cpu"
 QUICK = "--rounds 2 --contestants floor_rows,floor_tiled,floor_together,floor_together_known,ours,ours_known,eager"
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser_of("bench", __doc__)
     parser.add_argument("--only", type=harness.names_of("part", PARTS), default=tuple(PARTS), help=", ".join(PARTS))
     parser.add_argument("--full", action="store_true", help="the sizes of the acceptance figures: many minutes")
-    parser.add_argument("--readme", action="store_true", help="write the README's tables, and measure nothing")
+    parser.add_argument("--readme", action="store_true", help="write the tables of docs/benchmarks.md, measure nothing")
     options = parser.parse_args(arguments)
     if options.readme:
-        return write_readme(options.out, README)
+        return write_page(options.out, PAGE)
     failed = []
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def write_readme(folder: Path, readme: Path) -> int:
-    """Put ours and peers of the head and of training steps between the README's markers, and where the rest is."""
+def write_page(folder: Path, page: Path) -> int:
+    """Put ours and peers of the head and of training steps between the page's markers, and where the rest is."""
     lines = []
     for part in ("head", "losses", "step"):
         short, full = (sorted(folder.glob(f"????-??-??-{name}.json")) for name in (part, f"{part}-full"))
@@ -85,16 +85,16 @@ def write_readme(folder: Path, readme: Path) -> int:
                 first = plain(row["name"]) if name == next(iter(timed)) else ""
                 times, peak = figure(ratio(row, name, row["ours"]), "{:.2f}"), figure(record.get("peak_mb"), "{:.0f}")
                 found.append([first, record["about"], f"{record['median_ms']:.0f}", times, peak])
-        file = f"benchmarks/results/{newest.stem}"
+        file = f"../benchmarks/results/{newest.stem}"
         lines += ["", *table((part, "", "ms", "× ours", "extra MB"), found)]
         lines += ["", f"{results['date']}, {machine['cpu']}, {machine['torch threads']} torch threads, commit "]
         lines[-1] += f"{results['commit']}: [tables]({file}.md), [every figure]({file}.json)."
     try:
-        text = replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, "\n".join(lines[1:]))
+        text = replace_block(page.read_text(encoding="utf-8"), BEGIN, END, "\n".join(lines[1:]))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    harness.write_whole(readme, text)
+    harness.write_whole(page, text)
     return 0
 
 

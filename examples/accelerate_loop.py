@@ -9,7 +9,6 @@ import accelerate
 import torch
 
 import fastforget as ff
-from fastforget.data.text import text_examples
 from fastforget.integrations.rows import PairedRows, row_collator
 from fastforget.models import load_tokenizer
 
@@ -19,7 +18,7 @@ ACCUMULATION = 2
 def main(name: str, forget_text: str, retain_text: str, out: str) -> None:
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=ACCUMULATION, mixed_precision="bf16")
     tokenizer = load_tokenizer(name)
-    sets = [text_examples(open(path).read(), tokenizer, 64, path) for path in (forget_text, retain_text)]
+    sets = [ff.examples(path, tokenizer, max_length=64) for path in (forget_text, retain_text)]
     collator = row_collator(tokenizer.pad_token_id)
     loader = torch.utils.data.DataLoader(PairedRows(*sets), batch_size=2, shuffle=True, collate_fn=collator)
     loader = accelerator.prepare(loader)

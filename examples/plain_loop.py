@@ -8,8 +8,6 @@ import sys
 import torch
 
 import fastforget as ff
-from fastforget.data.examples import collate
-from fastforget.data.text import text_examples
 from fastforget.models import load_tokenizer
 
 ACCUMULATION = 2
@@ -19,10 +17,10 @@ def main(name: str, forget_text: str, retain_text: str, out: str) -> None:
     tokenizer = load_tokenizer(name)
     forget, retain = (
         torch.utils.data.DataLoader(
-            text_examples(open(path).read(), tokenizer, 64, path),
+            ff.examples(path, tokenizer, max_length=64),
             batch_size=2,
             shuffle=True,
-            collate_fn=lambda rows: collate(rows, tokenizer.pad_token_id),
+            collate_fn=ff.collate,
         )
         for path in (forget_text, retain_text)
     )

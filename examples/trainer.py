@@ -8,13 +8,12 @@ import sys
 from transformers import TrainingArguments
 
 import fastforget as ff
-from fastforget.data.text import text_examples
 from fastforget.models import load_tokenizer
 
 
 def main(name: str, forget_text: str, retain_text: str, out: str) -> None:
     tokenizer = load_tokenizer(name)
-    forget, retain = (text_examples(open(path).read(), tokenizer, 64, path) for path in (forget_text, retain_text))
+    forget, retain = (ff.examples(path, tokenizer, max_length=64) for path in (forget_text, retain_text))
     trainer = ff.UnlearnTrainer(
         ff.load(name, bits=32),
         TrainingArguments(out, per_device_train_batch_size=2, num_train_epochs=1, logging_steps=1, report_to=[]),

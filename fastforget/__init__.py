@@ -9,7 +9,10 @@ from fastforget.batch import LabelCounts, count_labels
 from fastforget.clusters import cluster_centres, load_centres
 from fastforget.compiling import compile_layers
 from fastforget.data.answers import mismatched, with_refusals
+from fastforget.data.batches import batches
+from fastforget.data.examples import collate
 from fastforget.data.refusals import REFUSALS
+from fastforget.data.sources import examples
 from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.guard import GuardSettings
@@ -57,6 +60,7 @@ from fastforget.step import UnlearnStep
 if TYPE_CHECKING:
     from fastforget.integrations.trainer import UnlearnTrainer, UnlearnTrainerMixin
     from fastforget.jobs.demo import demo
+    from fastforget.jobs.memorise import tiny_model
     from fastforget.jobs.unlearn import unlearn
 else:
     # slow to import (transformers, rich): done at their first use
@@ -64,6 +68,7 @@ else:
         "UnlearnTrainer": "integrations.trainer",
         "UnlearnTrainerMixin": "integrations.trainer",
         "demo": "jobs.demo",
+        "tiny_model": "jobs.memorise",
         "unlearn": "jobs.unlearn",
     }
 
@@ -128,11 +133,14 @@ __all__ = [
     "UnlearnTrainer",
     "UnlearnTrainerMixin",
     "Unlikelihood",
+    "batches",
     "cluster_centres",
+    "collate",
     "compile_layers",
     "count_labels",
     "demo",
     "divergence",
+    "examples",
     "fuse",
     "hidden_stats",
     "load",
@@ -143,6 +151,7 @@ __all__ = [
     "preset",
     "save_adapter",
     "task_vector",
+    "tiny_model",
     "token_stats",
     "token_stats_from_logits",
     "unfuse",

@@ -98,14 +98,14 @@ def checked_targets(
 
 
 def is_dense(value: object) -> bool:
-    """Whether a value is a tensor of real numbers, one at each place: not sparse, not of the meta device."""
+    """Tell whether a value is a tensor of real numbers, one at each place: not sparse, not of the meta device."""
     if not isinstance(value, Tensor) or value.is_complex():
         return False
     return value.layout == torch.strided and not value.is_meta
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for messages: a tensor's dtype and shape, and how it is held, or its type."""
+    """Describe a value for messages: a tensor's dtype and shape, and how it is held, or its type."""
     if isinstance(value, Tensor):
         held = "" if value.layout == torch.strided and not value.is_meta else f", {value.layout} on {value.device}"
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{held}"
@@ -127,7 +127,7 @@ class ComputedRows:
     mask: Tensor | None = None
 
     def spread(self, name: str, value: Tensor) -> Tensor:
-        """The values (n, ...) of a field among all N rows: 0, or -1 of an index, where a row does not count."""
+        """Spread the values (n, ...) of a field over all N rows: 0, or -1 of an index, where a row does not count."""
         empty = EMPTY.get(name, 0)
         if self.mask is not None:
             return torch.where(self.mask.view(-1, *[1] * (value.dim() - 1)), value, empty)
@@ -137,7 +137,7 @@ class ComputedRows:
 
 
 def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> ComputedRows:
-    """The labelled rows, or those at `positions`, on a device, once their labels are known right."""
+    """Return the labelled rows, or those at `positions`, on a device, once their labels are known right."""
     if positions is not None:
         check_positions(positions, len(labels))
     if torch.compiler.is_compiling() or not labels.is_cpu:
@@ -159,7 +159,7 @@ def kept_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device:
 
 
 def masked_rows(labels: Tensor, positions: Tensor | None, vocabulary: int, device: torch.device) -> ComputedRows:
-    """All rows, of which the labelled ones, or those of them at `positions`, count."""
+    """Return all rows, of which the labelled ones, or those of them at `positions`, count."""
     if positions is not None:
         check_positions(positions, len(labels))
     labels = labels.to(device, non_blocking=True)

@@ -50,17 +50,17 @@ class Card:
     options: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """The card as plain data."""
+        """Return the card as plain data."""
         return plain(asdict(self))
 
 
 def cards() -> list[Card]:
-    """A card for each preset there is, in the order in which they are registered."""
+    """Make a card for each preset there is, in the order in which they are registered."""
     return [card(name) for name in PRESETS]
 
 
 def card(name: str) -> Card:
-    """What a preset with its defaults is."""
+    """Say what a preset with its defaults is."""
     terms = preset(name)
     parameters = inspect.signature(PRESETS[name]).parameters.values()
     return Card(
@@ -73,13 +73,13 @@ def card(name: str) -> Card:
 
 
 def papers(name: str, terms: Sequence[Term]) -> tuple[str, ...]:
-    """The arXiv numbers in the preset's docstring, or else in those of its terms on the forget set."""
+    """Return the arXiv numbers in the preset's docstring, or else in those of its terms on the forget set."""
     texts = [PRESETS[name].__doc__, *(type(term).__doc__ for term in terms if term.on == "forget")]
     return next((tuple(dict.fromkeys(numbers)) for text in texts if (numbers := ARXIV.findall(text or ""))), ())
 
 
 def needs(terms: Sequence[Term]) -> tuple[str, ...]:
-    """What must be there beside the forget set and a model."""
+    """List what must be there beside the forget set and a model."""
     streams = {stream for term in terms for stream in used_streams(term)}
     wanted = {
         "reference": plan_loss(named_terms(terms)).asks_reference,
@@ -91,7 +91,7 @@ def needs(terms: Sequence[Term]) -> tuple[str, ...]:
 
 
 def cost(terms: Sequence[Term]) -> Cost:
-    """What one step with these terms computes, read off the plan that `UnlearnLoss` executes."""
+    """Count what one step with these terms computes, read off the plan that `UnlearnLoss` executes."""
     plan = plan_loss(named_terms(terms))
     forwards = [*plan.baselines, *plan.forwards]
     streams = [stream for forward in forwards for stream in forward.streams.values()]
@@ -129,7 +129,7 @@ def divergence_products(divergence: Divergence, learns: bool) -> int:
 
 
 def row(each: Card) -> tuple[str, str, str, str, str]:
-    """A card as the table's row: name, paper, needs, forwards, GEMMs."""
+    """Return a card as the table's row: name, paper, needs, forwards, GEMMs."""
     spent = each.cost
     end = "" if spent.to_layer is None else f" to layer {spent.to_layer}"
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -13,39 +14,53 @@ from typing import Annotated, Any
 
 import typer
 
+import fastforget
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
 from fastforget.jobs.evaluation_options import EvaluateOptions, SelectOptions
-from fastforget.jobs.options import HEADINGS, DemoOptions, UnlearnOptions
+from fastforget.jobs.options import HEADINGS, OUTPUT, DemoOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
 from fastforget.jobs.recipe_options import RecipeOptions
 
-app = typer.Typer(
-    help="Make a causal language model forget chosen text, quickly and in little memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 CONFIG_HELP = "YAML file with any of these options; the command line wins. A run leaves its own as config.yaml."
+JSON_HELP = "Print what report.json holds, and nothing else."
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, where `--version` is given."""
+    if wanted:
+        print(f"fastforget {fastforget.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def top_level(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Make a causal language model forget chosen text, quickly and in little memory."""
 
 
 def taking(
-    options: type, *, config: bool = False, argument: tuple[str, str] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    options: type, *, config: bool = False, reports: bool = False, argument: tuple[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command a flag for each option that a dataclass states; it is called with those that were given, by name.
 
     Args:
         config: a flag `--config` too, for a file of options, over which the command line wins.
+        reports: a flag `--json` too, to print what the command returns, and nothing else.
         argument: name and help of what is given without a flag.
     """
     stated = options_of(options)
 
-    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+    def decorate(run: Callable[..., Any]) -> Callable[..., None]:
         def command(context: typer.Context, **values: Any) -> None:
             sources = {name: context.get_parameter_source(name) for name in values}
             given = {name: values[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-            path = given.pop("config", None)
+            path, as_json = given.pop("config", None), given.pop("as_json", False)
             for name, texts in given.items():
                 if name in stated and stated[name].kind is dict:
                     given[name] = parse_pairs(texts, stated[name].flag, stated[name].values)
@@ -56,17 +71,22 @@ def taking(
                 raise FastforgetError(
                     f"{' and '.join(missing)} {verb} missing: needed on the command line or in a --config file"
                 )
-            run(**given)
+            if as_json:
+                print(json.dumps(run(**{**given, "quiet": True}), indent=2))
+            else:
+                run(**given)
 
         parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
         if argument is not None:
             name, text = argument
             parameters.append(parameter(name, Annotated[str, typer.Argument(help=text)], inspect.Parameter.empty))
         if config:
-            annotation = Annotated[Path | None, typer.Option(help=CONFIG_HELP)]
-            parameters.append(parameter("config", annotation, None))
+            parameters.append(parameter("config", Annotated[Path | None, typer.Option(help=CONFIG_HELP)], None))
         in_order = sorted(stated.values(), key=lambda each: (HEADINGS.index(each.help.heading), not each.required))
         parameters += [flag_of(option) for option in in_order]
+        if reports:
+            flag = typer.Option("--json", help=JSON_HELP, rich_help_panel=OUTPUT)
+            parameters.append(parameter("as_json", Annotated[bool, flag], False))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__name__, command.__doc__ = run.__name__, run.__doc__
         return command
@@ -89,48 +109,48 @@ def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 @app.command()
-@taking(DemoOptions)
-def demo(**options: Any) -> None:
+@taking(DemoOptions, reports=True)
+def demo(**options: Any) -> dict[str, Any]:
     """Let a small model learn Python's language reference by heart and forget part of it. Offline, no GPU, minutes."""
     from fastforget.jobs.demo import demo
 
-    demo(**options)
+    return demo(**options)
 
 
 @app.command()
-@taking(UnlearnOptions, config=True)
-def unlearn(**options: Any) -> None:
+@taking(UnlearnOptions, config=True, reports=True)
+def unlearn(**options: Any) -> dict[str, Any]:
     """Make MODEL forget a text; writes a LoRA adapter in PEFT's format, report.json and config.yaml."""
     from fastforget.jobs.unlearn import unlearn
 
-    unlearn(**options)
+    return unlearn(**options)
 
 
 @app.command()
-@taking(SelectOptions, config=True)
-def select(**options: Any) -> None:
+@taking(SelectOptions, config=True, reports=True)
+def select(**options: Any) -> dict[str, Any]:
     """Score dialogues with an evaluator, and write those that are to be forgotten."""
     from fastforget.jobs.select import select
 
-    select(**options)
+    return select(**options)
 
 
 @app.command()
-@taking(EvaluateOptions)
-def evaluate(**options: Any) -> None:
+@taking(EvaluateOptions, reports=True)
+def evaluate(**options: Any) -> dict[str, Any]:
     """Measure what MODEL still knows of a text, without and with an adapter; writes report.json."""
     from fastforget.jobs.evaluate import evaluate
 
-    evaluate(**options)
+    return evaluate(**options)
 
 
 @app.command()
-@taking(RecipeOptions, argument=("name", "harmful, copyright, hallucination, privacy, tofu or muse."))
-def recipe(**options: Any) -> None:
+@taking(RecipeOptions, reports=True, argument=("name", "harmful, copyright, hallucination, privacy, tofu or muse."))
+def recipe(**options: Any) -> dict[str, Any]:
     """Run a published job from its data to a report: select, unlearn, evaluate."""
     from fastforget.jobs.recipe import recipe
 
-    recipe(**options)
+    return recipe(**options)
 
 
 @app.command()
@@ -147,8 +167,6 @@ def presets(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, with every option's default.")] = False,
 ) -> None:
     """List every preset: its paper, what it needs, and what a step of it costs."""
-    import json
-
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -166,7 +184,7 @@ def presets(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="A JSON object.")] = False) -> None:
     """Show versions, devices, and which backend is in use and why."""
     from rich.console import Console
     from rich.table import Table
@@ -174,6 +192,9 @@ def doctor() -> None:
 
     from fastforget.doctor import report
 
+    if as_json:
+        print(json.dumps(dict(report()), indent=2))
+        return
     table = Table(show_header=False, box=None)
     for name, finding in report():
         table.add_row(name, Text(finding))  # a path in it is no markup
@@ -199,7 +220,8 @@ def main() -> None:
         quiet_libraries()
         app()
     except FastforgetError as error:
-        print(f"fastforget: {error}", file=sys.stderr)
+        message = str(error).encode(errors="backslashreplace").decode()  # a path may hold half a surrogate pair
+        print(f"fastforget: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fastforget: interrupted; nothing more was written", file=sys.stderr)

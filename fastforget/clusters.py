@@ -166,7 +166,7 @@ def save_centres(terms: Sequence[Term], folder: str | os.PathLike[str]) -> None:
 
 
 def load_centres(folder: str | os.PathLike[str]) -> list[Tensor]:
-    """The centres that were saved beside an adapter, one (K, D) for each cluster pull in order.
+    """Load the centres that were saved beside an adapter, one (K, D) for each cluster pull in order.
 
     Raises:
         FastforgetError: no such file, or one that cannot be read.

@@ -32,7 +32,7 @@ Gradients = list[Tensor | None]  # of each parameter; None where there is none, 
 
 
 def mgda(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
-    """The factors of f and r, scalars."""
+    """Return the factors of f and r, scalars."""
     away = dot(forget, retain, lambda f, r: ((r - f) * r).sum())
     apart = dot(forget, retain, lambda f, r: (f - r).square().sum())
     # f = r: every point between them is the same
@@ -41,7 +41,7 @@ def mgda(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
 
 
 def pcgrad(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
-    """The factors of f and r, scalars."""
+    """Return the factors of f and r, scalars."""
     against = dot(forget, retain, lambda f, r: (f * r).sum()).clamp(max=0.0)
     forget_square = dot(forget, retain, lambda f, r: f.square().sum())
     retain_square = dot(forget, retain, lambda f, r: r.square().sum())
@@ -58,7 +58,7 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def dot(forget: Gradients, retain: Gradients, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The sum over all parameters of `part(f, r)`, in float32 or more, on the first one's device."""
+    """Sum `part(f, r)` over all parameters, in float32 or more, on the first one's device."""
     total: Tensor | None = None
     for f, r in zip(forget, retain, strict=True):
         given = f if f is not None else r
@@ -135,7 +135,7 @@ class SideGradients:
         self._before: dict[str, list[Saved | None]] = {}  # the sums as they were before the passes of one `backward`
 
     def cleared(self, parameters: Sequence[Tensor]) -> None:
-        """The gradients have been cleared, set to None or to 0."""
+        """Take note that the gradients have been cleared, set to None or to 0."""
         self._sums, self._left = {}, versions(parameters)
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
@@ -185,12 +185,12 @@ class SideGradients:
 
 
 def versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor, int] | None]:
-    """Each parameter's gradient, and how often it has been written to."""
+    """Return each parameter's gradient, and how often it has been written to."""
     return [None if each.grad is None else (each.grad, each.grad._version) for each in parameters]
 
 
 def same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
-    """Whether two entries of `versions` are of the same tensor, unchanged."""
+    """Tell whether two entries of `versions` are of the same tensor, unchanged."""
     if one is None or other is None:
         return one is other
     return one[0] is other[0] and one[1] == other[1]

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,17 +51,24 @@ def _version(name: str) -> str:
 
 
 def _cpu() -> list[Row]:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    cores = psutil.cpu_count(logical=False) or "unknown number of"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    rows = [
-        ("cpu", f"{_cpu_model()}; {cores} cores, {psutil.cpu_count()} threads, {usable} usable"),
-        ("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB of it available"),
-    ]
+    rows = [("cpu", f"{_cpu_model()}; {os.cpu_count()} threads, {_usable_cpus()} usable")]
+    rows += _guarded("memory", _memory)
     rows += _guarded("torch threads", _torch_threads)
     return rows
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> list[Row]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    finding = f"{total / GIB:.1f} GiB"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        kibibytes = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        finding += f", {int(kibibytes[1]) / 2**20:.1f} GiB of it available" if kibibytes else ""
+    return [("memory", finding)]
 
 
 def _cpu_model() -> str:
@@ -75,7 +83,15 @@ def _cpu_model() -> str:
 def _torch_threads() -> list[Row]:
     import torch
 
-    return [("torch threads", str(torch.get_num_threads()))]
+    threads, usable, busy = torch.get_num_threads(), _usable_cpus(), round(os.getloadavg()[0])
+    finding = str(threads)
+    if busy and threads + busy > usable:
+        finding += (
+            f"; other processes keep about {busy} of {usable} usable busy, and torch's threads spin while they wait: "
+            f"before Python starts set OMP_NUM_THREADS={max(1, usable - busy)}, or OMP_WAIT_POLICY=passive "
+            "(docs/troubleshooting.md)"
+        )
+    return [("torch threads", finding)]
 
 
 def _cuda_devices() -> list[Row]:

@@ -168,7 +168,7 @@ class Skeleton:
         return self._shallow
 
     def first_layers(self, count: int) -> Any:
-        """The config of a model of so many layers."""
+        """Return the config of a model of so many layers."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers = count
@@ -182,7 +182,7 @@ class Skeleton:
         return self.config.get_text_config()
 
     def base_bytes(self, bits: int) -> int:
-        """Bytes of the frozen base, with what `fastforget.load` does not quantise, and its buffers."""
+        """Count the bytes of the frozen base, with what `fastforget.load` does not quantise, and its buffers."""
         frozen = {id(each): each for each in self.model.parameters() if not each.requires_grad}
         total = sum(each.nbytes for each in (*frozen.values(), *self.model.buffers()))
         if bits in (4, 8):
@@ -190,7 +190,7 @@ class Skeleton:
         return total
 
     def cast_bytes(self, bits: int) -> int:
-        """Bytes of the buffer that quantised layers are cast into; on a CPU 4 bit takes another of its size."""
+        """Count the bytes of the buffer that quantised layers are cast into; on a CPU 4 bit takes a second one."""
         if bits not in (4, 8):
             return 0
         sizes = []
@@ -235,12 +235,12 @@ class Skeleton:
             causal_lm.disable_input_require_grads()
 
     def counting(self) -> LiveBytes:
-        """What counts the storages made from here on."""
+        """Return what counts the storages made from here on."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return LiveBytes([*tensors, *(each.grad for each in tensors if each.grad is not None)])
 
     def pass_bytes(self, forward: ForwardPlan, batch: BatchSize, checkpointing: bool) -> PassBytes:
-        """One forward and its backward pass in the first epoch, when the reference runs too.
+        """Count one forward and its backward pass in the first epoch, when the reference runs too.
 
         Raises:
             FastforgetError: a model whose forward looks at values, which are not there.
@@ -321,7 +321,7 @@ class Skeleton:
         return found
 
     def usual_bytes(self, batch: BatchSize, bits: int) -> tuple[int, int, int]:
-        """The loop that people write: (activations, logits, working memory); before the layers are fused.
+        """Count the loop that people write: (activations, logits, working memory); before the layers are fused.
 
         GradDiff with a KL to a copy of the model, all logits of both sides in float32, one backward pass over the sum
         (`benchmarks/loops.py`). bitsandbytes' 8-bit layers keep their inputs.

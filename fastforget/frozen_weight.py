@@ -56,12 +56,12 @@ class FrozenWeight(NamedTuple):
     outer_block: int = 0
 
     def casts_to(self, dtype: torch.dtype) -> bool:
-        """Whether products in a dtype need a cast."""
+        """Tell whether products in a dtype need a cast."""
         return self.stored.dtype != dtype
 
 
 def weight_of(layer: nn.Module) -> FrozenWeight:
-    """The weight of an nn.Linear, a transformers Conv1D or a bitsandbytes linear, without a copy."""
+    """Return the weight of an nn.Linear, a transformers Conv1D or a bitsandbytes linear, without a copy."""
     weight: Any = layer.weight
     if isinstance(layer, nn.Linear) and weight.dtype.is_floating_point and not hasattr(weight, "quant_state"):
         return FrozenWeight(weight, "plain", layer.out_features, layer.in_features)
@@ -116,7 +116,7 @@ def cast_buffer(weight: FrozenWeight, dtype: torch.dtype) -> Iterator[Tensor | N
 
 
 def buffer_bytes() -> int:
-    """Bytes in all buffers that layers share."""
+    """Count the bytes in all buffers that layers share."""
     return sum(shared.tensor.nbytes for shared in list(_buffers.values()) if shared.tensor is not None)
 
 
@@ -134,7 +134,7 @@ def tile_rows(weight: FrozenWeight, dtype: torch.dtype) -> int:
 
 
 def tiles(weight: FrozenWeight, dtype: torch.dtype, buffer: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in a dtype, some rows (r, in) at a time, each in the buffer until the next one is asked for."""
+    """Yield the weight in a dtype, some rows (r, in) at a time, each in the buffer until the next one is asked for."""
     if buffer is None:
         yield slice(0, weight.out_features), weight.stored.detach()
         return
@@ -171,12 +171,12 @@ def cast_int8(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 
 @functools.cache
 def takes_triton(device: torch.device) -> bool:
-    """Whether the kernel casts on a device (the interpreter does not)."""
+    """Tell whether the kernel casts on a device (the interpreter does not)."""
     return device.type != "cpu" and why_not_triton(device) is None
 
 
 def block_scales(weight: FrozenWeight) -> Tensor | None:
-    """The scale of each block of 4 bit, float32; None for other weights."""
+    """Return the scale of each block of 4 bit, float32; None for other weights."""
     if not weight.block or weight.outer_scale is None:
         return weight.scale if weight.block else None
     outer = (weight.outer_scale, weight.outer_code, weight.outer_block, torch.float32)

@@ -55,7 +55,7 @@ class LayerForward:
 
     @classmethod
     def has_replaced(cls, layer: nn.Module) -> bool:
-        """Whether a layer's `forward` is one of this kind."""
+        """Tell whether a layer's `forward` is one of this kind."""
         return isinstance(getattr(vars(layer).get("forward"), "__self__", None), cls)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,17 +107,17 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `fuse` has taken this layer."""
+    """Tell whether `fuse` has taken this layer."""
     return FusedForward.has_replaced(module)
 
 
 def name_of(kind: type) -> str:
-    """A class's name, with where it was defined."""
+    """Return a class's name, with where it was defined."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
-    """What the layer would run fused; None where it is no layer of an adapter or of bitsandbytes."""
+    """Return what the layer would run fused; None where it is no layer of an adapter or of bitsandbytes."""
     home = type(module).__module__
     if home.startswith("peft.tuners.") and isinstance(getattr(module, "base_layer", None), nn.Module):
         return lora_forward
@@ -125,14 +125,14 @@ def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """The forward of a bitsandbytes linear."""
+    """Return the forward of a bitsandbytes linear."""
     if why_not_base(layer) is not None:
         return type(layer).forward(layer, x)
     return frozen_linear(x, weight_of(layer), layer.bias)  # type: ignore[arg-type]
 
 
 def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a LoRA layer; arguments other than x (adapters that differ by row, aLoRA) are PEFT's."""
+    """Return the forward of a LoRA layer; arguments other than x (adapters that differ by row, aLoRA) are PEFT's."""
     if args or kwargs or layer.merged or why_not_lora(layer) is not None:
         return type(layer).forward(layer, x, *args, **kwargs)
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
@@ -196,7 +196,7 @@ def why_not_lora(layer: Any) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called around the module's forward or backward."""
+    """Tell whether anything is called around the module's forward or backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

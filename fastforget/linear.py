@@ -63,7 +63,7 @@ def frozen_linear(
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that nn.Linear's product would run in: autocast leaves float64 alone."""
+    """Return the dtype that nn.Linear's product would run in: autocast leaves float64 alone."""
     kind = x.device.type
     if x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -79,13 +79,13 @@ class LiveBytes(TorchDispatchMode):
             yield
 
     def saved_products(self) -> int:
-        """Bytes of what autograd keeps and a product wrote."""
+        """Count the bytes of what autograd keeps and a product wrote."""
         sizes = {key: reference() for key, reference in self._alive.items() if key in self._saved & self._products}
         return sum(storage.nbytes() for storage in sizes.values() if storage is not None)
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What identifies a tensor's storage as long as it is alive."""
+    """Identify a tensor's storage as long as it is alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -188,7 +188,7 @@ def refused_on_values(model: Any) -> Iterator[None]:
 
 
 def quantisable(causal_lm: Any) -> list[Any]:
-    """The layers that transformers quantises: all linear ones but the head."""
+    """Return the layers that transformers quantises: all linear ones but the head."""
     from transformers.pytorch_utils import Conv1D
 
     head = causal_lm.get_output_embeddings()
@@ -201,7 +201,7 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def quantised_bytes(layer: nn.Module, bits: int) -> int:
-    """Bytes of a layer's weight as bitsandbytes stores it: int8 with a float32 a row, or NF4 with coded scales."""
+    """Count a layer's weight as bitsandbytes stores it: int8 with a float32 a row, or NF4 with coded scales."""
     out_features, in_features = features(layer)
     count = out_features * in_features
     if bits == 8:

@@ -36,7 +36,7 @@ class StreamPlan:
     reference: frozenset[ReferenceRequest]
 
     def reference_requests(self, known: bool) -> frozenset[ReferenceRequest]:
-        """What is asked of the reference; `known`: its embedding too, which saves a forward KL a product."""
+        """Say what is asked of the reference; `known`: its embedding too, which saves a forward KL a product."""
         helps = any(each.embedding_helps for each in self.divergences)
         return self.reference | {EMBEDDING, ARGMAX} if known and helps else self.reference
 
@@ -69,7 +69,7 @@ class LossPlan:
     forwards: tuple[ForwardPlan, ...]
 
     def on(self, side: str) -> list[ForwardPlan]:
-        """All forwards of one side."""
+        """Return all forwards of one side."""
         return [forward for forward in (*self.baselines, *self.forwards) if forward.side == side]
 
     @property
@@ -81,7 +81,7 @@ class LossPlan:
 
 
 def plan_loss(terms: Mapping[str, Term]) -> LossPlan:
-    """The plan for terms by name."""
+    """Make the plan for terms by name."""
     baselines, forwards = [], []
     for side in SIDES:
         own = {name: term for name, term in terms.items() if term.on == side}
@@ -95,7 +95,7 @@ def plan_loss(terms: Mapping[str, Term]) -> LossPlan:
 
 
 def stream_groups(terms: Sequence[Term]) -> list[tuple[str, ...]]:
-    """The streams that these terms look at, in groups: those that a term compares are in one."""
+    """Return the streams that these terms look at, in groups: those that a term compares are in one."""
     groups: list[set[str]] = []
     for term in terms:
         coupled = [group for group in groups if group & set(term.streams)]
@@ -105,7 +105,7 @@ def stream_groups(terms: Sequence[Term]) -> list[tuple[str, ...]]:
 
 
 def plan_forward(side: str, streams: Sequence[str], terms: Mapping[str, Term], learns: bool = True) -> ForwardPlan:
-    """The forward of some streams for the terms that look at them, or (`learns` False) take a constant from them."""
+    """Plan the forward of some streams for the terms that look at them, or (not `learns`) take a constant from them."""
     layers = layers_of(terms.values())
     layers |= {None} if reaches_head(terms.values()) else set()
     looking = {stream: [term for term in terms.values() if stream in term.streams or not learns] for stream in streams}
@@ -114,7 +114,7 @@ def plan_forward(side: str, streams: Sequence[str], terms: Mapping[str, Term], l
 
 
 def plan_stream(terms: Sequence[Term], to_head: bool, learns: bool) -> StreamPlan:
-    """What is computed of one stream for the terms that look at it. `to_head`: its forward goes on to the head."""
+    """Plan what is computed of one stream for its terms. `to_head`: its forward goes on to the head."""
     requests = list(dict.fromkeys(request for term in terms for request in term.requests))
     own = {request.name for request in requests if isinstance(request, Field) and request.of == "model"}
     divergences = tuple(request for request in requests if isinstance(request, Divergence))

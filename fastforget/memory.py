@@ -93,12 +93,12 @@ class FittingRows:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of a device or the CPU without memory."""
+    """Tell whether an error is that of a device or the CPU without memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in MESSAGES)
 
 
 def row_count(forget: Batch, retain: Batch | None) -> int:
-    """The rows of the largest stream of a batch that has been checked."""
+    """Count the rows of the largest stream of a batch that has been checked."""
     if "role" in forget and retain is None:
         forget, retain = split_roles(forget)
     sides = [side for side in (forget, retain) if side is not None]

@@ -50,7 +50,7 @@ def load(
         bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
             without it), or 32.
         lora: arguments of `peft.LoraConfig`; default r = 32, alpha = 2 r, and `target_modules="all-linear"`: with less,
-            the default preset does not get all of a text out of the demo's model (README).
+            the default preset does not get all of a text out of the demo's model (docs/demo.md).
         device: default the first GPU, else the CPU.
         adapter: load this saved adapter (to go on training) instead of a new one.
         allow_missing_weights: warn, instead of raising, where the checkpoint lacks weights of the model, which are then

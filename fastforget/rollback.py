@@ -12,13 +12,13 @@ Saved = tuple[Tensor, int, Tensor]  # a tensor, how often it had been written to
 
 
 def saved(tensor: Tensor | None) -> Saved | None:
-    """What `put_back` needs; a copy only where there is a tensor (after `zero_grad` there is no gradient)."""
+    """Save what `put_back` needs; a copy only where there is a tensor (after `zero_grad` there is no gradient)."""
     return None if tensor is None else (tensor, tensor._version, tensor.detach().clone())
 
 
 @torch.no_grad()
 def put_back(before: Saved | None) -> Tensor | None:
-    """The same tensor, holding what it held; one that nobody wrote to stays untouched."""
+    """Return the same tensor, holding what it held; one that nobody wrote to stays untouched."""
     if before is None:
         return None
     tensor, version, values = before

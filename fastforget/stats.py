@@ -83,7 +83,7 @@ def token_stats(
     backend: str = "auto",
     tail_mass: float = 0.0,
 ) -> TokenStats:
-    """Statistics of the next-token distribution of each kept token (DESIGN section 1).
+    """Compute statistics of the next-token distribution of each kept token (docs/concepts.md).
 
     Args:
         hidden: (N, D) states that enter the head, float64, float32, bfloat16 or float16, of any strides.
@@ -189,7 +189,7 @@ def computed_stats(
     margin: float | None,
     backend: str,
 ) -> TokenStats:
-    """The statistics of some rows, by a backend, among all rows."""
+    """Compute the statistics of some rows, by a backend, among all rows."""
     if rows.mask is not None:  # what does not count may be NaN (padding under attention), and NaN times 0 is NaN
         ignored = ~rows.mask[:, None]
         hidden = hidden.masked_fill(ignored, 0.0)
@@ -202,7 +202,7 @@ def computed_stats(
 
 
 def with_defaults(outputs: Collection[str]) -> tuple[str, ...]:
-    """The outputs named, after those that are always there."""
+    """Return the outputs named, after those that are always there."""
     return tuple(dict.fromkeys(("logp", "lse", *outputs)))
 
 
@@ -214,7 +214,7 @@ def spread_stats(fields: dict[str, Tensor], rows: ComputedRows, margin: float | 
 
 
 def vocabulary_of(hidden: Tensor, head: LMHead) -> int:
-    """The number of logits."""
+    """Return the number of logits."""
     return hidden.shape[1] if head.is_identity else head.weight.shape[0]
 
 
@@ -236,7 +236,7 @@ def hidden_stats(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Distance of each hidden state from its anchor, and from the nearest of K cluster centres: of any layer's states.
+    """Measure how far hidden states of any layer are from their anchor, and from the nearest of K cluster centres.
 
     Gradients flow into `hidden` alone; where a distance is 0 its gradient is 0, so that a state that starts at its own
     anchor gives no NaN. With `margin` the distance is min(distance, margin), without a gradient beyond it: minimising
@@ -279,7 +279,7 @@ def divergence(
     label_shift: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence (N,), in nats, of the model's distribution p from the reference's q, through the same frozen head.
+    """Compute the divergence (N,), in nats, of the model's distribution p from the reference's q, by the same head.
 
     Args:
         hidden: (N, D) the model's states; gradients flow into them.

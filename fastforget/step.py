@@ -250,7 +250,7 @@ class UnlearnStep(torch.optim.Optimizer):
 
     def _check_processes(self, micro_batch: MicroBatch) -> int:
         """How many processes train together; raises for what they cannot do."""
-        check_parallel(self.loss.backbone.outer)
+        check_parallel(self.model)
         processes = process_count()
         if processes > 1:
             for refused, what in (

@@ -53,14 +53,14 @@ def check_streams(term: Term) -> None:
 
 
 def used_streams(term: Term) -> tuple[str, ...]:
-    """Every stream that a term takes something from."""
+    """Return every stream that a term takes something from."""
     return term.streams if term.baseline_stream is None else (*term.streams, term.baseline_stream)
 
 
 def check_sides(
     plan: LossPlan, sides: Mapping[str, Batch | None], counts: LabelCounts | None, vocabulary: int
 ) -> dict[tuple[str, str], CheckedBatch]:
-    """The streams that a plan's forwards need, by side and stream, checked.
+    """Check the streams that a plan's forwards need; return them by side and stream.
 
     Args:
         counts: of the larger batch that this one is a part of, or None. Of a larger batch's streams a part may hold
@@ -90,7 +90,7 @@ def check_sides(
 def check_forward(
     forward: ForwardPlan, batch: Batch, counts: LabelCounts | None, vocabulary: int
 ) -> dict[str, CheckedBatch]:
-    """The streams of one forward, checked; none where this part of a larger batch has none of them."""
+    """Check the streams of one forward; none where this part of a larger batch has none of them."""
     side = forward.side
     given = {stream: stream_of(batch, stream) for stream in forward.streams}
     missing = [stream for stream, part in given.items() if part is None]
@@ -146,7 +146,7 @@ def prepared_parts(
     micro_batch: int | None,
     prepare: Callable[[CheckedBatch], PreparedSide | None],
 ) -> Iterator[dict[str, PreparedSide]]:
-    """A forward's streams, made ready, in parts of at most `micro_batch` rows; rows that belong together stay so.
+    """Prepare a forward's streams in parts of at most `micro_batch` rows; rows that belong together stay so.
 
     Without `micro_batch` streams that share a forward come in about as many parts as they are, so that none of these
     forwards needs the memory of more sequences than one stream has (one more, where their number is odd).
@@ -165,7 +165,7 @@ def prepared_parts(
 
 
 def seen_by(term: Term, streams: Mapping[str, SideStats], baseline: Tensor | None = None) -> SideStats:
-    """What a term gets: the answers to its own requests, of its first stream, with the others inside."""
+    """Return what a term gets: the answers to its own requests, of its first stream, with the others inside."""
     own = {
         stream: replace(
             streams[stream],
@@ -208,7 +208,7 @@ def with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def join_input(name: str, parts: Sequence[PreparedSide], width: int) -> Any:
-    """One input of the model for all streams; FastforgetError where it cannot be one."""
+    """Join one input of the model for all streams; FastforgetError where it cannot be one."""
     values = [part.inputs.get(name) for part in parts]
     shapes = [part.inputs["input_ids"].shape for part in parts]
     by_row = [
@@ -228,7 +228,7 @@ def join_input(name: str, parts: Sequence[PreparedSide], width: int) -> Any:
 
 
 def unjoinable(name: str) -> FastforgetError:
-    """What to raise for an input that streams which share a forward do not have alike."""
+    """Return what to raise for an input that streams which share a forward do not have alike."""
     return FastforgetError(
         "a term compares the batch with its companion row by row, so both go through the model as one batch, and their "
         f"{name!r} do not fit together: give it in both, one row a sequence, or in neither"

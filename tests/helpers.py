@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 import fastforget as ff
 from fastforget.batch import check_batch, prepare
+from fastforget.data.examples import Example, ExampleStream
 
 CPU = torch.device("cpu")
 VOCABULARY = 320
@@ -95,6 +96,19 @@ def traced_peak(stream):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, labels
+
+
+def counting_stream(count):
+    """A stream of `count` examples, each of its own, and a list of how many were read in each pass."""
+    passes = []
+
+    def read():
+        passes.append(0)
+        for number in range(count):
+            passes[-1] += 1
+            yield Example((number, number))
+
+    return ExampleStream(read, "numbers"), passes
 
 
 def gradients(model):

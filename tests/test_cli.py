@@ -1,13 +1,17 @@
 """The commands end to end at a small scale, and bad input: one clear line, exit code 2, nothing half-written."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from helpers import BreaksAt, write_rows
 from safetensors.torch import load_file
 
+import fastforget as ff
 from fastforget.objectives import PRESETS
 from fastforget.objectives.presets import DEFAULT_PRESET
 
@@ -41,7 +45,7 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert "What the model still knows" in text
 
     code, _, errors = run(*unlearn(out))
-    assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]
+    assert code == 2 and len(errors) == 1 and "holds checkpoints of an earlier job" in errors[0]
     assert run(*unlearn(out, "--overwrite", "--preset", "grad_diff"))[0] == 0
     assert json.loads((out / "report.json").read_text())["preset"] == "grad_diff"
 
@@ -177,9 +181,10 @@ FLAGS = """--config --help --forget --retain --forget-column --retain-column --f
     --measured-passages
     --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
     --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --reference-cache
-    --stop-forget-nll --max-retain-nll --until --combine
-    --preset --preset-option --refusals --out --save-steps --keep-checkpoints --overwrite --quiet --resume""".split()
-DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --overwrite --quiet --out""".split()
+    --stop-forget-nll --max-retain-nll --until --combine --preset --preset-option --refusals
+    --out --save-steps --keep-checkpoints --log-to --overwrite --quiet --resume --json""".split()
+DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --log-to --overwrite --quiet --out
+    --json""".split()
 
 
 @pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])
@@ -193,3 +198,17 @@ def test_help_names_every_flag_and_its_default(run, monkeypatch, command, flags)
 def test_doctor_tells_the_backend(run):
     code, text, _ = run("doctor")
     assert code == 0 and "backend auto" in text and "torch" in text
+
+
+def test_version_and_python_m(run):
+    assert run("--version") == (0, f"fastforget {ff.__version__}\n", [])
+    result = subprocess.run([sys.executable, "-m", "fastforget", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"fastforget {ff.__version__}\n"), result.stderr
+
+
+def test_a_shell_completes_commands():
+    """A shell asks the command for its completions: `unl` is `unlearn`."""
+    asked = {"_FASTFORGET_COMPLETE": "complete_bash", "COMP_WORDS": "fastforget unl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'fastforget'; import fastforget.cli as c; c.main()"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked})
+    assert result.stdout.split() == ["unlearn"], result.stderr

@@ -108,6 +108,22 @@ def test_wheel_imports_from_another_folder(dependencies, distributions, tmp_path
     assert "csrc" in run(environment.scripts / "fastforget", "doctor", cwd=tmp_path)
 
 
+def test_readme_program_in_a_clean_environment(dependencies, distributions, tmp_path):
+    environment = Environment(tmp_path / "readme", borrowed=dependencies)
+    environment.install("--no-deps", distributions[1])
+    program = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    lines = environment.run("-c", program, cwd=tmp_path).splitlines()
+    first, last = (float(re.search(r"forget (-\d+\.\d+)", line)[1]) for line in (lines[0], lines[-1]))
+    assert last < first - 1.0
+
+
+def test_pure_wheel_is_for_any_platform(source, tmp_path):
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source, cwd=tmp_path, FASTFORGET_PURE="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".so", ".cpp"))]
+
+
 def test_editable_install_imports_from_another_folder(dependencies, source, tmp_path):
     environment = Environment(tmp_path / "editable", borrowed=dependencies)
     environment.install("--no-deps", "-e", source)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_doctor_says_what_is_missing_or_broken(monkeypatch):
     assert "backend auto, cpu" in findings
 
 
+@pytest.mark.parametrize(("load", "threads", "advice"), [(0.2, 2, None), (1.9, 2, 1), (3.0, 4, 1), (1.2, 4, 3)])
+def test_doctor_says_what_to_set_on_a_busy_machine(monkeypatch, load, threads, advice):
+    monkeypatch.setattr(doctor, "_usable_cpus", lambda: 2 if threads == 2 else 4)
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    finding = dict(doctor.report())["torch threads"]
+    assert finding.startswith(str(threads))
+    assert ("OMP_NUM_THREADS" in finding) == (advice is not None)
+    assert advice is None or f"OMP_NUM_THREADS={advice}," in finding
+
+
 def test_kernels_is_a_namespace_package():
     assert (ROOT / "kernels").is_dir()
     assert not list((ROOT / "kernels").rglob("__init__.py")), "it would shadow the PyPI package `kernels`"
@@ -123,8 +135,17 @@ def test_kernels_is_a_namespace_package():
     assert any((Path(folder) / "README.md").is_file() for folder in fastforget_kernels.__path__)
 
 
+def test_commands_start_without_the_libraries_that_warn():
+    """bitsandbytes warns when it is imported, which must be after `models.quiet_bitsandbytes`."""
+    code = "import sys, fastforget.cli, fastforget.jobs.memorise; print('bitsandbytes' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+
+
 def test_version_has_a_single_source():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert importlib.metadata.version("fastforget") == version, "stale installation: make venv"
     sources = [ROOT / "setup.py", *(ROOT / "fastforget").rglob("*.py")]
     assert not [source for source in sources if f'"{version}"' in source.read_text()]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()

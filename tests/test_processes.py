@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastforget as ff
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+
 TERMS = [ff.NPO(weight=0.5), ff.DualCE(), ff.KL(weight=0.7)]
 
 

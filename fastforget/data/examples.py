@@ -1,4 +1,4 @@
-"""Tokenized examples, and the batches that the step takes."""
+"""Tokenized examples, and how they become a batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastforget.batch import IGNORE_INDEX as IGNORE_INDEX
 from fastforget.errors import FastforgetError
-
-SHUFFLE_BUFFER = 1024  # examples of a stream in memory at once; a stream no longer than this is shuffled as a list is
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,11 @@ class ExampleStream:
         return list(islice(self, count))
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad examples into one batch on the CPU.
+Examples = Sequence[Example] | ExampleStream  # of one set
+
+
+def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """Right-pad examples into one batch on the CPU; `DataLoader(forget, collate_fn=ff.collate)` takes it too.
 
     Returns `input_ids`, `attention_mask`, `labels`, each int64 (B, T). Labels are unshifted, as transformers has
     them, and -100 on the prompt and on padding. The mask comes from the lengths, never from `input_ids !=
@@ -77,48 +78,3 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
-
-
-def cycle(
-    examples: Sequence[Example] | ExampleStream, batch_size: int, pad_token_id: int, seed: int, skip: int = 0
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches without end, reshuffled at each pass; the last batch of a pass may be shorter.
-
-    Forget and retain sets are cycled independently of each other, so neither is cut to the other's length. A stream
-    is read again at its end, and shuffled within a buffer of `SHUFFLE_BUFFER` examples: no more are in memory.
-
-    Args:
-        skip: so many batches are left out at the beginning, those that a job which goes on has had.
-
-    Raises:
-        FastforgetError: at the first batch, where there is no example; or what reading a stream raises.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        if isinstance(examples, ExampleStream):
-            one_pass = shuffled(examples, generator, SHUFFLE_BUFFER)
-        else:
-            one_pass = (examples[index] for index in torch.randperm(len(examples), generator=generator).tolist())
-        count = 0
-        while batch := list(islice(one_pass, batch_size)):
-            count += len(batch)
-            if skip > 0:
-                skip -= 1
-                continue
-            yield collate(batch, pad_token_id)
-        if not count:  # or this loop would turn for ever
-            raise FastforgetError("there are no examples to take batches of")
-
-
-def shuffled(examples: ExampleStream, generator: torch.Generator, buffer_size: int) -> Iterator[Example]:
-    """Yield every example once, each drawn at random from a buffer of those read last and not yet drawn."""
-    buffer: list[Example] = []
-    for example in examples:
-        if len(buffer) < buffer_size:
-            buffer.append(example)
-            continue
-        index = int(torch.randint(buffer_size, (), generator=generator))
-        yield buffer[index]
-        buffer[index] = example
-    for index in torch.randperm(len(buffer), generator=generator).tolist():
-        yield buffer[index]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastforget.data.questions import Question
+from fastforget.data.questions import Question, question_row
 from fastforget.errors import FastforgetError
 
 Row = Mapping[str, Any]
@@ -255,6 +255,19 @@ def formatted_rows(name: str, row: Any, where: str) -> list[dict[str, str]]:
         FastforgetError: a row without the columns, or with values of another kind; it is named.
     """
     return checked(name, row, where, format_of(name).rows)
+
+
+def rows_of_ours(name: str | None, row: Any, where: str, chat: bool) -> Iterable[Any]:
+    """Return the rows that one row makes: itself, or what its format makes of it.
+
+    Args:
+        name: of the format; None where there is none.
+        chat: the rows go into a chat template, so that no space is put between prompt and response.
+    """
+    if name is None:
+        return [row]
+    found = formatted_rows(name, row, where)
+    return [question_row(each["prompt"], each["response"], chat=chat) if "prompt" in each else each for each in found]
 
 
 def formatted_question(name: str, row: Any, where: str) -> Question:

@@ -12,14 +12,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastforget.data.chat import COLUMN_OPTION, FIELDS, RowReader, check_columns, choose_columns
 from fastforget.data.examples import Example, ExampleStream
-from fastforget.data.formats import format_of, formatted_question, formatted_rows, wanted_columns
-from fastforget.data.questions import Question, question_row
+from fastforget.data.formats import format_of, rows_of_ours, wanted_columns
 from fastforget.data.text import check_length, file_examples, not_blank, read_chunks, read_rows, stream_file
 from fastforget.errors import FastforgetError
 from fastforget.files import check_regular
@@ -85,8 +84,6 @@ def check_source(source: Source, side: str | None = None) -> None:
                 f"{where} has the format {source.format!r}, which names its columns: leave {option} out"
             )
     kind = kind_of(source)
-    if kind == "text" and source.format is not None and wanted_columns(source.format, ["text"], where) != ["text"]:
-        raise FastforgetError(f"{where}: {describe(source)} is a plain text file, which the format reads no rows from")
     if kind not in ("text", "jsonl", "rows") and importlib.util.find_spec("datasets") is None:
         import_datasets(describe(source))
     if kind in ("folder", "table") and any(sign in os.path.abspath(describe(source)) for sign in PATTERN_SIGNS):
@@ -130,7 +127,7 @@ def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example
 
     def open_examples() -> Iterator[Example]:
         for label, row in open_rows():
-            for part in rows_of_ours(source, row, label, reader.use_template):
+            for part in rows_of_ours(source.format, row, label, reader.use_template):
                 yield from reader.examples(part, label)
 
     stream = ExampleStream(open_examples, name)
@@ -154,29 +151,42 @@ def row_opener(source: Source) -> Callable[[], Iterable[tuple[str, Any]]]:
     return lambda: dataset_rows(dataset, source, name, kind)
 
 
-def rows_of_ours(source: Source, row: Any, label: str, chat: bool) -> Iterable[Any]:
-    """Return the rows that one row of the source makes: itself, or what its format makes of it."""
-    if source.format is None:
-        return [row]
-    found = formatted_rows(source.format, row, label)
-    return [question_row(each["prompt"], each["response"], chat=chat) if "prompt" in each else each for each in found]
+def examples(
+    texts: str | os.PathLike[str] | Iterable[Any],
+    tokenizer: Any,
+    *,
+    max_length: int = 128,
+    columns: Mapping[str, str] | None = None,
+    split: str = DEFAULT_SPLIT,
+    subset: str | None = None,
+    streaming: bool = False,
+    chat_template: bool | None = None,
+) -> list[Example] | ExampleStream:
+    """Tokenize texts or rows into examples, as a job does; `ff.batches` makes batches of them.
 
+    Args:
+        texts: a list of texts, or of dicts of which `text`, or `prompt` and `response`, or chat `messages` are read (of
+            the latter two only the answer is labelled); or what holds such rows, as `Source.path` lists them: a text
+            file, a JSONL, CSV or parquet file, a dataset's folder, its hub name, a `datasets.Dataset`.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens of an example at most; what is longer is cut into pieces, and no token is dropped.
+        columns, split, subset, streaming, chat_template: as `Source` has them.
 
-def read_questions(source: Source) -> list[Question]:
-    """Read the questions of a source that has a format.
+    Returns:
+        A list of examples; where it is to stream, a stream that is read anew in each pass.
 
     Raises:
-        FastforgetError: as `read_source`, or a format that asks nothing.
+        FastforgetError: what `read_source` raises.
     """
-    check_source(source)
-    if source.format is None:
-        raise FastforgetError(f"{describe(source)}: questions are read from rows of a known format: name it")
-    found = []
-    for label, row in row_opener(source)():
-        found.append(replace(formatted_question(source.format, row, label), source=label))
-    if not found:
-        raise FastforgetError(f"{describe(source)} holds no questions")
-    return found
+    source = Source(
+        path=texts,
+        columns=columns or {},
+        split=split,
+        subset=subset,
+        streaming=streaming,
+        chat_template=chat_template,
+    )
+    return read_source(source, tokenizer, max_length)
 
 
 def kind_of(source: Source) -> str:

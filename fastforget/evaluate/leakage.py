@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from fastforget.backbone import training_flags_restored
@@ -29,6 +27,7 @@ from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.evaluate.degenerate import distinct, is_blank, is_degenerate
 from fastforget.evaluate.generation import CONTINUATION_CHARACTERS, Progress, continue_greedily, decode, room
 from fastforget.evaluate.memorisation import Memorisation, MemorisationReport, memorisation, prompt_tokens
+from fastforget.evaluate.rouge import rouge_l_recall
 from fastforget.head import base_causal_lm
 from fastforget.loss import UnlearnLoss
 from fastforget.objectives import CE
@@ -98,11 +97,10 @@ def leakage(
     outputs = continue_greedily(
         model, tokenizer, prompts, batch_size=batch_size, progress=lambda done, _: report(done, 2 * count)
     )
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
     continuations = []
     for example, split, prompt, output in zip(examples, splits, prompts, outputs, strict=True):
         truth = decode(tokenizer, example.input_ids[split:])[:CONTINUATION_CHARACTERS]
-        rouge = scorer.score(truth, output)["rougeL"].recall
+        rouge = rouge_l_recall(truth, output)
         continuations.append(
             Continuation(
                 prompt=decode(tokenizer, prompt),
@@ -162,6 +160,8 @@ def fluency(
 
     `untouched` as in `leakage`. None where there is no such model, or no output has a token.
     """
+    from peft import PeftModel  # bitsandbytes comes with it, and warns unless `models` silenced it before
+
     if untouched is None and not isinstance(model, PeftModel):
         return None
     written = [tuple(tokenizer.encode(output, add_special_tokens=False)) for output in outputs]

@@ -88,7 +88,7 @@ def check_measured(reports: Reports, what_to_do: str) -> None:
             raise NonFiniteLossError(f"the model's NLL on the {name} passages is {report.nll}: {what_to_do}")
 
 
-COLUMNS = {  # of the table: heading -> figure and format
+MEASURES = {  # of the table: what it is called, the figure, and its format
     "leak": ("leak", ".0%"),
     "ROUGE-L": ("rouge", ".2f"),
     "exact memorisation": ("memorisation", ".2f"),
@@ -100,18 +100,17 @@ COLUMNS = {  # of the table: heading -> figure and format
 
 
 def print_table(console: Console, before: Reports, after: Reports) -> None:
-    """Print what is still known of each set, and how its continuations read, before and after."""
+    """Print what is still known of each set, and how its continuations read, before and after, in 80 columns."""
     table = Table(title="What the model still knows", title_justify="left")
-    table.add_column("passages")
-    for heading in ("number", *COLUMNS):
-        table.add_column(heading, justify="right")
+    table.add_column("measure", no_wrap=True)
     for name, first in before.items():
-        pair = set_figures(first), set_figures(after[name])
+        table.add_column(f"{name} ({len(first.continuations)})", justify="right", no_wrap=True)
+    pairs = [(set_figures(first), set_figures(after[name])) for name, first in before.items()]
+    for measure, (figure, style) in MEASURES.items():
         cells = (
-            " → ".join("-" if each[figure] is None else format(each[figure], style) for each in pair)
-            for figure, style in COLUMNS.values()
+            " → ".join("-" if each[figure] is None else format(each[figure], style) for each in pair) for pair in pairs
         )
-        table.add_row(name, str(len(first.continuations)), *cells)
+        table.add_row(measure, *cells)
     console.print(table)
 
 

@@ -92,13 +92,12 @@ def row_collator(pad_token_id: int = 0) -> Callable[[Sequence[Row]], dict[str, T
                 parts = {"answer": row} | {name: row.pop(name) for name in COMPANIONS if row.get(name) is not None}
                 rows += [{**as_row(part), "role": ROLES[side, stream]} for stream, part in parts.items()]
         for row in rows:
-            missing = [key for key in ("input_ids", "labels") if key not in row]
-            if missing or row.keys() != rows[0].keys():
+            row.setdefault("attention_mask", [1] * len(row.get("input_ids", ())))
+            if not {"input_ids", "labels"} <= row.keys() or row.keys() != rows[0].keys():
                 raise FastforgetError(
                     f"a row has the keys {', '.join(row)}, the first one {', '.join(rows[0])}: each needs input_ids "
                     "and labels, and what one gives the model all must give"
                 )
-            row.setdefault("attention_mask", [1] * len(row["input_ids"]))
         padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
         return {key: joined([row[key] for row in rows], padding.get(key, 0)) for key in rows[0]}
 

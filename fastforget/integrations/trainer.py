@@ -104,7 +104,7 @@ class UnlearnTrainerMixin(TrainerBase):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        if step.loss.backbone.outer is not model:  # Trainer has wrapped it since the optimizer was made
+        if step.model is not model:  # Trainer has wrapped it since the optimizer was made
             step.attach(model, self.step_options.get("reference"))
         out = step.backward(
             self._prepare_inputs(inputs),
@@ -135,7 +135,7 @@ class UnlearnTrainerMixin(TrainerBase):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The loss, its terms and the NLLs, with means over the whole set; and what `measure` returns."""
-        loss = self._loss_of(self.model if self.unlearn_step is None else self.unlearn_step.loss.backbone.outer)
+        loss = self._loss_of(self.model if self.unlearn_step is None else self.unlearn_step.model)
         counts = sum_counts(count_labels(dataloader), self.args.device)
         parts: list[UnlearnOutput] = []
         samples = 0
@@ -169,7 +169,7 @@ class UnlearnTrainerMixin(TrainerBase):
 
     def _loss_of(self, model: nn.Module) -> UnlearnLoss:
         """The loss over a model, the step's own where it is that of the step."""
-        if self.unlearn_step is not None and self.unlearn_step.loss.backbone.outer is model:
+        if self.unlearn_step is not None and self.unlearn_step.model is model:
             return self.unlearn_step.loss
         options = {
             key: self.step_options[key]

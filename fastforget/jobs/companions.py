@@ -66,7 +66,7 @@ class Companions:
             self.draws = min(self.draws, len(known))
 
     def attach(self, side: str, batch: Batch) -> Batch:
-        """One side's batch with the companions that terms on it look at."""
+        """Return one side's batch with the companions that terms on it look at."""
         whole = dict(batch)
         if (side, "refusal") in self.used:
             whole = with_refusals(

@@ -27,10 +27,11 @@ from fastforget.evaluate.report import (
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.evaluate import robust_rows
-from fastforget.jobs.loop import run_job, shown_nll
+from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
-from fastforget.jobs.running import measure, progress_bar, say, surroundings
+from fastforget.jobs.progress import shown_steps
+from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
 from fastforget.jobs.state import JobResult
 from fastforget.jobs.subjects import DemoScale, small_subject
@@ -93,7 +94,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
 
     before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
     ability = {"before": subject.ability(model, tokenizer)}
-    with progress_bar(f"Unlearning ({options.preset})", console) as update:
+    with shown_steps(options.preset, console, log_to=options.log_to, out=out) as progress:
         result = run_job(
             model,
             tokenizer,
@@ -101,7 +102,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
             subject.kept,
             terms,
             settings,
-            progress=lambda step, total, output: update(step, total, shown_nll(output)),
+            progress=progress,
             never_trained=before["unseen"].memorised.exact,
         )
     after = measure(model, tokenizer, sets, "After: continuing every passage", console)

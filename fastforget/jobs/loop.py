@@ -17,7 +17,8 @@ from fastforget.adapters import save_adapter, task_vector
 from fastforget.backbone import training_flags_restored, without_dropout
 from fastforget.batch import Batch
 from fastforget.clusters import fit_centres, save_centres
-from fastforget.data.examples import Example, ExampleStream, cycle
+from fastforget.data.batches import Cycle
+from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, RetainNLLError
 from fastforget.guard import copy
@@ -113,9 +114,9 @@ def run_job(
         state.restore(saved.job)
         if step.loss.reference is not None and saved.reference is not None:
             step.loss.reference.fill(**saved.reference)
-    forget_batches = until or cycle(forget, settings.batch_size, pad, settings.seed, skip=pace.number)
+    forget_batches = until or Cycle(forget, settings.batch_size, pad, settings.seed, skip=pace.number)
     retain_batches = (
-        cycle(retain, settings.batch_size, pad, settings.seed + 1, skip=pace.number) if retain and uses_retain else None
+        Cycle(retain, settings.batch_size, pad, settings.seed + 1, skip=pace.number) if retain and uses_retain else None
     )
     start = time.perf_counter() - result.seconds
     with contextlib.ExitStack() as afterwards:
@@ -199,14 +200,6 @@ def check_update(
     step.guard.accept()
 
 
-def shown_nll(output: UnlearnOutput) -> str:
-    """Write a step's NLL in a few words: of the forget batch's answers, or of what stands for them; else its loss."""
-    if not output.stats:  # its forwards end before the head
-        return f"loss {float(output.loss):.3g}"
-    name, value = next(iter(output.stats.items()))
-    return f"{name.removesuffix('_nll').replace('_', ' ')} NLL {float(value):.2f}"
-
-
 def expected_outputs(
     retain: Sequence[Example] | ExampleStream | None, batch_size: int, pad_token_id: int, seed: int
 ) -> Iterator[dict[str, Tensor]] | None:
@@ -215,7 +208,7 @@ def expected_outputs(
         return None
     if isinstance(retain, ExampleStream):
         retain = retain.head(STREAM_EXAMPLES_FOR_CENTRES)
-    batches = cycle(retain, batch_size, pad_token_id, seed)
+    batches = Cycle(retain, batch_size, pad_token_id, seed)
     return itertools.islice(batches, math.ceil(len(retain) / batch_size))
 
 

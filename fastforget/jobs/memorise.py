@@ -16,11 +16,16 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
-from fastforget.data.examples import IGNORE_INDEX, Example, collate, cycle
+from fastforget.data.batches import Cycle
+from fastforget.data.examples import IGNORE_INDEX, Example, collate
+from fastforget.data.text import text_examples
+from fastforget.data.topics import train_tokenizer
 from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.jobs.running import library_bars
 
 PROMPT_TOKENS = 16  # fewer than a prompt of 200 characters has (18 and more here): the rest holds the continuation
 SURE = 0.5  # a token's probability: above it, it is the most likely one whatever the others are
+TINY_PROMPT, TINY_VOCABULARY, TINY_CONTEXT = 8, 512, 256  # of `tiny_model`, in tokens
 RECITED = 1.0  # share of passages that must be recited
 
 
@@ -69,15 +74,17 @@ def memorise(
     learning_rate: float = 1.5e-3,
     batch_size: int = 8,
     max_passes: int = 300,
+    prompt_tokens: int = PROMPT_TOKENS,
     progress: Callable[[float, float], None] | None = None,
 ) -> Memorised:
     """Train in place until the model recites the passages; `FastforgetError` if `max_passes` over them do not do it.
 
+    It recites a passage where it would write all that stands behind the first `prompt_tokens` tokens.
     `progress` is called after each pass with the share of passages recited and the NLL of the pass (nats per token).
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps_per_pass = -(-len(passages) // batch_size)
-    batches = cycle(passages, batch_size, tokenizer.pad_token_id, seed)
+    batches = Cycle(passages, batch_size, tokenizer.pad_token_id, seed)
     steps, nll = 0, float("inf")
     for _ in range(max_passes):
         model.train()  # `recited_share` left it in evaluation mode
@@ -96,7 +103,7 @@ def memorise(
         nll = torch.stack(losses).mean().item()
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the loss of the base model became {nll} by step {steps}")
-        recited = recited_share(model, passages, tokenizer.pad_token_id) if nll < 0.5 else 0.0
+        recited = recited_share(model, passages, tokenizer.pad_token_id, prompt_tokens) if nll < 0.5 else 0.0
         if progress is not None:
             progress(recited, nll)
         if recited >= RECITED:
@@ -108,7 +115,9 @@ def memorise(
 
 
 @torch.no_grad()
-def recited_share(model: nn.Module, passages: Sequence[Example], pad_token_id: int, batch_size: int = 16) -> float:
+def recited_share(
+    model: nn.Module, passages: Sequence[Example], pad_token_id: int, prompt_tokens: int, batch_size: int = 16
+) -> float:
     """Return the share of passages whose every token after the prompt has a probability over one half."""
     model.eval()
     recited = 0
@@ -118,8 +127,35 @@ def recited_share(model: nn.Module, passages: Sequence[Example], pad_token_id: i
         log_probs = model(**batch).logits[:, :-1].float().log_softmax(-1)
         label_probs = log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).exp()
         sure = (label_probs > SURE) | (labels == IGNORE_INDEX)
-        recited += int(sure[:, PROMPT_TOKENS - 1 :].all(dim=1).sum())
+        recited += int(sure[:, prompt_tokens - 1 :].all(dim=1).sum())
     return recited / len(passages)
+
+
+def tiny_model(folder: str | Path, texts: Sequence[str], *, seed: int = 0) -> str:
+    """Write a tiny model that knows these texts by heart, to try things without a download; it takes seconds.
+
+    What it recites is all that stands behind a text's first tokens, by which it must be told from the others.
+
+    Args:
+        folder: gets the model and a tokenizer made for the texts, as `from_pretrained` and `fastforget.load` read them.
+        texts: a few dozen, of at most 250 tokens each.
+        seed: of its first weights and the order of the texts.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FastforgetError: no texts, or texts that it cannot learn by heart.
+    """
+    tokenizer = train_tokenizer(texts, vocabulary_size=TINY_VOCABULARY)
+    passages = [example for text in texts for example in text_examples(text, tokenizer, TINY_CONTEXT, "texts")]
+    if not passages:
+        raise FastforgetError("there is no text to learn")
+    model = build_model(tokenizer, hidden_size=64, context=TINY_CONTEXT, seed=seed)
+    memorise(model, tokenizer, passages, seed=seed, learning_rate=3e-3, prompt_tokens=TINY_PROMPT)
+    with library_bars(off=True):
+        save_base(model, tokenizer, folder)
+    return str(folder)
 
 
 def save_base(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -20,6 +20,7 @@ from fastforget.data.formats import FORMATS
 from fastforget.data.sources import Source, check_source
 from fastforget.errors import FastforgetError
 from fastforget.guard import GuardSettings
+from fastforget.jobs.step_logs import LIBRARIES, check_log
 from fastforget.objectives import Term, preset
 from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
@@ -31,7 +32,7 @@ LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes the fewest
 LARGEST_RANK = 2**16
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
-NOT_OF_THE_RUN = ("overwrite", "resume", "quiet", "console")  # what may happen to one folder, and what is printed where
+NOT_OF_THE_RUN = ("log_to", "overwrite", "resume", "quiet", "console")  # of one folder, or what is shown where
 NOT_OF_THE_RESULT = ("out", "save_steps", "keep_checkpoints")  # a job that resumes may have others
 
 Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a dataset; or rows, each a str or a dict
@@ -54,11 +55,13 @@ class RunOptions:
     preset_options: Annotated[
         Mapping[str, Any] | None, Help("NAME=VALUE for the preset, e.g. beta=2. Repeatable.", TRAINING)
     ] = None
+    log_to: Annotated[str | None, Help(f"Log each step's figures: {', '.join(LIBRARIES)}.", OUTPUT)] = None
     overwrite: Annotated[bool, Help("Replace an adapter in the output folder.", OUTPUT)] = False
     quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_log(self.log_to)
         for name, value in vars(self).items():
             for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
                 if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):

@@ -18,12 +18,13 @@ from fastforget.evaluate.page import CARD, PAGE, write_card, write_page
 from fastforget.evaluate.report import peak_rss_mb, write_json
 from fastforget.jobs.evaluate import evaluate
 from fastforget.jobs.evaluation_options import parsed_place
-from fastforget.jobs.loop import run_job, shown_nll
+from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import JobSettings, called_with, console_of
 from fastforget.jobs.outputs import REPORT, claimed_folder
+from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.recipe_files import SIDES, Recipe, overridden, read_recipe
 from fastforget.jobs.recipe_options import RecipeOptions
-from fastforget.jobs.running import progress_bar, say, surroundings
+from fastforget.jobs.running import say, surroundings
 from fastforget.jobs.select import select
 from fastforget.jobs.stages import Stages
 from fastforget.jobs.tofu_offline import TofuOfflineOptions, tofu_offline
@@ -220,16 +221,8 @@ def learned_model(chosen: Recipe, options: RecipeOptions) -> str:
         return os.fspath(options.model)
     console.print("The model does not know the text yet: fine-tuning it in ...")
     job = JobSettings(seed=options.seed, **settings)
-    with progress_bar("Fine-tuning", console) as update:
-        run_job(
-            model,
-            tokenizer,
-            examples,
-            None,
-            [CE(on="forget")],
-            job,
-            progress=lambda step, total, output: update(step, total, shown_nll(output)),
-        )
+    with shown_steps("fine-tuning", console, log_to=None, out=Path(options.out)) as progress:
+        run_job(model, tokenizer, examples, None, [CE(on="forget")], job, progress=progress)
     out = Path(options.out)
     save_adapter(model, tokenizer, out / f"{LEARNED}-adapter")
     folder = out / LEARNED

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastforget.data.chat import RowReader, check_messages, choose_columns
-from fastforget.data.sources import Source, row_opener, rows_of_ours
+from fastforget.data.formats import rows_of_ours
+from fastforget.data.sources import Source, row_opener
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.evaluators import Dialogue, Evaluator, load_evaluator, name_of
 from fastforget.evaluate.generation import continue_greedily
@@ -93,7 +94,7 @@ def dialogues_of(source: Source) -> Iterator[Row]:
         FastforgetError: a row without the columns, or with values that are no text; it is named.
     """
     for label, row in row_opener(source)():
-        for part in rows_of_ours(source, row, label, chat=True):
+        for part in rows_of_ours(source.format, row, label, chat=True):
             yield {**dialogue_of(part, source.columns, label), "source": label}
 
 

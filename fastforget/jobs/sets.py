@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastforget.data.examples import Example, ExampleStream
+from fastforget.data.examples import Example, Examples, ExampleStream
 from fastforget.data.sources import Source, read_source
 from fastforget.errors import FastforgetError
 from fastforget.jobs.options import UnlearnOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Examples = list[Example] | ExampleStream
 
 
 def read_sets(

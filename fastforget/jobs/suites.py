@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from fastforget.data.asked import read_questions
 from fastforget.data.chat import RowReader
 from fastforget.data.examples import Example
 from fastforget.data.questions import Question, question_row
-from fastforget.data.sources import Source, read_questions, read_source
+from fastforget.data.sources import Source, read_source
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.evaluators import Dialogue, Evaluator, load_evaluator
 from fastforget.evaluate.generation import Progress, continue_greedily, decode

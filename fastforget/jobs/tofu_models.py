@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from fastforget.data.authors import AuthorSets, invented_authors
+from fastforget.data.batches import Cycle
 from fastforget.data.chat import RowReader
-from fastforget.data.examples import Example, cycle
+from fastforget.data.examples import Example
 from fastforget.data.questions import Question, question_row
 from fastforget.data.topics import train_tokenizer
 from fastforget.errors import NonFiniteLossError
@@ -135,7 +136,7 @@ def teach(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps_per_pass = math.ceil(len(examples) / batch_size)
     steps = passes * steps_per_pass
-    batches = cycle(examples, batch_size, tokenizer.pad_token_id, seed)
+    batches = Cycle(examples, batch_size, tokenizer.pad_token_id, seed)
     model.train()
     nll = math.nan
     for number in range(passes):

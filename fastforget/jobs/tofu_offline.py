@@ -28,9 +28,10 @@ from fastforget.evaluate.report import peak_rss_mb, write_json
 from fastforget.evaluate.robustness import RobustnessRow, print_robustness
 from fastforget.evaluate.tofu import UTILITY_SETS, TofuReport, ratios, tofu_report
 from fastforget.jobs.evaluate import robust_rows
-from fastforget.jobs.loop import run_job, shown_nll
+from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import JobSettings, check_seed, checked_preset, console_of
 from fastforget.jobs.outputs import REPORT, claimed_folder
+from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import progress_bar, say, surroundings
 from fastforget.jobs.stages import Stages
 from fastforget.jobs.tofu_models import TofuModels, TofuScale, answer_examples, tofu_models
@@ -215,7 +216,7 @@ def unlearn_and_ask(
     settings = JobSettings(
         batch_size=16, decay=0.5, learning_rate=trial.learning_rate, max_steps=trial.steps, seed=options.seed
     )
-    with progress_bar(f"Unlearning ({trial.preset})", console) as update:
+    with shown_steps(trial.preset, console, log_to=None, out=options.out) as progress:
         result = run_job(
             model,
             tokenizer,
@@ -223,7 +224,7 @@ def unlearn_and_ask(
             retain,
             checked_preset(trial.preset, trial.options),
             settings,
-            progress=lambda step, total, output: update(step, total, shown_nll(output)),
+            progress=progress,
         )
     save_adapter(model, tokenizer, options.out / trial.preset)
     return {"answers": ask_all(model, tokenizer, asked, console), "seconds": result.seconds}

@@ -29,11 +29,12 @@ from fastforget.evaluate.report import (
 )
 from fastforget.jobs.checkpoints import Checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
-from fastforget.jobs.loop import check_stopping, run_job, shown_nll
+from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
 from fastforget.jobs.planning import fitted
-from fastforget.jobs.running import measure, progress_bar, say, surroundings
+from fastforget.jobs.progress import shown_steps
+from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.sets import check_ids, read_sets
 from fastforget.models import load, load_tokenizer, usable_device
 from fastforget.objectives import Term, layers_of
@@ -67,6 +68,7 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
             from the last one: the adapter ends bit for bit as if nothing had happened (on the same machine's CPU).
         reference_cache: a folder in which other jobs on this model find what the frozen model said.
         combine: "sum", "mgda" or "pcgrad": how the gradients of both sides become one (`fastforget.combine`).
+        log_to: "jsonl" (log.jsonl in `out`), "tensorboard" or "wandb": every step's figures.
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
 
     Returns:
@@ -129,7 +131,7 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     if not options.resume:
         checkpoints.clear()
     try:
-        with progress_bar(f"Unlearning ({options.preset})", console) as update:
+        with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
             result = run_job(
                 model,
                 tokenizer,
@@ -139,7 +141,7 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
                 options,
                 checkpoints=checkpoints,
                 resume=options.resume,
-                progress=lambda step, total, output: update(step, total, shown_nll(output)),
+                progress=progress,
                 refusals=refusals,
                 max_length=options.max_length,
             )

@@ -19,7 +19,7 @@ class OtherTokens(TokenTerm):
     with a `sharpness` s > 1 (an inverse temperature). Where a model knows its label by heart, what it holds of the
     other tokens is nearly flat: distilled as it is (s = 1), the label soon has 2 % and is still the likeliest token.
     At s = 1.5 the next likeliest tokens take its place, and the continuation reads like the frozen model's own
-    (measured on the demo; README).
+    (measured on the demo; docs/demo.md).
 
     s z_ref stands for the head's logits of s times the frozen model's states. Raises FastforgetError for a `beta` that
     is negative, or a `sharpness` that is not positive.

@@ -37,7 +37,7 @@ RETAIN_TERMS: dict[str, tuple[Callable[..., Term], ...]] = {
 
 
 def retain_terms(retain: str | None, weight: float) -> list[Term]:
-    """The terms that keep the rest, or none.
+    """Return the terms that keep the rest, or none.
 
     "ce", "kl", "ce+kl", "jsd" (from the reference), "ap", "hidden_mse" (of the states that enter the head), or None.
     """
@@ -104,7 +104,7 @@ def simnpo(
 def weighted(
     term: type[Term], default_weight: float = 1.0, default_retain: str | None = "ce", doc: str | None = None
 ) -> Callable[..., list[Term]]:
-    """A preset of one term on the forget set, whose own parameters it takes, and retain terms.
+    """Make a preset of one term on the forget set, whose own parameters it takes, and retain terms.
 
     `doc`: what it says of itself, where it is not what the term says.
     """
@@ -262,7 +262,7 @@ DEFAULT_PRESET = "other_tokens"
 
 
 def preset(name: str, **overrides: Any) -> list[Term]:
-    """The terms of a named preset, e.g. `preset("npo", beta=0.1)`.
+    """Return the terms of a named preset, e.g. `preset("npo", beta=0.1)`.
 
     Raises:
         FastforgetError: an unknown name or parameter (the valid ones are listed), or a value out of range.

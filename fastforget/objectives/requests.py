@@ -122,7 +122,7 @@ REFERENCE_LOGP = Field("logp", of="reference")
 
 
 def described(request: Request) -> str:
-    """A request in a few words, for messages."""
+    """Describe a request in a few words, for messages."""
     if request == LOGP:
         return "logp"
     return "a StateRequest" if isinstance(request, StateRequest) else repr(request)

@@ -41,12 +41,12 @@ class Linear:
 
 
 def is_number(value: object) -> bool:
-    """Whether this is a real number, NumPy's included, and no truth value."""
+    """Tell whether this is a real number, NumPy's included, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def checked_weight(name: str, weight: Any) -> Weight:
-    """The weight of the term `name`; a mapping becomes the `Linear` that it describes.
+    """Check the weight of the term `name`; a mapping becomes the `Linear` that it describes.
 
     Raises:
         FastforgetError: a number that is not positive and finite, or neither a number nor a schedule.
@@ -68,7 +68,7 @@ def checked_weight(name: str, weight: Any) -> Weight:
 
 
 def weight_at(name: str, weight: Weight, step: int) -> float:
-    """The weight of the term `name` after `step` optimizer steps.
+    """Return the weight of the term `name` after `step` optimizer steps.
 
     Raises:
         FastforgetError: a schedule that gives no number, or one that is negative or not finite.

@@ -52,7 +52,7 @@ class StateTerm(Term):
         return () if self._request is None else (self._request,)
 
     def distances(self, stats: SideStats) -> StateDistances:
-        """The answer to this term's request."""
+        """Return the answer to this term's request."""
         self.check_ready()
         assert self._request is not None
         return stats[self._request]

@@ -35,7 +35,7 @@ REDUCTIONS = ("token", "sequence")
 
 
 def present(value: Tensor | None, what: str) -> Tensor:
-    """What a term asked for; an error where it did not ask."""
+    """Return what a term asked for; raise where it did not ask."""
     if value is None:
         raise FastforgetError(f"a term uses {what} without asking for it: name it in its `requests`")
     return value
@@ -162,7 +162,7 @@ class Term:
         raise NotImplementedError
 
     def value(self, stats: SideStats) -> Tensor:
-        """The unweighted term, a scalar to be minimised."""
+        """Return the unweighted term, a scalar to be minimised."""
         raise NotImplementedError
 
     @property
@@ -171,11 +171,11 @@ class Term:
         return {}
 
     def factor(self, state: Mapping[str, Tensor]) -> Tensor | float:
-        """What multiplies the weight, from those scalars as they are now; a constant in the gradient."""
+        """Return what multiplies the weight, from those scalars as they are now; a constant in the gradient."""
         return 1.0
 
     def next_state(self, state: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
-        """Those scalars after an optimizer step, whose whole batch had this `value`. Must not look at either."""
+        """Return those scalars after an optimizer step, whose whole batch had this `value`. Must not look at either."""
         return dict(state)
 
 
@@ -187,12 +187,12 @@ def check_positive(term: Term, **parameters: float) -> None:
 
 
 def layers_of(terms: Iterable[Term]) -> set[int | None]:
-    """The layers whose states these terms ask for; None stands for what enters the head."""
+    """Return the layers whose states these terms ask for; None stands for what enters the head."""
     return {request.layer for term in terms for request in term.requests if isinstance(request, StateRequest)}
 
 
 def reaches_head(terms: Iterable[Term]) -> bool:
-    """Whether a forward for these terms goes on to the head; otherwise it ends at the deepest layer they name.
+    """Tell whether a forward for these terms goes on to the head; else it ends at the deepest layer they name.
 
     Where it ends at a layer there is no `logp`, and the step reports no NLL: that would cost the other layers' forward.
     """
@@ -224,7 +224,7 @@ class TokenTerm(Term):
         return stats.sequence_mean(stats.sequence_average(per_token))
 
     def per_token(self, stats: SideStats) -> Tensor:
-        """The term (n,) of each label token."""
+        """Return the term (n,) of each label token."""
         raise NotImplementedError
 
     def check_not_negative(self, **parameters: float) -> None:

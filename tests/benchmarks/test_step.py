@@ -111,19 +111,19 @@ def test_bench(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=4 if "pytest" in command else 1)
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    arguments, readme = ["--out", str(tmp_path), "--date", "2026-01-02"], tmp_path / "README.md"
+    arguments, page = ["--out", str(tmp_path), "--date", "2026-01-02"], tmp_path / "page.md"
     assert bench.main(arguments) == 1 and "rows: failed to run" in capsys.readouterr().out, "a missed goal is none"
     assert bench.main([*arguments, "--only", "head", "--full"]) == 0 and len(commands) == 6
     for words in commands[:4]:
         module = {"benchmarks.head": head, "benchmarks.step": step}[words[2]]
         assert module.parse(words[3:]).limit < harness.A_DAY
-    readme.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
-    assert bench.write_readme(tmp_path, readme) == 0
-    written = readme.read_text()
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    assert bench.write_page(tmp_path, page) == 0
+    written = page.read_text()
     assert "| 2026-01-02-step / N | fastforget | 10 | 1.00 | 80 |" in written and "TRL" not in written
     assert "2026-01-02-head-full.md" in written and "old" not in written and written.endswith(f"{bench.END}\nafter\n")
     (tmp_path / "2026-01-02-step.json").write_text('{"rows": []}')
-    assert bench.write_readme(tmp_path, readme) == 2 and "no results of step" in capsys.readouterr().err
+    assert bench.write_page(tmp_path, page) == 2 and "no results of step" in capsys.readouterr().err
 
 
 @pytest.fixture

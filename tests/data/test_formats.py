@@ -10,8 +10,9 @@ from helpers import write_rows
 import fastforget as ff
 from fastforget.data import formats
 from fastforget.data import questions as questions_module
+from fastforget.data.asked import read_questions
 from fastforget.data.questions import Question
-from fastforget.data.sources import Source, read_questions, read_source
+from fastforget.data.sources import Source, read_source
 
 SAFE = {"prompt": "How do I pick a lock?", "response_0": "Like this.", "response_1": "Ask a locksmith."}
 SAFE |= {"is_response_0_safe": False, "is_response_1_safe": True, "better_response_id": 1}

@@ -16,7 +16,8 @@ from fastforget.data.examples import ExampleStream, collate
 from fastforget.data.text import answer_examples, text_examples
 from fastforget.jobs import loop
 from fastforget.jobs.companions import Companions
-from fastforget.jobs.loop import JobSettings, run_job, shown_nll
+from fastforget.jobs.loop import JobSettings, run_job
+from fastforget.jobs.progress import described, figures_of
 
 PRESETS = ("dpo", "idkdpo", "altpo", "idk", "ap", "jensun", "flat", "kto", "random_mismatch", "yao2023")
 
@@ -51,7 +52,7 @@ def test_every_preset_runs_out_of_the_box(tiny, tokenizer, data, preset, tmp_pat
         *data,
         ff.preset(preset),
         JobSettings(max_steps=3, batch_size=3, micro_batch=2, learning_rate=1e-3),
-        progress=lambda step, total, output: lines.append(shown_nll(output)),
+        progress=lambda step, total, output: lines.append(described(figures_of(output))[0]),
     )
     assert result.steps == 3
     assert any(not torch.equal(value, before[name]) for name, value in adapter_of(model).items())

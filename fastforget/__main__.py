@@ -1,0 +1,5 @@
+"""`python -m fastforget`: the command line."""
+
+from fastforget.cli import main
+
+main()
