@@ -177,7 +177,8 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
 
 
 FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
-    --forget-subset --retain-subset --streaming --chat-template --max-length --measured-passages
+    --forget-subset --retain-subset --forget-format --retain-format --streaming --chat-template --max-length
+    --measured-passages
     --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
     --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --reference-cache
     --stop-forget-nll --max-retain-nll --until --combine --preset --preset-option --refusals
