@@ -13,6 +13,7 @@ from helpers import FORGET, RETAIN
 
 import fastforget as ff
 from fastforget.cli import app
+from fastforget.jobs.evaluation_options import SUITE_SETS
 from fastforget.objectives import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,12 @@ def test_commands_have_the_flags_that_pages_give_them():
             assert {word for word in words if word.startswith("--")} <= flags, (page.name, name)
             seen.add(name)
     assert {"unlearn", "evaluate", "plan", "demo", "presets", "doctor"} <= seen
+
+
+def test_every_recipe_and_suite_is_on_its_page():
+    page = (DOCS / "recipes.md").read_text()
+    recipes = {path.stem for path in (ROOT / "fastforget" / "recipes").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == recipes | set(SUITE_SETS)
 
 
 def anchors(page):
