@@ -13,14 +13,14 @@ from fastforget.jobs.tofu_models import TofuScale
 from fastforget.jobs.tofu_offline import MAIN_PRESETS, TofuOfflineOptions, TofuTrial, check_power, tofu_offline
 
 TINY = TofuScale(
-    authors=4,
+    authors=2,
     known_authors=1,
     countries=2,
     unseen_authors=1,
     vocabulary=512,
     hidden_size=64,
     passes=100,
-    retain_asked=20,
+    retain_asked=10,
 )
 TRIALS = [TofuTrial("npo", {"beta": 0.1}, 3e-3, 30)]
 
