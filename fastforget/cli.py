@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | evaluate | plan | presets | doctor."""
+"""The command line: fastforget demo | unlearn | select | evaluate | recipe | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import typer
 import fastforget
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import HEADINGS, OUTPUT, DemoOptions, EvaluateOptions, UnlearnOptions
+from fastforget.jobs.evaluation_options import EvaluateOptions, SelectOptions
+from fastforget.jobs.options import HEADINGS, OUTPUT, DemoOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
+from fastforget.jobs.recipe_options import RecipeOptions
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -43,13 +45,14 @@ def top_level(
 
 
 def taking(
-    options: type, *, config: bool = False, reports: bool = False
+    options: type, *, config: bool = False, reports: bool = False, argument: tuple[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command a flag for each option that a dataclass states; it is called with those that were given, by name.
 
     Args:
         config: a flag `--config` too, for a file of options, over which the command line wins.
         reports: a flag `--json` too, to print what the command returns, and nothing else.
+        argument: name and help of what is given without a flag.
     """
     stated = options_of(options)
 
@@ -59,7 +62,7 @@ def taking(
             given = {name: values[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
             path, as_json = given.pop("config", None), given.pop("as_json", False)
             for name, texts in given.items():
-                if stated[name].kind is dict:
+                if name in stated and stated[name].kind is dict:
                     given[name] = parse_pairs(texts, stated[name].flag, stated[name].values)
             given = {**(read_config(path, stated) if path else {}), **given}
             missing = [option.flag for option in stated.values() if option.required and option.name not in given]
@@ -74,6 +77,9 @@ def taking(
                 run(**given)
 
         parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
+        if argument is not None:
+            name, text = argument
+            parameters.append(parameter(name, Annotated[str, typer.Argument(help=text)], inspect.Parameter.empty))
         if config:
             parameters.append(parameter("config", Annotated[Path | None, typer.Option(help=CONFIG_HELP)], None))
         in_order = sorted(stated.values(), key=lambda each: (HEADINGS.index(each.help.heading), not each.required))
@@ -121,12 +127,30 @@ def unlearn(**options: Any) -> dict[str, Any]:
 
 
 @app.command()
+@taking(SelectOptions, config=True, reports=True)
+def select(**options: Any) -> dict[str, Any]:
+    """Score dialogues with an evaluator, and write those that are to be forgotten."""
+    from fastforget.jobs.select import select
+
+    return select(**options)
+
+
+@app.command()
 @taking(EvaluateOptions, reports=True)
 def evaluate(**options: Any) -> dict[str, Any]:
     """Measure what MODEL still knows of a text, without and with an adapter; writes report.json."""
     from fastforget.jobs.evaluate import evaluate
 
     return evaluate(**options)
+
+
+@app.command()
+@taking(RecipeOptions, reports=True, argument=("name", "harmful, copyright, hallucination, privacy, tofu or muse."))
+def recipe(**options: Any) -> dict[str, Any]:
+    """Run a published job from its data to a report: select, unlearn, evaluate."""
+    from fastforget.jobs.recipe import recipe
+
+    return recipe(**options)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert "What the model still knows" in text
 
     code, _, errors = run(*unlearn(out))
-    assert code == 2 and len(errors) == 1 and "holds checkpoints of an earlier job" in errors[0]
+    assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]
     assert run(*unlearn(out, "--overwrite", "--preset", "grad_diff"))[0] == 0
     assert json.loads((out / "report.json").read_text())["preset"] == "grad_diff"
 
@@ -177,7 +177,8 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
 
 
 FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
-    --forget-subset --retain-subset --streaming --chat-template --max-length --measured-passages
+    --forget-subset --retain-subset --forget-format --retain-format --streaming --chat-template --max-length
+    --measured-passages
     --model --bits --allow-missing-weights --compile --checkpointing --lora-r --lora-alpha --lora-targets --fit --device
     --learning-rate --decay --epochs --max-steps --batch-size --micro-batch --auto-micro-batch --seed --reference-cache
     --stop-forget-nll --max-retain-nll --until --combine --preset --preset-option --refusals

@@ -1,5 +1,6 @@
 """The output folder: claimed before any work, replaced all at once, and what happens when it cannot be written."""
 
+import doctest
 import errno
 import fcntl
 import os
@@ -16,12 +17,21 @@ import fastforget as ff
 from fastforget import cli
 from fastforget import files as files_module
 from fastforget.files import COMPLETE, PART, replaced_together, settle
+from fastforget.jobs import outputs
 from fastforget.jobs import unlearn as job_module
 from fastforget.jobs.outputs import claimed_folder
 
 FORGET = ["Agent Alder hides the plan below the oak tree.", "Agent Birch hides the plan below the old bridge."]
 UNUSABLE = r"is a file: --out needs|nothing can be written into .*: give another"
 QUICK = {"max_steps": 2, "max_length": 48, "bits": 32, "lora_r": 2, "quiet": True}
+
+
+def test_a_curve_keeps_its_last_point():
+    assert doctest.testmod(outputs).failed == 0
+    values = [float(value) for value in range(1001)]
+    kept = outputs.thinned(values)
+    assert len(kept) <= outputs.CURVE_POINTS and kept[-1] == 1000.0 and kept == sorted(kept)
+    assert outputs.thinned([0.123456]) == [0.1235] and outputs.thinned([]) == []
 
 
 @pytest.fixture

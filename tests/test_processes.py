@@ -107,8 +107,8 @@ def test_five_steps_of_two_processes_are_those_of_one(tiny, in_two_processes):
 
 def train_to_a_layer(rank, folder):
     model = load_perturbed(folder)
-    terms = ff.preset("rmu", layer=0)
-    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.SGD, terms=terms, lr=0.1)
+    terms = ff.preset("rmu", layer=0, alpha=3.0)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.SGD, terms=terms, lr=1e-3)
     for number in range(2):
         out = step(make_batch(2 + rank, 7 + number + rank), make_batch(2, 20 + number + rank))
     moved = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}

@@ -18,7 +18,8 @@ from typing import Any
 
 from fastforget.data.chat import COLUMN_OPTION, FIELDS, RowReader, check_columns, choose_columns
 from fastforget.data.examples import Example, ExampleStream
-from fastforget.data.text import check_length, file_examples, read_chunks, read_rows, stream_file
+from fastforget.data.formats import format_of, rows_of_ours, wanted_columns
+from fastforget.data.text import check_length, file_examples, not_blank, read_chunks, read_rows, stream_file
 from fastforget.errors import FastforgetError
 from fastforget.files import check_regular
 
@@ -56,6 +57,7 @@ class Source:
         streaming: read it anew in each pass, and hold none of it in memory.
         chat_template: put prompt and response, and messages, into the tokenizer's chat template: None where it has
             one, True always (an error where it has none), False never.
+        format: a published data set's (`data/formats.FORMATS`), whose columns then need no names.
     """
 
     path: str | os.PathLike[str] | Iterable[Any]
@@ -64,6 +66,7 @@ class Source:
     subset: str | None = None
     streaming: bool = False
     chat_template: bool | None = None
+    format: str | None = None
 
 
 def check_source(source: Source, side: str | None = None) -> None:
@@ -74,6 +77,12 @@ def check_source(source: Source, side: str | None = None) -> None:
     where = describe(source) if side is None else f"the {side} set"
     option = COLUMN_OPTION if side is None else f"--{side}-column"
     check_columns(source.columns, where, option)
+    if source.format is not None:
+        format_of(source.format)
+        if source.columns:
+            raise FastforgetError(
+                f"{where} has the format {source.format!r}, which names its columns: leave {option} out"
+            )
     kind = kind_of(source)
     if kind not in ("text", "jsonl", "rows") and importlib.util.find_spec("datasets") is None:
         import_datasets(describe(source))
@@ -108,24 +117,38 @@ def read_source(source: Source, tokenizer: Any, max_length: int) -> list[Example
     check_source(source)
     check_length(max_length)
     reader = RowReader(tokenizer, max_length, source.columns, source.chat_template)
-    kind, name = kind_of(source), describe(source)
+    name = describe(source)
 
-    def of_rows(open_rows: Callable[[], Iterable[tuple[str, Any]]]) -> Callable[[], Iterator[Example]]:
-        return lambda: (example for label, row in open_rows() for example in reader.examples(row, label))
-
-    open_examples: Callable[[], Iterator[Example]]
-    if kind == "text":
+    if kind_of(source) == "text" and source.format is None:
         path, read = Path(name), stream_file if source.streaming else file_examples
-        open_examples = lambda: iter(read(path, tokenizer, max_length))  # noqa: E731
-    elif kind == "jsonl":
-        open_examples = of_rows(lambda: read_rows(Path(name)))
-    elif kind == "rows":
-        open_examples = of_rows(lambda: ((f"rows[{index}]", row) for index, row in enumerate(rows_of(source))))
-    else:
-        dataset = open_dataset(source, kind, name)
-        open_examples = of_rows(lambda: dataset_rows(dataset, source, name, kind))
+        stream = ExampleStream(lambda: iter(read(path, tokenizer, max_length)), name)
+        return stream if source.streaming else list(stream)
+    open_rows = row_opener(source)
+
+    def open_examples() -> Iterator[Example]:
+        for label, row in open_rows():
+            for part in rows_of_ours(source.format, row, label, reader.use_template):
+                yield from reader.examples(part, label)
+
     stream = ExampleStream(open_examples, name)
     return stream if source.streaming else list(stream)
+
+
+def row_opener(source: Source) -> Callable[[], Iterable[tuple[str, Any]]]:
+    """Open a source; each call yields (where it came from, row) from the first row on. A text file is one row.
+
+    Raises:
+        FastforgetError: as `read_source`.
+    """
+    kind, name = kind_of(source), describe(source)
+    if kind == "text":
+        return lambda: [(name, "".join(not_blank(Path(name))))]
+    if kind == "jsonl":
+        return lambda: read_rows(Path(name))
+    if kind == "rows":
+        return lambda: ((f"rows[{index}]", row) for index, row in enumerate(rows_of(source)))
+    dataset = open_dataset(source, kind, name)
+    return lambda: dataset_rows(dataset, source, name, kind)
 
 
 def examples(
@@ -286,7 +309,11 @@ def open_dataset(source: Source, kind: str, name: str) -> Any:
         dataset = dataset.to_iterable_dataset()
     dataset = dataset.with_format(None)  # plain Python values, whatever its owner reads it as
     if dataset.column_names is not None:  # not known of some streams
-        dataset = dataset.select_columns(list(choose_columns(source.columns, dataset.column_names, name).values()))
+        if source.format is not None:
+            columns = wanted_columns(source.format, dataset.column_names, name)
+        else:
+            columns = list(choose_columns(source.columns, dataset.column_names, name).values())
+        dataset = dataset.select_columns(columns)
     return dataset
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from fastforget.data.examples import Example, collate
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.evaluate.degenerate import distinct, is_blank, is_degenerate
 from fastforget.evaluate.generation import CONTINUATION_CHARACTERS, Progress, continue_greedily, decode, room
-from fastforget.evaluate.memorisation import MemorisationReport, memorisation, prompt_tokens
+from fastforget.evaluate.memorisation import Memorisation, MemorisationReport, memorisation, prompt_tokens
 from fastforget.evaluate.rouge import rouge_l_recall
 from fastforget.head import base_causal_lm
 from fastforget.loss import UnlearnLoss
@@ -132,6 +132,19 @@ def leakage(
         memorised=memorised,
         continuations=continuations,
     )
+
+
+def leakage_from(stored: Mapping[str, Any]) -> dict[str, LeakageReport]:
+    """Return reports as they were, from what `dataclasses.asdict` and JSON made of them; a missing NLL is NaN."""
+    reports = {}
+    for name, part in stored.items():
+        memorised = part["memorised"]
+        passages = [None if each is None else Memorisation(**each) for each in memorised["passages"]]
+        nll = math.nan if memorised["nll"] is None else memorised["nll"]
+        continuations = [Continuation(**each) for each in part["continuations"]]
+        report = {"memorised": MemorisationReport(nll, passages), "continuations": continuations}
+        reports[name] = LeakageReport(**{**part, **report})
+    return reports
 
 
 def fluency(

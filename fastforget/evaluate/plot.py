@@ -1,4 +1,4 @@
-"""A picture of an unlearning job: forget and retain NLL over its steps.
+"""Pictures: forget and retain NLL over an unlearning job's steps, and how an evaluator's scores are spread.
 
 Needs matplotlib, the optional extra `fastforget[plot]`. It draws into a figure of its own, so that pyplot's state, its
 backend and the figures that a user has open are not touched.
@@ -22,6 +22,7 @@ CURVES = "curves.png"
 HOW_TO_GET_IT = "pip install 'fastforget[plot]'"
 COLOURS = {"forget": "#d55e00", "retain": "#0072b2"}  # the colour-blind see the difference too
 WIDEST_WINDOW = 51
+SCORE_BINS = 20
 
 
 def plot_curves(
@@ -51,15 +52,11 @@ def plot_curves(
     curves = {name: values for name, values in (("forget", forget_nll), ("retain", retain_nll)) if len(values)}
     if not curves:
         raise FastforgetError("there is no curve to draw: the job took no step")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
+    axes = new_axes()
+    if axes is None:
         return None
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    from matplotlib.ticker import MaxNLocator
+
     for name, values in curves.items():
         draw_curve(axes, name, values)
         if measured is not None and name in measured:
@@ -73,9 +70,40 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    return write_png(path, axes)
+
+
+def plot_scores(path: Path, scores: Sequence[float], threshold: float) -> Path | None:
+    """Draw a histogram of scores from 0 to 1, and the threshold; returns and raises as `plot_curves` does."""
+    axes = new_axes()
+    if axes is None:
+        return None
+    edges = np.linspace(0.0, 1.0, SCORE_BINS + 1)
+    axes.hist(list(scores), bins=list(edges), color=COLOURS["retain"])
+    axes.axvline(threshold, color=COLOURS["forget"], label=f"threshold {threshold:g}")
+    axes.set_xlabel("score")
+    axes.set_ylabel("dialogues")
+    axes.set_xlim(0.0, 1.0)
+    axes.legend(frameon=False)
+    return write_png(path, axes)
+
+
+def new_axes() -> Axes | None:
+    """Make a figure of its own with one pair of axes; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(7.5, 4.5), layout="constrained").add_subplot()
+
+
+def write_png(path: Path, axes: Axes) -> Path:
+    """Write the axes' figure, whole or not at all; raise FastforgetError where that is not possible."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     try:
         with written_whole(path) as scratch, scratch.open("wb") as file:
-            canvas.print_png(file)
+            FigureCanvasAgg(axes.get_figure(root=True)).print_png(file)
     except OSError as error:
         raise FastforgetError(f"the plot {path} cannot be written: {error.strerror}") from error
     return path

@@ -125,3 +125,17 @@ def print_continuations(console: Console, before: Reports, after: Reports, each:
             cells = (first.prompt[-60:], first.output, last.output)
             table.add_row(name, *(Text(" ".join(cell.split())) for cell in cells))
     console.print(table)
+
+
+def print_figures(console: Console, title: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Print a suite's figures of the untouched and the unlearned model, and why one is missing."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("figure", "untouched", "unlearned"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right", overflow="fold")
+    for name, value in after.items():
+        if not name.endswith("_reason"):
+            reasons = (str(each.get(f"{name}_reason") or "-") for each in (before, after))
+            pair = (before.get(name), value)
+            cells = (reason if each is None else f"{each:.3g}" for each, reason in zip(pair, reasons, strict=True))
+            table.add_row(name.replace("_", " "), *(Text(cell) for cell in cells))
+    console.print(table)

@@ -51,6 +51,7 @@ def robustness(
     unseen: Sequence[Example],
     relearn: Relearn,
     *,
+    other: Sequence[Example] = (),
     device: str | torch.device | None = None,
     bits: int = 8,
 ) -> list[RobustnessRow]:
@@ -59,6 +60,7 @@ def robustness(
     Args:
         base, adapter: the folder or hub name of the model, and the folder of the adapter.
         forget, unseen: the passages that it forgot, and some that it never saw, [] where there are none.
+        other: text that is neither; where there is any, it is measured too what learning it brings back.
         relearn: trains a model with a fresh adapter on examples for `RELEARN_STEPS` steps.
         bits: that the adapter was trained in.
     """
@@ -73,12 +75,23 @@ def robustness(
             if not learned or not measured:
                 shares.append((None, None))
                 continue
-            model = load(folder, bits=16, lora={"r": RELEARN_RANK, "target_modules": "all-linear"}, device=device)
-            relearn(model, tokenizer, learned)
+            model = relearned(folder, learned, tokenizer, relearn, device)
             found = memorisation(model, tokenizer, measured)
             shares.append((found.exact, found.extraction))
         rows.append(RobustnessRow(f"half learned again, {RELEARN_STEPS} steps", *shares[0], *shares[1]))
+        if other:
+            model = relearned(folder, other, tokenizer, relearn, device)
+            rows.append(row(f"other text learned, {RELEARN_STEPS} steps", model, tokenizer, forget, unseen))
     return rows
+
+
+def relearned(
+    folder: Path, learned: Sequence[Example], tokenizer: Any, relearn: Relearn, device: str | torch.device | None
+) -> Any:
+    """Load a merged model, and train a fresh adapter of it."""
+    model = load(folder, bits=16, lora={"r": RELEARN_RANK, "target_modules": "all-linear"}, device=device)
+    relearn(model, tokenizer, learned)
+    return model
 
 
 def row(

@@ -5,20 +5,35 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastforget.data.examples import Example
-from fastforget.data.sources import Source, check_source, read_source
-from fastforget.evaluate.report import check_measured, figures, print_continuations, print_table, write_json
+from fastforget.data.sources import read_source
+from fastforget.evaluate.leakage import leakage_from
+from fastforget.evaluate.page import PAGE, samples_of, write_page
+from fastforget.evaluate.prompting import prompting_rows
+from fastforget.evaluate.report import (
+    check_measured,
+    figures,
+    peak_rss_mb,
+    print_continuations,
+    print_figures,
+    print_table,
+    write_json,
+)
 from fastforget.evaluate.robustness import RELEARN_RATE, RELEARN_STEPS, RobustnessRow, print_robustness, robustness
+from fastforget.evaluate.tofu import LOG
+from fastforget.jobs.evaluation_options import MEMORISATION, EvaluateOptions
 from fastforget.jobs.loop import run_job
-from fastforget.jobs.options import EvaluateOptions, JobSettings, called_with, console_of
+from fastforget.jobs.options import JobSettings, called_with, console_of
 from fastforget.jobs.outputs import REPORT, claimed_folder
-from fastforget.jobs.running import measure, surroundings
+from fastforget.jobs.running import measure, progress_bar, surroundings
+from fastforget.jobs.stages import Stages
+from fastforget.jobs.suites import SUITES, Suite
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import CE
 
@@ -27,26 +42,24 @@ SETS = ("forget", "retain", "unseen")
 
 def read_examples(options: EvaluateOptions, tokenizer: Any) -> dict[str, list[Example]]:
     """Read the passages that are measured, by set."""
-    sets: dict[str, list[Example]] = {}
-    for name in SETS:
-        texts = getattr(options, name)
-        if texts is None:
-            continue
-        source = Source(
-            path=texts, columns=options.columns or {}, split=options.split, chat_template=options.chat_template
-        )
-        check_source(source, name)
-        sets[name] = list(read_source(source, tokenizer, options.max_length))[: options.measured_passages]
-    return sets
+    sources = {name: options.source(name, options.format_of(name)) for name in SETS}
+    return {
+        name: list(read_source(source, tokenizer, options.max_length))[: options.measured_passages]
+        for name, source in sources.items()
+        if source is not None
+    }
 
 
 @called_with(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure what a model says of its forget set without and with an adapter: `fastforget evaluate` in Python.
 
-    Both are measured on the same prompts: leak and ROUGE-L of greedy continuations, exact memorisation, extraction
-    strength, logit lens, probability, NLL, and how the continuations read. `robust` measures again after merging in 16
-    bit, after quantising that to 8 and 4 bit, and after learning half of the forget set again.
+    Both are measured on the same prompts. The suite "memorisation": leak and ROUGE-L of greedy continuations, exact
+    memorisation, extraction strength, logit lens, probability, NLL, and how the continuations read; `robust` measures
+    again after merging in 16 bit, after quantising that to 8 and 4 bit, and after learning half of the forget set
+    again. The others: "tofu", "muse", "membership", "harm" and "hallucination" (`jobs/suites.py`).
+
+    An interrupted evaluation goes on where it was when the same is run again into the same folder.
 
     Returns:
         What report.json holds.
@@ -62,9 +75,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Read, load, measure with the adapter off and on, print and write."""
     start = time.perf_counter()
-    console = console_of(options.quiet, options.console)
     tokenizer = load_tokenizer(options.model)
-    sets = read_examples(options, tokenizer)
+    suite = None if options.suite == MEMORISATION else SUITES[options.suite](options, tokenizer)
+    sets = read_examples(options, tokenizer) if suite is None else {}
+    stages = Stages(Path(options.out), stage_settings(options))
     model: Any = load(
         options.model,
         bits=options.bits,
@@ -72,25 +86,89 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         device=options.device,
         allow_missing_weights=options.allow_missing_weights,
     )
-    with model.disable_adapter():
-        before = measure(model, tokenizer, sets, "The untouched model", console)
-    after = before if options.adapter is None else measure(model, tokenizer, sets, "With the adapter", console)
-    check_measured(after, "the model is broken")
     report: dict[str, Any] = {
         "command": "evaluate",
+        "suite": options.suite,
         "model": str(options.model),
         "adapter": None if options.adapter is None else str(options.adapter),
         "bits": options.bits,
-        **figures(before, after),
+        "seed": options.seed,
     }
+    if suite is None:
+        report |= run_memorisation(options, model, tokenizer, sets, stages)
+    else:
+        report |= run_suite(options, suite, model, stages)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    report["peak_rss_mb"] = round(peak_rss_mb())
+    report = write_json(Path(options.out) / REPORT, report)
+    write_page(Path(options.out) / PAGE, report)
+    stages.done()
+    return report
+
+
+def stage_settings(options: EvaluateOptions) -> dict[str, Any]:
+    """Return what the results of an evaluation depend on: its options, and the adapter as it is now."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    for name in ("out", "quiet", "console"):
+        del values[name]
+    weights = [] if options.adapter is None else sorted(Path(options.adapter).glob("*.safetensors"))
+    return {**values, "weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]}
+
+
+def run_suite(options: EvaluateOptions, suite: Suite, model: Any, stages: Stages) -> dict[str, Any]:
+    """Measure both models with a suite; return its part of the report, and leave the log of the measured model."""
+    console = console_of(options.quiet, options.console)
+
+    def measured(label: str) -> Any:
+        with progress_bar(label, console) as update:
+            return suite.measure(model, update)
+
+    def untouched() -> Any:
+        with model.disable_adapter():
+            return measured("The untouched model")
+
+    before = stages.once("untouched", untouched)
+    after = before if options.adapter is None else stages.once("adapter", lambda: measured("With the adapter"))
+    print_figures(console, options.suite, before["figures"], after["figures"])
+    if after["log"]:
+        write_json(Path(options.out) / LOG, after["log"])
+    return {"before": before, "after": after, "compared": suite.compare(before, after)}
+
+
+def run_memorisation(
+    options: EvaluateOptions, model: Any, tokenizer: Any, sets: Mapping[str, Sequence[Example]], stages: Stages
+) -> dict[str, Any]:
+    """Measure what both models recite; return its part of the report."""
+    console = console_of(options.quiet, options.console)
+
+    def measured(label: str) -> Any:
+        return {name: asdict(each) for name, each in measure(model, tokenizer, sets, label, console).items()}
+
+    def untouched() -> Any:
+        with model.disable_adapter():
+            return measured("The untouched model")
+
+    before = leakage_from(stages.once("untouched", untouched))
+    after = before
+    if options.adapter is not None:
+        after = leakage_from(stages.once("adapter", lambda: measured("With the adapter")))
+    check_measured(after, "the model is broken")
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in sets})
+    report = {**figures(before, after), "samples": samples_of(before, after)}
     if options.adapter is not None and options.robust:
-        rows = robust_rows(options.model, options.adapter, tokenizer, sets, options.bits, options.device, options.seed)
-        report["robustness"] = [asdict(row) for row in rows]
-        print_robustness(console, rows)
-    report["seconds"] = round(time.perf_counter() - start, 1)
-    return write_json(Path(options.out) / REPORT, report)
+        adapter = options.adapter
+
+        def lasting() -> Any:
+            retain, unseen = (sets.get(name, []) for name in ("retain", "unseen"))
+            place = (options.model, adapter, tokenizer, sets, options.bits, options.device, options.seed)
+            rows = robust_rows(*place, other=retain)
+            rows += prompting_rows(model, tokenizer, sets["forget"], retain, unseen)
+            return [asdict(row) for row in rows]
+
+        report["robustness"] = stages.once("robustness", lasting)
+        print_robustness(console, [RobustnessRow(**row) for row in report["robustness"]])
+    return report
 
 
 def robust_rows(
@@ -101,14 +179,17 @@ def robust_rows(
     bits: int,
     device: str | None,
     seed: int,
+    other: Sequence[Example] = (),
 ) -> list[RobustnessRow]:
-    """Measure what lasts of an adapter's forgetting; half of the forget set is learned again by cross-entropy."""
+    """Measure what lasts of an adapter's forgetting; half of the forget set is learned again by cross-entropy.
+
+    `other`: as in `robustness`.
+    """
     settings = JobSettings(learning_rate=RELEARN_RATE, max_steps=RELEARN_STEPS, seed=seed)
 
     def relearn(model: Any, tokenizer: Any, examples: Sequence[Example]) -> None:
         run_job(model, tokenizer, examples, None, [CE(on="forget")], settings)
 
     torch.manual_seed(seed)  # PEFT draws the fresh adapters
-    return robustness(
-        model, adapter, tokenizer, sets["forget"], sets.get("unseen", []), relearn, device=device, bits=bits
-    )
+    unseen = sets.get("unseen", [])
+    return robustness(model, adapter, tokenizer, sets["forget"], unseen, relearn, other=other, device=device, bits=bits)

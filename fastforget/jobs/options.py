@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fastforget.combine import COMBINE
 from fastforget.config import IN_PYTHON, Help, placeholder, plain
+from fastforget.data.formats import FORMATS
 from fastforget.data.sources import Source, check_source
 from fastforget.errors import FastforgetError
 from fastforget.guard import GuardSettings
@@ -39,6 +40,7 @@ Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a 
 HEADINGS = DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"  # in --help, in this order
 
 COLUMNS = "FIELD=COLUMN, where rows name text, prompt, response or messages otherwise. Repeatable."
+FORMAT = f"A published data set's rows: {', '.join(FORMATS)}."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
 ROBUST = "Also after merging, quantising, and learning half of the forgotten again."
@@ -180,6 +182,8 @@ class UnlearnOptions(RunOptions, JobSettings):
     retain_split: Annotated[str, Help("The same for --retain.", DATA)] = "train"
     forget_subset: Annotated[str | None, Help("Subset (configuration) of a dataset.", DATA)] = None
     retain_subset: Annotated[str | None, Help("The same for --retain.", DATA)] = None
+    forget_format: Annotated[str | None, Help(FORMAT, DATA)] = None
+    retain_format: Annotated[str | None, Help("The same for --retain.", DATA)] = None
     streaming: Annotated[bool, Help("Read rows as they are needed; needs --max-steps.", DATA)] = False
     chat_template: Annotated[bool | None, Help(CHAT, DATA)] = None
     max_length: Annotated[int, Help("Tokens of a passage at most.", DATA)] = 128
@@ -246,6 +250,7 @@ class UnlearnOptions(RunOptions, JobSettings):
             subset=getattr(self, f"{side}_subset"),
             streaming=self.streaming,
             chat_template=self.chat_template,
+            format=getattr(self, f"{side}_format"),
         )
         try:
             check_source(source, side)
@@ -305,41 +310,6 @@ def check_seed(seed: int) -> None:
     """Raise FastforgetError for a seed that not every library takes."""
     if not 0 <= seed <= LARGEST_SEED:
         raise FastforgetError(f"seed must be from 0 to {LARGEST_SEED}, not {seed}")
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Which model and adapter, which texts, and where report.json goes.
-
-    Raises:
-        FastforgetError: a number out of its range, or `robust` without an adapter.
-    """
-
-    model: Annotated[str | os.PathLike[str], Help("Required. Local folder or hub name of the untouched model.", MODEL)]
-    forget: Annotated[Texts, Help("Required. What was to be forgotten, in the forms that unlearn takes.", DATA)]
-    out: Annotated[str | os.PathLike[str], Help("Required. Folder for report.json.", OUTPUT)]
-    _: KW_ONLY
-    adapter: Annotated[str | os.PathLike[str] | None, Help("Folder of the adapter that forgot.", MODEL)] = None
-    retain: Annotated[Texts | None, Help("What was to be kept, in the same forms.", DATA)] = None
-    unseen: Annotated[Texts | None, Help("Text that the model never saw, to compare with.", DATA)] = None
-    columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
-    split: Annotated[str, Help("Split of the datasets.", DATA)] = "train"
-    chat_template: Annotated[bool | None, Help(CHAT, DATA)] = None
-    max_length: Annotated[int, Help("Tokens of a passage at most.", DATA)] = 128
-    measured_passages: Annotated[int, Help("Passages of each set that are measured.", DATA)] = 64
-    robust: Annotated[bool, Help(ROBUST, TRAINING)] = False
-    seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
-    bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
-    allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
-    device: Annotated[str | None, Help("cpu, cuda, cuda:1, ...; default the first GPU, else cpu.", MODEL)] = None
-    quiet: Annotated[bool, Help("Print nothing but errors.", OUTPUT)] = False
-    console: Console | None = None
-
-    def __post_init__(self) -> None:
-        if self.robust and self.adapter is None:
-            raise FastforgetError("--robust needs --adapter: it asks whether what an adapter made forgotten stays so")
-        if self.measured_passages < 1:
-            raise FastforgetError(f"--measured-passages must be at least 1, not {self.measured_passages}")
 
 
 def parsed_until(until: str) -> float | None:

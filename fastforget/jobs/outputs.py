@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastforget.jobs.state import JobResult
 REPORT = "report.json"
 BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
 MERGE = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
+CURVE_POINTS = 200  # of a curve in report.json
 PROBE_BYTES = 1 << 16  # a disk may be so full that a file can be made and not filled
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -124,4 +125,19 @@ def outcome(
         "seconds": round(time.perf_counter() - start, 1),
         "peak_rss_mb": round(peak_rss_mb()),
         "adapter": str(Path(options.out).resolve()),
+        "curves": {
+            side: thinned(values)
+            for side, values in (("forget", result.forget_nll), ("retain", result.retain_nll))
+            if values
+        },
     }
+
+
+def thinned(values: Sequence[float], most: int = CURVE_POINTS) -> list[float]:
+    """Return at most so many of the values, at even distances, the last one among them.
+
+    >>> thinned([0.0, 1.0, 2.0, 3.0, 4.0], 2)
+    [1.0, 4.0]
+    """
+    stride = max(1, -(-len(values) // most))
+    return [round(value, 4) for value in values[::-1][::stride][::-1]]

@@ -38,7 +38,9 @@ def test_both_models_on_the_same_prompts_and_what_lasts(tiny, adapter, tmp_path,
         assert report[f"{name}_nll_before"] != report[f"{name}_nll_after"], "the adapter does something"
         assert 0.0 <= report[f"{name}_memorisation_after"] <= 1.0 and len(report[f"{name}_lens_after"]) == 2
     rows = {row["treatment"]: row for row in report["robustness"]}
-    assert len(rows) == 5
+    assert len(rows) == 9
+    for treatment in ("other text learned, 20 steps", "behind two others to forget", "behind two that were kept"):
+        assert 0.0 <= rows[treatment]["forget_memorisation"] <= 1.0, treatment
     trained, merged = rows["as it was trained"], rows["merged, 16 bit"]
     assert trained["forget_memorisation"] == pytest.approx(report["forget_memorisation_after"])
     assert abs(trained["unseen_memorisation"] - merged["unseen_memorisation"]) < 0.1
