@@ -213,7 +213,7 @@ def test_a_scaler_inside_the_base_optimizer_sees_the_gradients_itself(tiny, batc
         handle = norm.register_forward_hook(lambda *given, what=what: given[2] * torch.nan if what == "NaN" else None)
         larger = 1e4 if what == "overflow" else 1.0
         step.backward(
-            batch(2, len(adapters)), batch(2, 2), backward=lambda loss, by=larger: scaler.scale(loss * by).backward()
+            batch(2, len(adapters)), batch(2, 50), backward=lambda loss, by=larger: scaler.scale(loss * by).backward()
         )
         handle.remove()
         step.guard.before_update(scaled=True)

@@ -192,6 +192,7 @@ def test_a_few_kills(job, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_thirty_kills(job, whole, tmp_path):
     assert kill_at_random(job, whole, tmp_path, range(100, 130)) >= 20
 
