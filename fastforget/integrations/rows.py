@@ -21,7 +21,7 @@ class PairedRows(Dataset[dict[str, Any]]):
     """Pairs {"forget": row, "retain": row}, one for each forget row.
 
     Retain rows are dealt from a shuffled cycle that goes on from epoch to epoch, so that all of a larger retain set are
-    seen, whatever order a sampler asks in. The epoch must be told (`set_epoch`), as Trainer and Accelerate do.
+    seen, whatever order a sampler asks in. The epoch must be told (`set_epoch`), as UnlearnTrainer and Accelerate do.
 
     Args:
         forget, retain: indexable; rows, or examples of `fastforget.data`.

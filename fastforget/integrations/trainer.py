@@ -21,6 +21,17 @@ from fastforget.step import UnlearnStep
 TrainerBase: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
+class EpochOfPairs(transformers.TrainerCallback):
+    """Tells pairs which epoch begins: Trainer tells its sampler, and the data set only where that has no epochs."""
+
+    def __init__(self, pairs: PairedRows) -> None:
+        self.pairs = pairs
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Deal this epoch's retain rows; in the middle of an epoch that is resumed too."""
+        self.pairs.set_epoch(int(state.epoch or 0))
+
+
 class UnlearnTrainerMixin(TrainerBase):
     """What makes a Trainer unlearn: `class UnlearnSFTTrainer(UnlearnTrainerMixin, trl.SFTTrainer)` is another one.
 
@@ -76,6 +87,8 @@ class UnlearnTrainerMixin(TrainerBase):
         self.unlearn_step: UnlearnStep | None = None
         self._begin_log()
         super().__init__(model, args, **options)
+        if isinstance(self.train_dataset, PairedRows):
+            self.add_callback(EpochOfPairs(self.train_dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, as the base of an `UnlearnStep`."""
