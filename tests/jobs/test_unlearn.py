@@ -145,7 +145,7 @@ def test_config_names_what_it_cannot_hold(job, tiny, tmp_path):
     assert not any(secret in text for secret in ("Alder", "Water")), "the text itself is nowhere"
     assert config["lora_targets"] == "q_proj,v_proj" and config["lora_alpha"] == 8
     assert config["out"] == str(out) and config["model"] == str(tiny["llama"])
-    assert set(config) == set(NAMES) - {"overwrite", "resume", "quiet", "console"}
+    assert set(config) == set(NAMES) - {"overwrite", "resume", "log_to", "quiet", "console"}
     with pytest.raises(ff.FastforgetError, match="forget was given in Python, and a config file cannot hold that"):
         ff.unlearn(config["model"], config["forget"], tmp_path / "other")
 
@@ -196,7 +196,7 @@ NAMES = """model forget out retain forget_columns retain_columns forget_split re
     streaming chat_template max_length measured_passages preset preset_options refusals bits allow_missing_weights
     lora_r lora_alpha lora_targets device learning_rate epochs max_steps batch_size micro_batch seed save_steps
     stop_forget_nll combine overwrite quiet console compile checkpointing auto_micro_batch decay until fit
-    max_retain_nll keep_checkpoints reference_cache resume""".split()
+    max_retain_nll keep_checkpoints reference_cache resume forget_format retain_format log_to""".split()
 
 
 def test_the_functions_names_order_and_defaults():
