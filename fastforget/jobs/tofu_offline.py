@@ -53,12 +53,12 @@ class TofuTrial:
     steps: int
 
 
-# chosen on seed 7, which is not reported
+# from a few tries on seed 7, which is not to be reported: none of them reached a forget quality of 0.05 there
 MAIN_PRESETS = (
-    TofuTrial("grad_diff", {"forget_weight": 0.1}, 1e-3, 100),
     TofuTrial("npo", {"retain_weight": 5.0}, 1e-3, 200),
     TofuTrial("npo_token", {}, 1e-3, 200),
     TofuTrial("simnpo", {"forget_weight": 1.0}, 1e-3, 200),
+    TofuTrial("unlikelihood", {}, 1e-3, 150),
     TofuTrial("undial", {"retain": "ce"}, 1e-3, 150),
     TofuTrial("other_tokens", {}, 1e-3, 200),
 )
