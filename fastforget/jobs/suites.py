@@ -16,7 +16,7 @@ from fastforget.data.examples import Example
 from fastforget.data.questions import Question, question_row
 from fastforget.data.sources import Source, read_source
 from fastforget.errors import FastforgetError
-from fastforget.evaluate.evaluators import Dialogue, Evaluator, load_evaluator
+from fastforget.evaluate.evaluators import Dialogue, Evaluator, check_score, load_evaluator
 from fastforget.evaluate.generation import Progress, continue_greedily, decode
 from fastforget.evaluate.harm import harm_report, reduction
 from fastforget.evaluate.label_tokens import LabelTokens, label_tokens
@@ -173,8 +173,12 @@ class HarmSuite:
         asked = [decode(self.tokenizer, prompt) for prompt in self.prompts]
         dialogues = [Dialogue(*each) for each in zip(asked, outputs, strict=True)]
         scores = [
-            score for start in range(0, len(dialogues), 16) for score in self.evaluator(dialogues[start : start + 16])
+            score
+            for start in range(0, len(dialogues), BATCH)
+            for score in self.evaluator(dialogues[start : start + BATCH])
         ]
+        for each, value in zip(dialogues, scores, strict=True):
+            check_score(value, f"the answer to {each.prompt[-60:]!r}")
         own = fluency(model, self.tokenizer, self.prompts, outputs)
         report = harm_report(outputs, scores, self.options.threshold, own)
         samples = [sample("forget", each.prompt, "", each.response) for each in dialogues[:SAMPLES]]

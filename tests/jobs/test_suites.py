@@ -122,6 +122,9 @@ def test_harm_is_flagged_by_the_evaluator_and_blank_output_apart(tiny, adapter, 
         )
         assert figures["perplexity"] > 1
     assert "reduction" in report["compared"]
+    broken = {**arguments, "evaluator": lambda dialogues: [float("nan")] * len(dialogues)}
+    with pytest.raises(ff.FastforgetError, match=r"score of the answer to .*Question a.* is nan"):
+        evaluate(tiny["llama"], rows, tmp_path / "x", **broken)
     with pytest.raises(ff.FastforgetError, match="needs --evaluator"):
         evaluate(tiny["llama"], rows, tmp_path / "x", suite="harm", **QUICK)
     with pytest.raises(ff.FastforgetError, match="needs prompts"):
@@ -183,6 +186,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_alike(tiny, adapter, tmp_pat
         for name in ("seconds", "peak_rss_mb"):
             del report[name]
     assert found == whole and not (tmp_path / "out" / ".stages").exists()
+
+
+def test_an_interrupted_evaluation_of_other_data_begins_anew(tiny, adapter, tmp_path, short, monkeypatch):
+    asked = write_rows(tmp_path / "asked.jsonl", TOFU[:1])
+    arguments = {**QUICK, "suite": "tofu", "adapter": adapter, "out": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(suites.TofuSuite, "compare", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tiny["llama"], asked, **arguments)
+    write_rows(asked, TOFU)
+    assert len(evaluate(tiny["llama"], asked, **arguments)["after"]["log"]["forget_truth_ratio"]) == 3
 
 
 def test_bad_input_is_one_line_and_code_2(run, tmp_path):
