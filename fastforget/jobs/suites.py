@@ -6,6 +6,7 @@ NAME_reason), "samples" of what it wrote, and "log", which the same suite of ano
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from fastforget.evaluate.overlap import bleu
 from fastforget.evaluate.questions import answers_of, ask, whole_example
 from fastforget.evaluate.tofu import UTILITY_SETS, mean, ratios, read_retain_ratios, tofu_report
 from fastforget.jobs.evaluation_options import EvaluateOptions
+from fastforget.jobs.select import dialogues_of
 from fastforget.models import load_base, usable_device
 
 BATCH = 16  # dialogues evaluated at once
@@ -90,8 +92,8 @@ class MuseSuite:
             name: texts_of(options.source(name, "muse"), tokenizer, options) for name in ("forget", "holdout")
         }
         pairs = options.source("verbmem", "muse-verbmem")
-        rows = [] if pairs is None else read_source(pairs, tokenizer, options.max_length)
-        self.pairs = [split_text(each, tokenizer) for each in list(rows)[: options.measured_passages]]
+        rows = [] if pairs is None else itertools.islice(dialogues_of(pairs), options.measured_passages)
+        self.pairs = [(row["prompt"], row["response"]) for row in rows]  # whole, and as they stand: not as examples
         self.questions = {
             name: questions_of(options.source(name, "muse-knowmem"), options) for name in ("forget_qa", "retain_qa")
         }
@@ -155,8 +157,10 @@ class HarmSuite:
         if options.evaluator is None:
             raise FastforgetError("--suite harm needs --evaluator: what says which answers are harmful")
         self.options, self.tokenizer = options, tokenizer
-        self.examples = texts_of(options.source("forget", options.format), tokenizer, options)
-        prompts = [each.input_ids[: each.prompt_length] for each in self.examples if each.prompt_length > 0]
+        firsts: dict[str, Example] = {}  # of each row: a later piece of a long response has its beginning as prompt
+        for each in texts_of(options.source("forget", options.format), tokenizer, options):
+            firsts.setdefault(each.source, each)
+        prompts = [each.input_ids[: each.prompt_length] for each in firsts.values() if each.prompt_length > 0]
         self.prompts = list(dict.fromkeys(prompts))
         if not self.prompts:
             raise FastforgetError("--suite harm needs prompts: give rows with prompt and response")
@@ -256,9 +260,3 @@ def texts_of(source: Source | None, tokenizer: Any, options: EvaluateOptions) ->
     return (
         [] if source is None else list(read_source(source, tokenizer, options.max_length))[: options.measured_passages]
     )
-
-
-def split_text(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """Return an example's prompt and its labelled text."""
-    ids = example.input_ids
-    return decode(tokenizer, ids[: example.prompt_length]), decode(tokenizer, ids[example.prompt_length :])
