@@ -118,7 +118,7 @@ def about(report: Mapping[str, Any], name: Any = str) -> list[str]:
         lines.append(f"It was to forget {name(str(report['forget']))}.")
     if report.get("preset"):
         options = ", ".join(f"{key} {value}" for key, value in (report.get("preset_options") or {}).items())
-        how = f"{name(str(report['preset']))}{f' ({options})' if options else ''}, {report.get('steps')} steps"
+        how = f"{name(str(report['preset']))}{f' ({name(options)})' if options else ''}, {report.get('steps')} steps"
         lines.append(f"Unlearned with {how}; {report.get('stopped') or 'it ended'}.")
     lines += [str(line) for line in report.get("sources") or []]
     lines.append(

@@ -19,7 +19,7 @@ TINY = TofuScale(
     unseen_authors=1,
     vocabulary=512,
     hidden_size=64,
-    passes=100,
+    passes=50,
     retain_asked=10,
 )
 TRIALS = [TofuTrial("npo", {"beta": 0.1}, 3e-3, 30)]
