@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare
+from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
@@ -155,7 +155,8 @@ class Backbone:
                 layer puts out, counted as in the model's own list of layers, -1 the last.
 
         Raises:
-            FastforgetError: a layer that the model does not have, or that its forward left out (layer drop).
+            FastforgetError: a layer that the model does not have, or that its forward left out (layer drop); a head
+                that it did not call; or states of other positions than the batch's (`logits_to_keep` among its keys).
         """
         wanted = {layer for layer in layers if layer is not None}
         stack = self.stack() if wanted else nn.ModuleList()
@@ -173,8 +174,21 @@ class Backbone:
         for number in wanted - captured.keys():
             raise FastforgetError(f"layer {number} did not run in this forward: switch layer drop off")
         if to_the_end:
+            if None not in states:
+                raise FastforgetError(
+                    "the model did not call the head that it had when it was given: if that was replaced "
+                    "(resize_token_embeddings), make a new UnlearnStep or UnlearnLoss, or call step.attach(model)"
+                )
             # autocast leaves the states in another dtype than the head's, and casts both
             captured[None] = states[None] if self.head.is_identity else states[None].to(self.head.weight.dtype)
+        expected = inputs["input_ids"].shape
+        for layer, state in captured.items():
+            if state.shape[:2] != expected:  # indexed with the batch's positions, other tokens would be taken
+                raise FastforgetError(
+                    f"the states that {'enter the head' if layer is None else f'layer {layer} puts out'} are "
+                    f"{tuple(state.shape)}, and the batch is {tuple(expected)}: there must be one for each of its "
+                    "tokens (leave logits_to_keep out; DataParallel is not supported)"
+                )
         return {layer: state[positions] for layer, state in captured.items()}
 
     def layer(self, number: int) -> nn.Module:
@@ -204,7 +218,7 @@ class Backbone:
         # only ids: a short row of its own, so that no other input has to be cut to fit
         short = {"input_ids": inputs["input_ids"][:1, -CHECK_TOKENS:]}
         if set(inputs) - {"input_ids", "attention_mask", "position_ids"}:
-            short = {key: value[:1] if value.shape[:1] == (size,) else value for key, value in inputs.items()}
+            short = rows_of(inputs, slice(1), size)
         with torch.no_grad(), without_dropout(self.model), uncompiled():
             own, dtype = self._captures.logits_and_dtype(short)
             own = own.float()

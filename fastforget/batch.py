@@ -105,10 +105,7 @@ class CheckedBatch:
 
     def part(self, rows: slice) -> CheckedBatch:
         """Some rows, as a batch."""
-        inputs = {
-            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (self.row_count,) else value
-            for key, value in self.inputs.items()
-        }
+        inputs = rows_of(self.inputs, rows, self.row_count)
         return CheckedBatch(self.name, inputs, self.labels[rows], self.kept[rows])
 
 
@@ -228,7 +225,17 @@ def move(value: Any, device: torch.device) -> Any:
 
 def identifiable(batch: CheckedBatch) -> bool:
     """Whether every input belongs to one row, so that a row's content determines the model's states."""
-    return all(isinstance(value, Tensor) and value.shape[:1] == (batch.row_count,) for value in batch.inputs.values())
+    return all(is_by_row(value, batch.row_count) for value in batch.inputs.values())
+
+
+def is_by_row(value: Any, row_count: int) -> bool:
+    """Tell whether an input of the model is a tensor with something for each row."""
+    return isinstance(value, Tensor) and value.shape[:1] == (row_count,)
+
+
+def rows_of(inputs: Mapping[str, Any], rows: slice | Tensor, row_count: int) -> dict[str, Any]:
+    """Return some of the rows of a model's inputs; what belongs to no row stays whole."""
+    return {key: value[rows] if is_by_row(value, row_count) else value for key, value in inputs.items()}
 
 
 def unbroken(mask: Tensor) -> bool:
@@ -277,12 +284,8 @@ def split_roles(batch: Batch) -> tuple[Batch, Batch | None]:
     size = len(roles)
 
     def part(side: str, stream: str) -> dict[str, Any]:
-        chosen = roles == ROLES[side, stream]
-        return {
-            key: value[chosen] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-            for key, value in batch.items()
-            if key not in FLAT_KEYS
-        }
+        rows = {key: value for key, value in batch.items() if key not in FLAT_KEYS}
+        return rows_of(rows, roles == ROLES[side, stream], size)
 
     sides = {side: part(side, "answer") for side in ("forget", "retain")}
     for side, stream in ROLES:

@@ -242,6 +242,14 @@ class Guard:
         copy(self._good, self._good_of)
         self.good_steps = self.optimizer.param_groups[0]["unlearn_steps"]
 
+    def begin(self) -> None:
+        """Drop the last good parameters and what is known of steps: others have been, or are about to be, loaded."""
+        self._good, self._good_of = [], []
+        self._bad_in_a_row = self._good_in_a_row = 0
+        self._reading = self._is_good = None
+        self._unread = {}
+        self._forget_noted()
+
     def keep_best(self, figure: float) -> bool:
         """Keep a copy of the parameters where a figure of the caller's is the lowest so far; whether it is."""
         if not figure < self._best_figure:  # NaN is not
@@ -265,6 +273,8 @@ class Guard:
         """Have a copy of the parameters there are; those that were added are as good as any."""
         now = self._parameters
         if len(now) != len(self._good_of) or any(a is not b for a, b in zip(now, self._good_of, strict=True)):
+            if not self._good_of:
+                self.good_steps = self.optimizer.param_groups[0]["unlearn_steps"]
             known = {id(each): good for each, good in zip(self._good_of, self._good, strict=True)}
             self._good = [known[id(each)] if id(each) in known else each.detach().clone() for each in now]
             self._good_of = now

@@ -279,6 +279,7 @@ class UnlearnStep(torch.optim.Optimizer):
         model = accelerator.prepare_model(self.model)
         self.base = accelerator.prepare_optimizer(self.base)
         self._accelerator = accelerator
+        accelerator.register_load_state_pre_hook(lambda *_: self.guard.begin())
         self.attach(model, self._reference)
 
     def _accelerator_backward(self, counts: LabelCounts | None) -> Callable[[Tensor], None]:
@@ -358,10 +359,14 @@ class UnlearnStep(torch.optim.Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; one saved by the bare optimizer counts from 0, and terms begin anew."""
+        """Load what `state_dict` returned; one saved by the bare optimizer counts from 0, and terms begin anew.
+
+        The guard takes the weights that the next `backward` finds for good ones, as at the start.
+        """
         self.base.load_state_dict(state_dict)
         self.param_groups[0].setdefault("unlearn_steps", 0)
         self._states.begin()
+        self.guard.begin()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_terms", "_options", "_combine", "_fuse", "_first_micro_batch", "_guard_settings")

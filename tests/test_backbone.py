@@ -119,3 +119,26 @@ def test_a_layer_that_was_left_out_is_said(tiny, batch):
     side = prepared(batch(2, 1))
     with pytest.raises(ff.FastforgetError, match="layer 0 did not run in this forward: switch layer drop off"):
         Backbone(model).states(side.inputs, side.positions, (0,))
+
+
+def test_inputs_that_are_no_tensors_go_to_the_model(model, batch):
+    loss = ff.UnlearnLoss(model, [ff.NegatedCE()])
+    plain = ff.UnlearnLoss(model, [ff.NegatedCE()])(batch(3, 1)).loss
+    assert torch.equal(loss({**batch(3, 1), "output_attentions": False}).loss, plain)
+
+
+@pytest.mark.parametrize("kept", [15, torch.arange(5, 20)], ids=["number", "places"])
+def test_states_of_other_positions_are_refused(model, batch, kept):
+    """Their places are within the batch's, so that without a check other tokens' states would be taken."""
+    side = batch(3, 1)
+    side["labels"][:, 12:] = -100
+    with pytest.raises(ff.FastforgetError, match="leave logits_to_keep out"):
+        ff.UnlearnLoss(model, [ff.NegatedCE()])({**side, "logits_to_keep": kept})
+
+
+def test_a_head_that_was_replaced_is_said(model, batch):
+    loss = ff.UnlearnLoss(model, [ff.NegatedCE()])
+    loss(batch(3, 1))
+    model.get_base_model().resize_token_embeddings(330, mean_resizing=False)
+    with pytest.raises(ff.FastforgetError, match="did not call the head that it had"):
+        loss(batch(3, 1))

@@ -319,3 +319,19 @@ def test_parameters_that_are_added_are_guarded(tiny, batch, where):
     extra.grad = torch.full((2,), torch.nan)
     step(batch(2, 3), batch(2, 2))
     assert same(adapter_of(model), before) and torch.equal(extra.detach(), torch.ones(2))
+
+
+def test_weights_that_were_loaded_are_not_taken_back(tiny, batch, where):
+    model = load_perturbed(tiny["llama"])
+    step = step_of(model, terms=[BreaksAt(step=3)])
+    step(batch(2, 1))
+    loaded, state = adapter_of(model), copy.deepcopy(step.state_dict())
+    step(batch(2, 2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(loaded[name])
+    step.load_state_dict(state)
+    step(batch(2, 3))
+    step.guard.settle()
+    assert step.guard.skipped == 1 and same(adapter_of(model), loaded) and step.guard.good_steps == 1

@@ -50,7 +50,8 @@ class UnlearnTrainerMixin(TrainerBase):
             forget set. Or `train_dataset`: rows with a `role` each, or pairs.
         eval_dataset: rows with a `role`, or (forget rows, retain rows). `evaluate` reports the loss, its terms and the
             NLLs over the whole set.
-        measure: called with the model at each evaluation; the figures that it returns are among the metrics.
+        measure: called with the model at each evaluation, dropout and gradients off; the figures that it returns are
+            among the metrics.
         micro_batch: as in `UnlearnStep.__call__`; Trainer's own accumulation works too.
 
     Other arguments go to the Trainer.
@@ -160,7 +161,8 @@ class UnlearnTrainerMixin(TrainerBase):
         out = sum_outputs(add_outputs(parts), loss.terms, self.args.device)
         metrics = {name: float(value) for name, value in {"loss": out.loss, **out.terms, **out.stats}.items()}
         if self.measure is not None:
-            metrics |= self.measure(self.model)
+            with torch.no_grad(), without_dropout(self.model):
+                metrics |= self.measure(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=samples)
 

@@ -89,9 +89,13 @@ class Checkpoints:
         self.prune()
 
     def prune(self) -> None:
-        """Remove all but the last ones, as many as are kept."""
-        if self.keep is not None:
-            for folder in self.folders()[: -self.keep]:
+        """Remove all but the last ones up to the one just written, as many as are kept.
+
+        Later ones are those that `newest` could not read: they would push out what the job goes on from.
+        """
+        if self.keep is not None and self.last is not None:
+            folders = self.folders()
+            for folder in folders[: folders.index(self.last) + 1][: -self.keep]:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def folders(self) -> list[Path]:

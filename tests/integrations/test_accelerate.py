@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from helpers import adapter_of, load_perturbed
+from helpers import BreaksAt, adapter_of, load_perturbed
 from integrations.loops import GRAD_DIFF, assert_same_weights, flat, grad_diff, replay, rows
 
 import fastforget as ff
@@ -87,3 +87,17 @@ def test_a_saved_state_goes_on_as_if_it_had_not_stopped(tiny, tmp_path):
         assert torch.equal(whole[name], value), name
     for name in (name for name in scalars if name.startswith("unlearn_")):
         assert float(scalars[name]) == float(step.param_groups[0][name]) != 0.0, name
+
+
+def test_weights_that_were_loaded_are_not_taken_back(tiny, tmp_path):
+    """A bad step after it leaves them, not those that the guard had found good before."""
+    model, accelerator, step = prepared_step(tiny["llama"], [BreaksAt(step=2)], accumulation=1)
+    accelerator.save_state(tmp_path)
+    loaded = adapter_of(model)
+    step(GROUPS[0][0])
+    accelerator.load_state(tmp_path)
+    step(GROUPS[1][0])
+    step.guard.settle()
+    assert step.guard.skipped == 1
+    for name, value in adapter_of(model).items():
+        assert torch.equal(value, loaded[name]), name

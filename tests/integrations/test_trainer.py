@@ -78,6 +78,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
 def test_evaluation_has_the_means_of_the_whole_set_and_what_is_measured(tiny, tmp_path):
     model = load_perturbed(tiny["llama"])
     forget, retain = rows(4, 5), rows(5, 6)
+
+    def measure(measured):
+        assert not measured.training and not torch.is_grad_enabled(), "dropout would be in the figures"
+        return {"trainable": float(sum(p.requires_grad for p in measured.parameters()))}
+
     trainer = ff.UnlearnTrainer(
         model,
         arguments(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1),
@@ -85,7 +90,7 @@ def test_evaluation_has_the_means_of_the_whole_set_and_what_is_measured(tiny, tm
         forget_dataset=rows(2, 1),
         retain_dataset=rows(2, 2),
         eval_dataset=(forget, retain),
-        measure=lambda measured: {"trainable": float(sum(p.requires_grad for p in measured.parameters()))},
+        measure=measure,
     )
     modes = [module.training for module in model.modules()]
     before = trainer.evaluate()

@@ -277,3 +277,14 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(job, tmp_path, monkey
         job(out)
     assert written and [folder.name for folder in Checkpoints(out).folders()] == ["checkpoint-2"]
     assert not list(out.glob(".*"))
+
+
+def test_a_later_checkpoint_that_is_broken_pushes_out_none(tmp_path):
+    Checkpoints(tmp_path, keep=1).write(2, {}, None, lambda folder: None)
+    Checkpoints(tmp_path).write(9, {}, None, lambda folder: None)
+    (tmp_path / "checkpoint-9" / STATE).write_bytes(b"broken")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.to_resume().folder.name == "checkpoint-2"
+    checkpoints.write(4, {}, None, lambda folder: None)
+    assert Checkpoints(tmp_path).newest().folder.name == "checkpoint-4"
+    assert not (tmp_path / "checkpoint-2").exists()
