@@ -97,7 +97,7 @@ class ReferenceFolder:
         """Remove what killed processes left and, where the limit is passed, what is oldest; return the bytes in use."""
         found = []
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            with contextlib.suppress(OSError):  # another process tidies too; another user's file stays
                 status = path.stat()
                 if path.suffix != PART:
                     found.append((status.st_mtime, status.st_size, path))
@@ -109,8 +109,9 @@ class ReferenceFolder:
         for _, size, path in sorted(found):
             if used <= (1.0 - FREED) * self.limit:
                 break
-            path.unlink(missing_ok=True)
-            used -= size
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                used -= size
         return used
 
     def _path(self, key: bytes) -> Path:

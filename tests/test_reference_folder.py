@@ -134,3 +134,12 @@ def test_a_folder_that_cannot_be_is_found_at_once(tiny, tmp_path, where):
     (tmp_path / "file").touch()
     with pytest.raises(ff.FastforgetError, match="cannot hold what the reference said"):
         loss_in(tmp_path / where, load_perturbed(tiny["llama"]))
+
+
+def test_what_cannot_be_removed_ends_no_run(model, batch, tmp_path):
+    """Of a folder that several users share, some files are others'; a folder stands for one of them here."""
+    left = tmp_path / f".others{PART}"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    value(loss_in(tmp_path, model), batch)
+    assert left.exists() and len(list(tmp_path.glob("*.safetensors"))) == 6
