@@ -18,7 +18,7 @@ TINY = TofuScale(
     countries=2,
     unseen_authors=1,
     vocabulary=512,
-    hidden_size=64,
+    hidden_size=128,
     passes=50,
     retain_asked=10,
 )
