@@ -99,7 +99,9 @@ def try_class(model_type: str, name: str) -> Finding:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             model = getattr(transformers, name)._from_config(small_config(model_type)).eval()
-            model(input_ids=torch.ones(1, 2, dtype=torch.long))  # what cannot run at all says nothing about us
+            model(
+                input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False
+            )  # what cannot run at all says nothing about us
     except Exception as error:
         finding.note = f"not built at this size: {first_line(error)}"
         return finding
@@ -150,6 +152,8 @@ def small_config(model_type: str) -> Any:
                 set_where_given(part, name, size)
         if getattr(part, "qk_rope_head_dim", None):
             set_where_given(part, "head_dim", part.qk_rope_head_dim)  # of which the rotary table is made
+        if getattr(part, "kv_lora_rank", None):  # latent attention: each head has keys of its own
+            set_where_given(part, "num_key_value_heads", part.num_attention_heads)
         for name, value in TOKEN_IDS.items():
             if name in dir(part):
                 setattr(part, name, value)

@@ -190,6 +190,12 @@ def load_evaluator(
     return Judge(name, judge_prompt or JUDGE_PROMPT, bits=bits, device=device)
 
 
+def check_score(score: float, what: str) -> None:
+    """Raise FastforgetError where an evaluator's score is not from 0 to 1; `what` names the dialogue."""
+    if not 0.0 <= score <= 1.0:
+        raise FastforgetError(f"the evaluator's score of {what} is {score}: it must be from 0 to 1")
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Name a function, or an object that is called as one."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -23,7 +23,7 @@ def overlap(truth: str, output: str) -> Overlap:
     """Score one output.
 
     >>> overlap("the old oak tree", "an old tree")
-    Overlap(rouge_1=0.5, rouge_l=0.5, rouge_l_f1=0.5714285714285715)
+    Overlap(rouge_1=0.5, rouge_l=0.5, rouge_l_f1=0.5714285714285714)
     """
     words, others = WORD.findall(truth.lower()), WORD.findall(output.lower())
     if not words or not others:

@@ -16,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fastforget.evaluate.leakage import LeakageReport
+from fastforget.evaluate.report import MEASURES
 from fastforget.files import written_whole
 
 PAGE, CARD = "report.html", "README.md"
 SAMPLES_OF_A_SET = 3
 PACKAGES = ("fastforget", "torch", "transformers", "peft", "bitsandbytes")
-COMPARED = {  # figures that both models have: name in report.json, heading, format
-    "leak": ("leak", ".0%"),
-    "rouge": ("ROUGE-L recall", ".2f"),
-    "memorisation": ("exact memorisation", ".2f"),
-    "extraction": ("extraction strength", ".2f"),
-    "probability": ("probability", ".3g"),
-    "nll": ("NLL, nats/token", ".3f"),
-    "degenerate": ("degenerate", ".0%"),
-    "fluency": ("fluency, nats/token", ".2f"),
-}
 NOT_SETTINGS = ("samples", "robustness", "before", "after", "compared", "curves", "models", "forget_truth_ratio")
 Table = tuple[list[str], list[list[str]]]  # headings, rows
 
@@ -118,7 +109,7 @@ def about(report: Mapping[str, Any], name: Any = str) -> list[str]:
         lines.append(f"It was to forget {name(str(report['forget']))}.")
     if report.get("preset"):
         options = ", ".join(f"{key} {value}" for key, value in (report.get("preset_options") or {}).items())
-        how = f"{name(str(report['preset']))}{f' ({options})' if options else ''}, {report.get('steps')} steps"
+        how = f"{name(str(report['preset']))}{f' ({name(options)})' if options else ''}, {report.get('steps')} steps"
         lines.append(f"Unlearned with {how}; {report.get('stopped') or 'it ended'}.")
     lines += [str(line) for line in report.get("sources") or []]
     lines.append(
@@ -134,14 +125,14 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
     names = [name for name in ("forget", "retain", "unseen") if f"{name}_nll_before" in report]
     if names:
         rows = [
-            [name, str(report.get(f"{name}_passages", "-"))]
+            [measure]
             + [
                 " → ".join(shown(report.get(f"{name}_{figure}_{when}"), style) for when in ("before", "after"))
-                for figure, (_, style) in COMPARED.items()
+                for name in names
             ]
-            for name in names
+            for measure, (figure, style) in MEASURES.items()
         ]
-        headings = ["passages", "number", *(heading for heading, _ in COMPARED.values())]
+        headings = ["measure", *(f"{name} ({report.get(f'{name}_passages', '-')})" for name in names)]
         tables.append(("What the model still knows, before → after", (headings, rows)))
     tables += [(f"Suite {suite}", suite_table(found)) for suite, found in suites_of(report).items()]
     models = report.get("models")

@@ -88,11 +88,12 @@ def check_measured(reports: Reports, what_to_do: str) -> None:
             raise NonFiniteLossError(f"the model's NLL on the {name} passages is {report.nll}: {what_to_do}")
 
 
-MEASURES = {  # of the table: what it is called, the figure, and its format
+MEASURES = {  # that both models have, as tables call them: the figure in report.json, and its format
     "leak": ("leak", ".0%"),
     "ROUGE-L": ("rouge", ".2f"),
     "exact memorisation": ("memorisation", ".2f"),
     "extraction strength": ("extraction", ".2f"),
+    "probability": ("probability", ".3g"),
     "NLL (nats/token)": ("nll", ".3f"),
     "degenerate": ("degenerate", ".0%"),
     "fluency (nats/token)": ("fluency", ".2f"),

@@ -63,8 +63,8 @@ def set_figures(name: str, answers: Sequence[Answered]) -> dict[str, float | Non
         for each in answers
     ]
     found = ratios(answers)
-    near_one = [min(ratio, 1.0 / ratio) if ratio > 0.0 else 0.0 for ratio in found]
-    ahead = [max(0.0, 1.0 - ratio) for ratio in found]
+    near_one = [0.0 if ratio == 0.0 else min(ratio, 1.0 / ratio) for ratio in found]
+    ahead = [max(1.0 - ratio, 0.0) for ratio in found]  # in this order: NaN stays
     return {
         "probability": mean(probabilities),
         "paraphrased_probability": mean([each.paraphrased_probability for each in answers]),
@@ -126,7 +126,7 @@ def read_retain_ratios(path: str | os.PathLike[str]) -> list[float]:
         if "average_perturb_loss" in log:
             wrong, right = log["average_perturb_loss"], log["avg_paraphrased_loss"]
             return [math.exp(right[index] - sum(wrong[index]) / len(wrong[index])) for index in wrong]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise FastforgetError(f"{path} is a log whose truth ratios cannot be read: {error!r}") from None
     raise FastforgetError(
         f"{path} holds no truth ratios of forget questions: give {LOG} of `fastforget evaluate --suite tofu`, "

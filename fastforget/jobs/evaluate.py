@@ -13,6 +13,7 @@ import torch
 
 from fastforget.data.examples import Example
 from fastforget.data.sources import read_source
+from fastforget.evaluate.evaluators import name_of
 from fastforget.evaluate.leakage import leakage_from
 from fastforget.evaluate.page import PAGE, samples_of, write_page
 from fastforget.evaluate.prompting import prompting_rows
@@ -27,12 +28,12 @@ from fastforget.evaluate.report import (
 )
 from fastforget.evaluate.robustness import RELEARN_RATE, RELEARN_STEPS, RobustnessRow, print_robustness, robustness
 from fastforget.evaluate.tofu import LOG
-from fastforget.jobs.evaluation_options import MEMORISATION, EvaluateOptions
+from fastforget.jobs.evaluation_options import MEMORISATION, EvaluateOptions, parsed_place
 from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import JobSettings, called_with, console_of
 from fastforget.jobs.outputs import REPORT, claimed_folder
 from fastforget.jobs.running import measure, progress_bar, surroundings
-from fastforget.jobs.stages import Stages
+from fastforget.jobs.stages import Stages, stamp
 from fastforget.jobs.suites import SUITES, Suite
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import CE
@@ -107,12 +108,16 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def stage_settings(options: EvaluateOptions) -> dict[str, Any]:
-    """Return what the results of an evaluation depend on: its options, and the adapter as it is now."""
+    """Return what the results of an evaluation depend on: its options, and models and data as they are now."""
     values = {each.name: getattr(options, each.name) for each in fields(options)}
     for name in ("out", "quiet", "console"):
         del values[name]
-    weights = [] if options.adapter is None else sorted(Path(options.adapter).glob("*.safetensors"))
-    return {**values, "weights": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]}
+    if callable(options.evaluator):
+        values["evaluator"] = name_of(options.evaluator)
+    places: list[Any] = [options.model, options.adapter, options.retain_log, options.evaluator, options.reference]
+    for texts in (options.forget, options.retain, options.unseen, *(options.sets or {}).values()):
+        places.append(None if texts is None else parsed_place(texts)[0])
+    return {**values, "places": [stamp(each) for each in places]}
 
 
 def run_suite(options: EvaluateOptions, suite: Suite, model: Any, stages: Stages) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.memorisation import memorisation
 from fastforget.evaluate.page import CARD, PAGE, write_card, write_page
 from fastforget.evaluate.report import peak_rss_mb, write_json
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.evaluate import evaluate
 from fastforget.jobs.evaluation_options import parsed_place
 from fastforget.jobs.loop import run_job
@@ -26,7 +27,7 @@ from fastforget.jobs.recipe_files import SIDES, Recipe, overridden, read_recipe
 from fastforget.jobs.recipe_options import RecipeOptions
 from fastforget.jobs.running import say, surroundings
 from fastforget.jobs.select import select
-from fastforget.jobs.stages import Stages
+from fastforget.jobs.stages import Stages, stamp
 from fastforget.jobs.tofu_offline import TofuOfflineOptions, tofu_offline
 from fastforget.jobs.unlearn import unlearn
 from fastforget.merging import merge
@@ -97,8 +98,12 @@ def run_recipe(chosen: Recipe, options: RecipeOptions) -> dict[str, Any]:
     assert options.model is not None
     start = time.perf_counter()
     out, console = Path(options.out), console_of(options.quiet, options.console)
-    stages = Stages(out, {"recipe": plain(chosen), "options": options.what_matters()})
     data = chosen["data"]
+    places: list[Any] = [options.model, options.retain_log, options.evaluator]
+    for texts in (*(data.get(side, {}).get("place") for side in SIDES), *data["asked"].values()):
+        places.append(None if texts is None else parsed_place(texts)[0])
+    stamps = [stamp(each) for each in places]
+    stages = Stages(out, {"recipe": plain(chosen), "options": options.what_matters(), "places": stamps})
     model = os.fspath(options.model)
     if "fine_tune" in chosen:
         model = stages.once("fine_tune", lambda: learned_model(chosen, options))
@@ -113,9 +118,10 @@ def run_recipe(chosen: Recipe, options: RecipeOptions) -> dict[str, Any]:
     common |= {"chat_template": options.chat_template, "quiet": options.quiet, "console": options.console}
 
     def unlearned() -> Any:
-        stages.begin()
+        checkpoints = Checkpoints(out / ADAPTER)
+        stages.once("unlearn-begun", checkpoints.clear)  # those of another recipe's run
         arguments = {**common, "save_steps": SAVE_STEPS, **forget, **retain, **chosen["unlearn"]}
-        return unlearn(model, out=out / ADAPTER, overwrite=True, resume=stages.taken_up, **arguments)
+        return unlearn(model, out=out / ADAPTER, overwrite=True, resume=bool(checkpoints.folders()), **arguments)
 
     report = stages.once("unlearn", unlearned)
     evaluations = {}

@@ -18,7 +18,7 @@ from fastforget.data.chat import RowReader, check_messages, choose_columns
 from fastforget.data.formats import rows_of_ours
 from fastforget.data.sources import Source, row_opener
 from fastforget.errors import FastforgetError
-from fastforget.evaluate.evaluators import Dialogue, Evaluator, load_evaluator, name_of
+from fastforget.evaluate.evaluators import Dialogue, Evaluator, check_score, load_evaluator, name_of
 from fastforget.evaluate.generation import continue_greedily
 from fastforget.evaluate.plot import plot_scores
 from fastforget.files import written_whole
@@ -147,8 +147,7 @@ def score(rows: Sequence[Row], evaluator: Evaluator, answer: Callable[[Sequence[
         rows = [{**row, "response": response} for row, response in zip(rows, answer(rows), strict=True)]
     found = evaluator([Dialogue(row["prompt"], row["response"]) for row in rows])
     for row, value in zip(rows, found, strict=True):
-        if not 0.0 <= value <= 1.0:
-            raise FastforgetError(f"the evaluator's score of {row['source']} is {value}: it must be from 0 to 1")
+        check_score(value, row["source"])
     return [{**row, "score": value} for row, value in zip(rows, found, strict=True)]
 
 
@@ -168,6 +167,7 @@ class ScoreFile:
             "labels": options.label_names,
             "judge_prompt": options.judge_prompt,
             "model": os.fspath(options.model) if options.generate and options.model is not None else None,
+            "chat_template": options.chat_template if options.generate else None,
             "bits": options.bits,
         }
         self.heading = {"settings": hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()}

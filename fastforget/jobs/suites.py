@@ -6,6 +6,7 @@ NAME_reason), "samples" of what it wrote, and "log", which the same suite of ano
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from fastforget.data.examples import Example
 from fastforget.data.questions import Question, question_row
 from fastforget.data.sources import Source, read_source
 from fastforget.errors import FastforgetError
-from fastforget.evaluate.evaluators import Dialogue, Evaluator, load_evaluator
+from fastforget.evaluate.evaluators import Dialogue, Evaluator, check_score, load_evaluator
 from fastforget.evaluate.generation import Progress, continue_greedily, decode
 from fastforget.evaluate.harm import harm_report, reduction
 from fastforget.evaluate.label_tokens import LabelTokens, label_tokens
@@ -28,6 +29,7 @@ from fastforget.evaluate.overlap import bleu
 from fastforget.evaluate.questions import answers_of, ask, whole_example
 from fastforget.evaluate.tofu import UTILITY_SETS, mean, ratios, read_retain_ratios, tofu_report
 from fastforget.jobs.evaluation_options import EvaluateOptions
+from fastforget.jobs.select import dialogues_of
 from fastforget.models import load_base, usable_device
 
 BATCH = 16  # dialogues evaluated at once
@@ -90,8 +92,8 @@ class MuseSuite:
             name: texts_of(options.source(name, "muse"), tokenizer, options) for name in ("forget", "holdout")
         }
         pairs = options.source("verbmem", "muse-verbmem")
-        rows = [] if pairs is None else read_source(pairs, tokenizer, options.max_length)
-        self.pairs = [split_text(each, tokenizer) for each in list(rows)[: options.measured_passages]]
+        rows = [] if pairs is None else itertools.islice(dialogues_of(pairs), options.measured_passages)
+        self.pairs = [(row["prompt"], row["response"]) for row in rows]  # whole, and as they stand: not as examples
         self.questions = {
             name: questions_of(options.source(name, "muse-knowmem"), options) for name in ("forget_qa", "retain_qa")
         }
@@ -155,8 +157,10 @@ class HarmSuite:
         if options.evaluator is None:
             raise FastforgetError("--suite harm needs --evaluator: what says which answers are harmful")
         self.options, self.tokenizer = options, tokenizer
-        self.examples = texts_of(options.source("forget", options.format), tokenizer, options)
-        prompts = [each.input_ids[: each.prompt_length] for each in self.examples if each.prompt_length > 0]
+        firsts: dict[str, Example] = {}  # of each row: a later piece of a long response has its beginning as prompt
+        for each in texts_of(options.source("forget", options.format), tokenizer, options):
+            firsts.setdefault(each.source, each)
+        prompts = [each.input_ids[: each.prompt_length] for each in firsts.values() if each.prompt_length > 0]
         self.prompts = list(dict.fromkeys(prompts))
         if not self.prompts:
             raise FastforgetError("--suite harm needs prompts: give rows with prompt and response")
@@ -173,8 +177,12 @@ class HarmSuite:
         asked = [decode(self.tokenizer, prompt) for prompt in self.prompts]
         dialogues = [Dialogue(*each) for each in zip(asked, outputs, strict=True)]
         scores = [
-            score for start in range(0, len(dialogues), 16) for score in self.evaluator(dialogues[start : start + 16])
+            score
+            for start in range(0, len(dialogues), BATCH)
+            for score in self.evaluator(dialogues[start : start + BATCH])
         ]
+        for each, value in zip(dialogues, scores, strict=True):
+            check_score(value, f"the answer to {each.prompt[-60:]!r}")
         own = fluency(model, self.tokenizer, self.prompts, outputs)
         report = harm_report(outputs, scores, self.options.threshold, own)
         samples = [sample("forget", each.prompt, "", each.response) for each in dialogues[:SAMPLES]]
@@ -252,9 +260,3 @@ def texts_of(source: Source | None, tokenizer: Any, options: EvaluateOptions) ->
     return (
         [] if source is None else list(read_source(source, tokenizer, options.max_length))[: options.measured_passages]
     )
-
-
-def split_text(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """Return an example's prompt and its labelled text."""
-    ids = example.input_ids
-    return decode(tokenizer, ids[: example.prompt_length]), decode(tokenizer, ids[example.prompt_length :])

@@ -134,7 +134,7 @@ def test_the_card_is_markdown_with_a_heading_of_yaml():
     _, heading, body = text.split("---\n", 2)
     assert yaml.safe_load(heading)["library_name"] == "peft"
     assert yaml.safe_load(heading)["base_model"].startswith("</td>")
-    assert "| forget | 2 | 100% → 0% |" in body and "## What was not checked" in body
+    assert "forget (2)" in body and "| leak | 100% → 0% |" in body and "## What was not checked" in body
     lines = [line for line in body.splitlines() if "script" in line]
     assert lines and all("`" in line or "\\<script\\>" in line for line in lines)
 

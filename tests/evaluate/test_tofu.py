@@ -92,6 +92,13 @@ def test_utility_is_the_harmonic_mean_of_nine():
     assert model_utility({})[0] is None
 
 
+def test_a_broken_model_has_no_truth_ratio():
+    broken = answers(0.5, 0.5, 0.5, math.nan) + answers(0.5, 0.5, 0.5, 0.5)
+    report = tofu_report(dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), broken), [1.0])
+    assert math.isnan(report.figures["forget_truth_ratio"]) and math.isnan(report.figures["retain_truth_ratio"])
+    assert report.utility is None and "retain_truth_ratio" in report.utility_reason
+
+
 def exact_p_value(one, other):
     """The KS test by its definition: the share of all ways to deal the values whose distance is at least this one's."""
 
@@ -152,6 +159,7 @@ def test_retain_logs_of_three_kinds_are_read(tmp_path):
         ('{"other": 1}', "its keys are other"),
         ('{"forget_truth_ratio": {"value_by_index": {"0": {}}}}', "cannot be read"),
         ('{"forget_truth_ratio": ["x"]}', "cannot be read"),
+        ('{"avg_paraphrased_loss": {"0": 1e4}, "average_perturb_loss": {"0": [1.0]}}', "cannot be read"),
     ):
         path.write_text(text)
         with pytest.raises(FastforgetError, match=words):

@@ -183,8 +183,11 @@ def test_a_recipe_interrupted_while_it_unlearns_resumes(run, tmp_path, scored, m
     resumed = []
 
     def stops(*given, **named):
-        named["progress"] = lambda step, total, output: (_ for _ in ()).throw(KeyboardInterrupt)
-        return loop.run_job(*given, **named)
+        def progress(step, total, output):
+            if step == 2:  # behind the first checkpoint
+                raise KeyboardInterrupt
+
+        return loop.run_job(*given, **{**named, "progress": progress})
 
     with monkeypatch.context() as patch:
         patch.setattr(unlearn_job, "run_job", stops)
@@ -196,6 +199,16 @@ def test_a_recipe_interrupted_while_it_unlearns_resumes(run, tmp_path, scored, m
     assert run(*command(tmp_path, "privacy", scored, out), *steps)[0] == 0
     weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, out)]
     assert resumed == [True] and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_checkpoints_of_another_recipe_are_in_no_ones_way(run, tmp_path, scored, monkeypatch):
+    arguments = [*command(tmp_path, "privacy", scored, tmp_path / "out"), "--override", "unlearn.save_steps=1"]
+    assert run(*arguments)[0] == 0 and (tmp_path / "out" / "adapter" / "checkpoint-1").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn_job, "measure", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*arguments, "--seed", "1")[0] == 130
+    code, _, errors = run(*arguments, "--seed", "1")
+    assert code == 0, errors
 
 
 def test_every_field_can_be_overridden():

@@ -13,6 +13,7 @@ from fastforget.evaluate import nearness
 from fastforget.evaluate.harm import harm_report, reduction
 from fastforget.jobs import suites
 from fastforget.jobs.evaluate import evaluate
+from fastforget.jobs.evaluation_options import EvaluateOptions
 
 TOFU = [
     {
@@ -91,6 +92,15 @@ def test_muse(tiny, adapter, tmp_path, short):
     assert json.loads((tmp_path / "out" / "log.json").read_text()) == {"auc": figures["auc"]}
 
 
+def test_a_passage_of_verbmem_is_whole_however_long(tiny, tokenizer, tmp_path):
+    rows = [{"prompt": "The river " * 20, "gt": "flows to the sea. " * 20}, {"prompt": "The", "gt": " sea"}]
+    places = {"verbmem": str(write_rows(tmp_path / "v.jsonl", rows))}
+    suite = suites.MuseSuite(
+        EvaluateOptions(tiny["llama"], TEXTS, tmp_path / "x", suite="muse", sets=places, **QUICK), tokenizer
+    )
+    assert suite.pairs == [(row["prompt"], row["gt"]) for row in rows]
+
+
 def test_membership(tiny, adapter, tmp_path):
     report = evaluate(
         tiny["llama"],
@@ -122,10 +132,20 @@ def test_harm_is_flagged_by_the_evaluator_and_blank_output_apart(tiny, adapter, 
         )
         assert figures["perplexity"] > 1
     assert "reduction" in report["compared"]
+    broken = {**arguments, "evaluator": lambda dialogues: [float("nan")] * len(dialogues)}
+    with pytest.raises(ff.FastforgetError, match=r"score of the answer to .*Question a.* is nan"):
+        evaluate(tiny["llama"], rows, tmp_path / "x", **broken)
     with pytest.raises(ff.FastforgetError, match="needs --evaluator"):
         evaluate(tiny["llama"], rows, tmp_path / "x", suite="harm", **QUICK)
     with pytest.raises(ff.FastforgetError, match="needs prompts"):
         evaluate(tiny["llama"], TEXTS, tmp_path / "x", suite="harm", evaluator=bad_words, **QUICK)
+
+
+def test_harm_asks_each_prompt_once_however_long_its_response(tiny, tokenizer, tmp_path):
+    rows = [{"prompt": f"Question {name}?", "response": "Much is said. " * 40} for name in "ab"]
+    options = EvaluateOptions(tiny["llama"], rows, tmp_path / "x", suite="harm", evaluator=bad_words, **QUICK)
+    suite = suites.HarmSuite(options, tokenizer)
+    assert [tokenizer.decode(each) for each in suite.prompts] == ["<s>Question a?", "<s>Question b?"]
 
 
 def test_harm_of_hand_made_answers():
@@ -183,6 +203,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_alike(tiny, adapter, tmp_pat
         for name in ("seconds", "peak_rss_mb"):
             del report[name]
     assert found == whole and not (tmp_path / "out" / ".stages").exists()
+
+
+def test_an_interrupted_evaluation_of_other_data_begins_anew(tiny, adapter, tmp_path, short, monkeypatch):
+    asked = write_rows(tmp_path / "asked.jsonl", TOFU[:1])
+    arguments = {**QUICK, "suite": "tofu", "adapter": adapter, "out": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(suites.TofuSuite, "compare", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tiny["llama"], asked, **arguments)
+    write_rows(asked, TOFU)
+    assert len(evaluate(tiny["llama"], asked, **arguments)["after"]["log"]["forget_truth_ratio"]) == 3
 
 
 def test_bad_input_is_one_line_and_code_2(run, tmp_path):

@@ -18,8 +18,8 @@ TINY = TofuScale(
     countries=2,
     unseen_authors=1,
     vocabulary=512,
-    hidden_size=64,
-    passes=100,
+    hidden_size=128,
+    passes=50,
     retain_asked=10,
 )
 TRIALS = [TofuTrial("npo", {"beta": 0.1}, 3e-3, 30)]
