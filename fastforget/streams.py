@@ -22,6 +22,7 @@ from fastforget.batch import (
     LabelCounts,
     PreparedSide,
     check_batch,
+    is_by_row,
     positions_without_padding,
     stream_name,
     stream_of,
@@ -211,10 +212,7 @@ def join_input(name: str, parts: Sequence[PreparedSide], width: int) -> Any:
     """Join one input of the model for all streams; FastforgetError where it cannot be one."""
     values = [part.inputs.get(name) for part in parts]
     shapes = [part.inputs["input_ids"].shape for part in parts]
-    by_row = [
-        isinstance(value, Tensor) and value.shape[:1] == shape[:1] for value, shape in zip(values, shapes, strict=True)
-    ]
-    if all(by_row):
+    if all(is_by_row(value, shape[0]) for value, shape in zip(values, shapes, strict=True)):
         padded = [
             F.pad(value, (0, 0) * (value.dim() - 2) + (0, width - shape[1])) if value.shape[1:2] == shape[1:] else value
             for value, shape in zip(values, shapes, strict=True)

@@ -142,4 +142,4 @@ def test_what_cannot_be_removed_ends_no_run(model, batch, tmp_path):
     left.mkdir()
     os.utime(left, (0, 0))
     value(loss_in(tmp_path, model), batch)
-    assert left.exists() and len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert left.exists() and len(list(tmp_path.glob("*.safetensors"))) == 3

@@ -33,12 +33,18 @@ class PairedRows(Dataset[dict[str, Any]]):
             if rows is not None and not len(rows):
                 raise FastforgetError(f"the {name} set has no rows")
         self.forget, self.retain, self.seed = forget, retain, seed
-        self.set_epoch(0)
+        # a DataLoader's workers may have been started in an earlier epoch, with a copy of all that is not shared
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._orders: dict[int, list[int]] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch's retain rows are dealt."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Deal the retain rows of this epoch."""
-        self.epoch = epoch
-        self._orders: dict[int, list[int]] = {}
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -46,8 +52,11 @@ class PairedRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = {"forget": self.forget[index]}
         if self.retain is not None:
-            cycle, place = divmod(self.epoch * len(self.forget) + index, len(self.retain))
+            before = self.epoch * len(self.forget)
+            cycle, place = divmod(before + index, len(self.retain))
             if cycle not in self._orders:
+                first = before // len(self.retain)
+                self._orders = {number: order for number, order in self._orders.items() if number >= first}
                 generator = torch.Generator().manual_seed(self.seed + cycle)
                 self._orders[cycle] = torch.randperm(len(self.retain), generator=generator).tolist()
             pair["retain"] = self.retain[self._orders[cycle][place]]

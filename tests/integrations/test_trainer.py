@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import adapter_of, load_perturbed
 from integrations.loops import GRAD_DIFF, assert_same_weights, flat, grad_diff, replay, rows
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import fastforget as ff
@@ -117,6 +118,16 @@ def test_every_retain_row_is_dealt_as_often_as_any_other():
     assert pairs[0] == pairs[0] and PairedRows(["a"])[0] == {"forget": "a"}
     with pytest.raises(ff.FastforgetError, match="the retain set has no rows"):
         PairedRows(["a"], [])
+
+
+def test_workers_that_stay_are_told_the_epoch():
+    pairs = PairedRows(list("abcd"), list(range(6)), seed=3)
+    loader = DataLoader(pairs, batch_size=None, num_workers=1, persistent_workers=True)
+    dealt = []
+    for epoch in range(3):
+        pairs.set_epoch(epoch)
+        dealt += [pair["retain"] for pair in loader]
+    assert sorted(dealt) == sorted([*range(6)] * 2)
 
 
 def test_the_collator():
