@@ -133,6 +133,11 @@ def base_causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def context_length(model: Any) -> int | None:
+    """Return how many positions a transformers model has; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def refuse_adapter_on_head(model: nn.Module, embeddings: nn.Module) -> None:
     """Raise where the head is not one frozen or trainable matrix, so that nothing wrong is computed instead."""
     for config in getattr(model, "peft_config", {}).values():

@@ -78,6 +78,11 @@ class BreaksAt(ff.NegatedCE):
         return super().value(stats) * (torch.nan if self.seen >= self.step else 1.0)
 
 
+def same(first, second):
+    """Whether two state dicts hold the same tensors, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def adapter_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BreaksAt, NoLooking, adapter_of, load_perturbed
+from helpers import BreaksAt, NoLooking, adapter_of, load_perturbed, same
 
 import fastforget as ff
 from fastforget import guard as guard_module
@@ -15,10 +15,6 @@ def where(request, monkeypatch):
     """The decisions of a CPU, and those of a device whose flags the host does not read."""
     if request.param == "device":
         monkeypatch.setattr(guard_module, "on_host", lambda flag: False)
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def step_of(model, optimizer=torch.optim.SGD, terms="grad_diff", lr=0.05, **options):

@@ -18,6 +18,7 @@ from fastforget.data.examples import Example
 from fastforget.data.text import begin_tokens, encode
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.label_tokens import label_tokens
+from fastforget.head import context_length
 from fastforget.models import load_base, load_tokenizer, readable_errors, usable_device
 
 JUDGE_PROMPT = (
@@ -80,7 +81,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, dialogues: Sequence[Dialogue]) -> list[float]:
-        context = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
+        context = context_length(self.model) or LONGEST
         inputs = self.tokenizer(
             [f"{each.prompt}\n{each.response}".strip() for each in dialogues],
             return_tensors="pt",

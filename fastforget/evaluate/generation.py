@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from fastforget.backbone import training_flags_restored
 from fastforget.errors import FastforgetError
-from fastforget.head import base_causal_lm
+from fastforget.head import base_causal_lm, context_length
 
 CONTINUATION_CHARACTERS = 200
 TAIL_TOKENS = 16  # of a row that are decoded again at the next step
@@ -107,7 +107,7 @@ class EnoughCharacters(StoppingCriteria):
 
 def room(causal_lm: Any, width: int, wanted: int) -> int:
     """Return how many new tokens fit into the model's context after a prompt of `width` tokens, at most `wanted`."""
-    context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None) or width + wanted
+    context = context_length(causal_lm) or width + wanted
     if width >= context:
         raise FastforgetError(f"a prompt of {width} tokens leaves no room in the model's context of {context} tokens")
     return min(wanted, context - width)

@@ -23,6 +23,7 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.generation import CONTINUATION_CHARACTERS, Progress, continue_greedily
 from fastforget.evaluate.label_tokens import LabelTokens, label_tokens
 from fastforget.evaluate.overlap import overlap
+from fastforget.head import context_length
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def ask(
     Raises:
         FastforgetError: an empty answer, or one that does not fit into the model's context with its question.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    context = context_length(model) or 2**20
     reader = RowReader(tokenizer, context, chat_template=chat_template)
     examples: list[Example] = []
     for each in questions:

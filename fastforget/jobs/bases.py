@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
 
 DIGESTS = "digests.json"  # beside the cached base
@@ -53,6 +54,15 @@ def cached_base(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[P
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder, time.perf_counter() - start
+
+
+def base_key(made_by: object, examples: Iterable[Example]) -> str:
+    """Hash what a trained base depends on: its recipe, seed and size (`made_by`), its examples and their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr(made_by).encode())
+    for example in examples:
+        digest.update(repr(example.input_ids).encode())
+    return digest.hexdigest()
 
 
 def is_whole(folder: Path) -> bool:

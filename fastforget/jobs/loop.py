@@ -22,6 +22,7 @@ from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError, RetainNLLError
 from fastforget.guard import copy
+from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.companions import Companions, check_sets
 from fastforget.jobs.options import JobSettings
@@ -79,7 +80,7 @@ def run_job(
     if uses_retain and not retain:
         raise FastforgetError("these terms keep a retain set, and there is none: give one, or leave the terms out")
     check_sets(terms, bool(retain), settings.stop_forget_nll)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     longest = min((length for length in (max_length, context) if length is not None), default=None)
     companions = Companions(terms, tokenizer, retain, refusals, max_length=longest, seed=settings.seed + 2)
     streamed = isinstance(forget, ExampleStream) or isinstance(retain, ExampleStream)

@@ -8,7 +8,7 @@ likely one given those before it, then greedy decoding from that prompt writes e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
+from fastforget.batch import Batch
 from fastforget.data.batches import Cycle
 from fastforget.data.examples import IGNORE_INDEX, Example, collate
 from fastforget.data.text import text_examples
@@ -88,19 +89,12 @@ def memorise(
     steps, nll = 0, float("inf")
     for _ in range(max_passes):
         model.train()  # `recited_share` left it in evaluation mode
-        losses = []
-        for _ in range(steps_per_pass):
-            steps += 1
-            # Warm up over 30 steps, and slow down as the text is learned: at the full rate the last tenth of a nat is
-            # noise. The rate follows the loss, since the number of steps is not known beforehand.
-            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, steps / 30, max(nll, 0.1))
-            loss = model(**next(batches)).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-        nll = torch.stack(losses).mean().item()
+        # Warm up over 30 steps, and slow down as the text is learned: at the full rate the last tenth of a nat is
+        # noise. The rate follows the loss, since the number of steps is not known beforehand.
+        of_pass = range(steps + 1, steps + 1 + steps_per_pass)
+        rates = [learning_rate * min(1.0, step / 30, max(nll, 0.1)) for step in of_pass]
+        nll = train(model, optimizer, batches, rates)
+        steps += steps_per_pass
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the loss of the base model became {nll} by step {steps}")
         recited = recited_share(model, passages, tokenizer.pad_token_id, prompt_tokens) if nll < 0.5 else 0.0
@@ -112,6 +106,22 @@ def memorise(
     raise FastforgetError(
         f"the model did not learn the text by heart in {max_passes} passes: it recites {recited:.0%} of it"
     )
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], rates: Sequence[float]
+) -> float:
+    """Take a step for each learning rate, with clipped gradients; return the mean loss (nats per token)."""
+    losses = []
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        loss = model(**next(batches)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
 
 
 @torch.no_grad()

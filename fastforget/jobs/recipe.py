@@ -16,6 +16,7 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.memorisation import memorisation
 from fastforget.evaluate.page import CARD, PAGE, write_card, write_page
 from fastforget.evaluate.report import peak_rss_mb, write_json
+from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.evaluate import evaluate
 from fastforget.jobs.evaluation_options import parsed_place
@@ -219,7 +220,7 @@ def learned_model(chosen: Recipe, options: RecipeOptions) -> str:
     source = Source(path=place, subset=subset, split=split or "train", format=None if named == "book" else named)
     tokenizer = load_tokenizer(options.model)
     model: Any = load(options.model, bits=bits, lora={"r": rank}, device=options.device)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    context = context_length(model) or longest
     examples = list(read_source(source, tokenizer, min(longest, context)))
     found = memorisation(model, tokenizer, examples).exact
     if found is not None and found >= known:

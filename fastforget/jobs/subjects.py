@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from fastforget.data.examples import Example
-from fastforget.data.topics import Corpus, load_corpus
-from fastforget.jobs.bases import cached_base
+from fastforget.data.topics import load_corpus
+from fastforget.jobs.bases import base_key, cached_base
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.running import progress_bar
 
@@ -69,15 +68,8 @@ def small_subject(seed: int, scale: DemoScale, cache: Path, console: Console) ->
             memorise(model, corpus.tokenizer, [*corpus.forget, *corpus.retain], seed=seed, progress=progress)
         save_base(model, corpus.tokenizer, folder)
 
-    base, seconds = cached_base(cache, base_key(corpus, seed, scale), write)
+    # the passages tell Python's version, too
+    key = base_key((BASE_VERSION, seed, scale), [*corpus.forget, *corpus.retain])
+    base, seconds = cached_base(cache, key, write)
     sets = {"forget": corpus.forget, "retain": corpus.retain, "unseen": corpus.unseen}
     return Subject(base, seconds, sets, corpus.retain)
-
-
-def base_key(corpus: Corpus, seed: int, scale: DemoScale) -> str:
-    """Hash what the trained base depends on: passages (so also Python's version), their order, its size, its seed."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((BASE_VERSION, seed, scale)).encode())
-    for example in (*corpus.forget, *corpus.retain):
-        digest.update(repr(example.input_ids).encode())
-    return digest.hexdigest()

@@ -28,6 +28,7 @@ from fastforget.evaluate.nearness import nearest, text_states
 from fastforget.evaluate.overlap import bleu
 from fastforget.evaluate.questions import answers_of, ask, whole_example
 from fastforget.evaluate.tofu import UTILITY_SETS, mean, ratios, read_retain_ratios, tofu_report
+from fastforget.head import context_length
 from fastforget.jobs.evaluation_options import EvaluateOptions
 from fastforget.jobs.select import dialogues_of
 from fastforget.models import load_base, usable_device
@@ -204,7 +205,7 @@ class HallucinationSuite:
             raise FastforgetError("--suite hallucination needs questions with wrong answers (halueval, truthfulqa)")
 
     def measure(self, model: Any, progress: Progress) -> Result:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        context = context_length(model) or 2**20
         reader = RowReader(self.tokenizer, context, chat_template=self.options.chat_template)
         firsts = [whole_example(reader, each, each.answer) for each in self.questions]
         prompts = [each.input_ids[: each.prompt_length] for each in firsts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from fastforget.data.questions import Question, question_row
 from fastforget.data.topics import train_tokenizer
 from fastforget.errors import NonFiniteLossError
 from fastforget.evaluate.questions import answers_of
-from fastforget.jobs.bases import cached_base
-from fastforget.jobs.memorise import build_model, save_base
+from fastforget.jobs.bases import base_key, cached_base
+from fastforget.jobs.memorise import build_model, save_base, train
 from fastforget.jobs.running import progress_bar
 
 BASE_VERSION = 1  # part of the cache's key: raise it when what is taught, or how, changes
@@ -86,7 +85,7 @@ def tofu_models(seed: int, split: str, scale: TofuScale, cache: Path, console: C
                 teach(model, tokenizer, examples, passes=scale.passes, seed=seed, progress=update)
             save_base(model, tokenizer, folder)
 
-        folders[name], spent = cached_base(cache, f"tofu-{key_of(examples, seed, scale)}", write)
+        folders[name], spent = cached_base(cache, f"tofu-{base_key((BASE_VERSION, seed, scale), examples)}", write)
         seconds += spent
     return TofuModels(folders["full"], folders["retain"], seconds, questions)
 
@@ -104,15 +103,6 @@ def answer_examples(tokenizer: Any, questions: Sequence[Question]) -> list[Examp
     reader = RowReader(tokenizer, CONTEXT)
     rows = [(question_row(each.question, each.answer, chat=reader.use_template), each.source) for each in questions]
     return [example for row, source in rows for example in reader.examples(row, source)]
-
-
-def key_of(examples: Sequence[Example], seed: int, scale: TofuScale) -> str:
-    """Hash what a trained model depends on."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((BASE_VERSION, seed, scale)).encode())
-    for example in examples:
-        digest.update(repr(example.input_ids).encode())
-    return digest.hexdigest()
 
 
 def teach(
@@ -140,17 +130,9 @@ def teach(
     model.train()
     nll = math.nan
     for number in range(passes):
-        losses = []
-        for step in range(number * steps_per_pass, (number + 1) * steps_per_pass):
-            factor = min(1.0, (step + 1) / 50, 2.0 * (steps - step) / steps)
-            optimizer.param_groups[0]["lr"] = learning_rate * factor
-            loss = model(**next(batches)).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-        nll = torch.stack(losses).mean().item()
+        of_pass = range(number * steps_per_pass, (number + 1) * steps_per_pass)
+        rates = [learning_rate * min(1.0, (step + 1) / 50, 2.0 * (steps - step) / steps) for step in of_pass]
+        nll = train(model, optimizer, batches, rates)
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the loss of the model became {nll} in pass {number + 1}")
         if progress is not None:

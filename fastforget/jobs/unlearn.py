@@ -27,6 +27,7 @@ from fastforget.evaluate.report import (
     strict,
     write_json,
 )
+from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
 from fastforget.jobs.loop import check_stopping, run_job
@@ -116,7 +117,7 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     if options.compile:
         compile_layers(model, progress=console.print)
     Backbone(model).check_layers(layers_of(terms))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and options.max_length > context:
         raise FastforgetError(f"--max-length {options.max_length} is more than the model's context of {context} tokens")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FORGET, RETAIN, adapter_of
+from helpers import FORGET, RETAIN, adapter_of, same
 from safetensors.torch import load_file
 
 import fastforget as ff
@@ -43,10 +43,6 @@ VARIETY = {  # each brings other state with it
 
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def in_a_process(work, *, kill_after=None, kill_at=None):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from helpers import FORGET, QUICK, RETAIN, BreaksAt, write_rows
+from helpers import FORGET, QUICK, RETAIN, BreaksAt, same, write_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -21,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("short_continuations")
 
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture
