@@ -82,7 +82,8 @@ class Backbone:
 
     On the first batch the head checks itself: its logits of a few tokens against the model's own. Where they differ the
     model does something between its states and its logits that `LMHead` does not know; then, with a warning, the
-    model's own logits are used (`LMHead(None)`): slower and larger, still right.
+    model's own logits are used (`LMHead(None)`): slower and larger, still right. It is checked again where a hook or
+    another forward was put on the head since, or on what calls it.
 
     Args:
         model: a Hugging Face causal LM, wrapped or not; `Backbone.model` is the one inside, a PeftModel where it has an
@@ -93,7 +94,9 @@ class Backbone:
         self.model = unwrapped(model)
         self.head = LMHead.from_model(self.model)
         self.checked = False
+        self.changes = 0  # how often something around the head became another
         self._captures = Captures(model, base_causal_lm(self.model))
+        self._around_head = self._captures.around_head()
         self._takes_positions: bool | None = None
         if is_compiled(model):
             let_graphs_see_hooks()
@@ -164,8 +167,8 @@ class Backbone:
         for number in wanted:
             numbers.setdefault(place_of(number, len(stack)), []).append(number)
         to_the_end = None in layers
-        if to_the_end and not self.checked:
-            self.check(inputs)
+        if to_the_end:
+            self.check_once(inputs)
         end: End = "layer" if not to_the_end else "logits" if self.head.is_identity else "head"
         states = self._captures.run(inputs, stack, numbers, end)
         captured: dict[int | None, Tensor] = {}
@@ -210,6 +213,17 @@ class Backbone:
         if not stacks:
             raise FastforgetError(f"{type(causal_lm).__name__} has no list of {count} layers, so none can be taken")
         return stacks[0]
+
+    def check_once(self, inputs: dict[str, Any]) -> None:
+        """Check the head on the first batch, and on one before which something around it became another."""
+        around = self._captures.around_head()
+        if self.checked and around == self._around_head:
+            return
+        if self.checked:
+            self.head = LMHead.from_model(self.model)
+            self.changes += 1
+        self.check(inputs)
+        self._around_head = around
 
     def check(self, inputs: dict[str, Tensor]) -> None:
         """Compare the head with the model's own logits, on the first row's last tokens; costs two short forwards."""

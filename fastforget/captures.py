@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
@@ -67,10 +68,24 @@ class Captures:
         self.outer = outer
         self.causal_lm = causal_lm
         self.head: nn.Module = causal_lm.get_output_embeddings()
+        wrappers = itertools.takewhile(lambda module: module is not causal_lm, outer.modules())
+        self._up_to_head: list[nn.Module] = [*wrappers, causal_lm, self.head]
         self._states: dict[int | None, Tensor] = {}
         self._last: int | None = None  # the layer that ends the forward
         self._whole_forward: Callable[..., Any] = causal_lm.forward
         self._hooks: dict[int, Callable[..., Any]] = {}
+
+    def around_head(self) -> list[Any]:
+        """The head, what calls it, and what users have put around both: hooks, and forwards of their own."""
+        return [
+            (
+                type(each),
+                vars(each).get("forward"),
+                [*each._forward_pre_hooks.values()],
+                [*each._forward_hooks.values()],
+            )
+            for each in self._up_to_head
+        ]
 
     def logits_and_dtype(self, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype | None]:
         """The model's own logits (B, T, V), and the dtype that its head put out; None where the head did not run."""

@@ -44,6 +44,8 @@ FORMAT = f"A published data set's rows: {', '.join(FORMATS)}."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
 ROBUST = "Also after merging, quantising, and learning half of the forgotten again."
+SAVE_STEPS = "Save a checkpoint every so many steps."
+RESUME = "Go on from the last checkpoint in the output folder."
 ALLOW = "Take a checkpoint that lacks weights of the model (they are random then), or has others."
 
 
@@ -105,7 +107,7 @@ class JobSettings:
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
     auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
-    save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
+    save_steps: Annotated[int | None, Help(SAVE_STEPS, OUTPUT)] = None
     keep_checkpoints: Annotated[int | None, Help("Checkpoints that are kept, the last ones.", OUTPUT)] = None
     reference_cache: Annotated[
         str | os.PathLike[str] | None, Help("Folder that keeps what the frozen model said, for other jobs.", TRAINING)
@@ -196,7 +198,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
-    resume: Annotated[bool, Help("Go on from the last checkpoint in the output folder.", OUTPUT)] = False
+    resume: Annotated[bool, Help(RESUME, OUTPUT)] = False
     fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
         None
     )
@@ -289,6 +291,8 @@ class DemoOptions(RunOptions):
     model: Annotated[str, Help("small, or smollm2: a real one (needs fastforget[real]).", MODEL)] = SMALL
     until: Annotated[str | None, Help("When it may end: gone, or em=LEVEL.", TRAINING)] = GONE
     robust: Annotated[bool | None, Help("Measure what lasts of it; default yes.", TRAINING)] = None
+    save_steps: Annotated[int | None, Help(f"{SAVE_STEPS} They go when the demo is through.", OUTPUT)] = None
+    resume: Annotated[bool, Help(RESUME, OUTPUT)] = False
     seed: Annotated[int, Help("Which topics are forgotten, and every random draw.", TRAINING)] = 0
     cache: str | os.PathLike[str] | None = None
 
