@@ -77,15 +77,11 @@ class Captures:
 
     def around_head(self) -> list[Any]:
         """The head, what calls it, and what users have put around both: hooks, and forwards of their own."""
-        return [
-            (
-                type(each),
-                vars(each).get("forward"),
-                [*each._forward_pre_hooks.values()],
-                [*each._forward_hooks.values()],
-            )
-            for each in self._up_to_head
-        ]
+        found: list[Any] = []
+        for module in self._up_to_head:
+            hooks = [[*each.values()] for each in (module._forward_pre_hooks, module._forward_hooks)]
+            found.append((type(module), vars(module).get("forward"), hooks))
+        return found
 
     def logits_and_dtype(self, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype | None]:
         """The model's own logits (B, T, V), and the dtype that its head put out; None where the head did not run."""

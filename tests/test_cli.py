@@ -184,7 +184,7 @@ FLAGS = """--config --help --forget --retain --forget-column --retain-column --f
     --stop-forget-nll --max-retain-nll --until --combine --preset --preset-option --refusals
     --out --save-steps --keep-checkpoints --log-to --overwrite --quiet --resume --json""".split()
 DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --log-to --overwrite --quiet --out
-    --json""".split()
+    --save-steps --resume --json""".split()
 
 
 @pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import traceback
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from helpers import adapter_of, load_perturbed, make_batch
 from integrations.loops import flat, rows
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import fastforget as ff
 
@@ -175,3 +177,29 @@ def test_what_several_processes_cannot_do_is_said(tiny, in_two_processes):
         assert "UnlearnLoss knows only this one's labels" in messages["loss"]
         assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
         assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
+
+
+def evaluate(rank, folder, out):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    options = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    trainer = ff.UnlearnTrainer(
+        load_perturbed(folder),
+        TrainingArguments(str(out), **options),
+        terms=[ff.NegatedCE(), ff.CE(), ff.KL()],
+        forget_dataset=rows(2, 1),
+        eval_dataset=EVALUATED,
+    )
+    return {name: value for name, value in trainer.evaluate().items() if name.endswith(("loss", "ce", "kl", "nll"))}
+
+
+EVALUATED = (rows(3, 5), rows(2, 6))  # five rows: the last round of two processes and two rows has one
+
+
+def test_rows_that_fill_up_the_last_batches_are_not_evaluated_twice(tiny, tmp_path, in_two_processes):
+    first, second = in_two_processes(evaluate, tiny["llama"], tmp_path)
+    assert first == second
+    loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), [ff.NegatedCE(), ff.CE(), ff.KL()])
+    with torch.no_grad():
+        out = loss(flat(*EVALUATED))
+    expected = {"loss": out.loss, **out.terms, **out.stats}
+    assert first == pytest.approx({f"eval_{name}": float(value) for name, value in expected.items()}, rel=1e-5)

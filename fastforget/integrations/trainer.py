@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastforget.backbone import without_dropout
-from fastforget.batch import LabelCounts, count_labels
+from fastforget.batch import LabelCounts, count_labels, rows_of
 from fastforget.integrations.rows import PairedRows, flat_rows, row_collator
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, add_to
 from fastforget.objectives import Term
 from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
 from fastforget.step import UnlearnStep
 
+LOSS_OPTIONS = (  # of an UnlearnStep's arguments, those that are an UnlearnLoss's too
+    "backend",
+    "reference_cache_bytes",
+    "reference_cache_folder",
+    "reference_cache_folder_bytes",
+    "reference",
+)
 TrainerBase: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
@@ -86,6 +93,7 @@ class UnlearnTrainerMixin(TrainerBase):
         self.terms, self.measure, self.micro_batch = terms, measure, micro_batch
         self.step_options = dict(step_options or {})
         self.unlearn_step: UnlearnStep | None = None
+        self._own_loss: UnlearnLoss | None = None
         self._begin_log()
         super().__init__(model, args, **options)
         if isinstance(self.train_dataset, PairedRows):
@@ -150,12 +158,10 @@ class UnlearnTrainerMixin(TrainerBase):
     ) -> EvalLoopOutput:
         """The loss, its terms and the NLLs, with means over the whole set; and what `measure` returns."""
         loss = self._loss_of(self.model if self.unlearn_step is None else self.unlearn_step.model)
-        counts = sum_counts(count_labels(dataloader), self.args.device)
+        counts = sum_counts(count_labels(self._without_repeats(dataloader)), self.args.device)
         parts: list[UnlearnOutput] = []
-        samples = 0
         with torch.no_grad(), without_dropout(self.model), without_buffer_broadcast(loss.backbone.outer):
-            for batch in dataloader:
-                samples += len(batch["input_ids"])
+            for batch in self._without_repeats(dataloader):
                 parts += loss.passes(self._prepare_inputs(batch), counts=counts, step=self._steps_taken)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         out = sum_outputs(add_outputs(parts), loss.terms, self.args.device)
@@ -164,7 +170,8 @@ class UnlearnTrainerMixin(TrainerBase):
             with torch.no_grad(), without_dropout(self.model):
                 metrics |= self.measure(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=samples)
+        number = self.num_examples(dataloader)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term and NLL since the last log to a log of training."""
@@ -172,6 +179,19 @@ class UnlearnTrainerMixin(TrainerBase):
             logs |= {name: float(total) / self._logged_steps for name, total in self._logged.items()}
             self._begin_log()
         super().log(logs, start_time)
+
+    def _without_repeats(self, dataloader: Any) -> Iterator[Mapping[str, Any]]:
+        """The batches of this process; of the last ones without the rows that Accelerate repeats to fill them up.
+
+        There are `remainder` rows for the last batches of all processes, in their order.
+        """
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        for batch in dataloader:
+            if processes > 1 and state.end_of_dataloader and state.remainder > 0:
+                size = len(batch["input_ids"])
+                left = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+                batch = rows_of(batch, slice(left), size)
+            yield batch
 
     def _begin_log(self) -> None:
         self._logged: dict[str, Tensor] = {}
@@ -183,15 +203,13 @@ class UnlearnTrainerMixin(TrainerBase):
         return 0 if self.unlearn_step is None else self.unlearn_step.param_groups[0]["unlearn_steps"]
 
     def _loss_of(self, model: nn.Module) -> UnlearnLoss:
-        """The loss over a model, the step's own where it is that of the step."""
+        """The loss over a model, the step's own where it is that of the step; else one that is made once."""
         if self.unlearn_step is not None and self.unlearn_step.model is model:
             return self.unlearn_step.loss
-        options = {
-            key: self.step_options[key]
-            for key in ("backend", "reference_cache_bytes", "reference")
-            if key in self.step_options
-        }
-        return UnlearnLoss(model, self.terms, **options)
+        if self._own_loss is None or self._own_loss.backbone.outer is not model:
+            options = {key: self.step_options[key] for key in LOSS_OPTIONS if key in self.step_options}
+            self._own_loss = UnlearnLoss(model, self.terms, **options)
+        return self._own_loss
 
 
 class UnlearnTrainer(UnlearnTrainerMixin, transformers.Trainer):

@@ -118,7 +118,7 @@ class Checkpoints:
         self.settle()
 
     def begin(self, resume: bool, say: Callable[[str], None]) -> None:
-        """Make ready for a job that goes on from the last one, or begins anew, and then removes them; `say` as above."""
+        """Make ready for a job: it goes on from the last one, or begins anew, and then all are removed."""
         self.say = say
         if not resume:
             self.clear()

@@ -13,7 +13,20 @@ from rich.console import Console
 from fastforget.config import Help
 from fastforget.data.sources import Source, check_source
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import ALLOW, CHAT, COLUMNS, DATA, FORMAT, MODEL, OUTPUT, ROBUST, TRAINING, Texts
+from fastforget.jobs.options import (
+    ALLOW,
+    CHAT,
+    COLUMNS,
+    DATA,
+    FORMAT,
+    MODEL,
+    OUTPUT,
+    ROBUST,
+    TRAINING,
+    Texts,
+    check_characters,
+    check_seed,
+)
 
 MEMORISATION = "memorisation"
 SUITE_SETS: dict[str, tuple[str, ...]] = {  # of --suite: what each takes beside --forget, --retain and --unseen
@@ -61,6 +74,7 @@ class SelectOptions:
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_characters(self)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -111,7 +125,9 @@ class EvaluateOptions:
     sets: Annotated[
         Mapping[str, str] | None, Help("NAME=PLACE, further sets of a suite: world_facts=TOFU#world_facts.", DATA)
     ] = None
-    columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
+    columns: Annotated[Mapping[str, str] | None, Help(f"Of --forget: {COLUMNS}", DATA)] = None
+    retain_columns: Annotated[Mapping[str, str] | None, Help("The same for --retain; default --column.", DATA)] = None
+    unseen_columns: Annotated[Mapping[str, str] | None, Help("The same for --unseen; default --column.", DATA)] = None
     format: Annotated[str | None, Help(f"Of --forget, default the suite's own. {FORMAT}", DATA)] = None
     retain_format: Annotated[str | None, Help("The same for --retain; default --format.", DATA)] = None
     unseen_format: Annotated[str | None, Help("The same for --unseen; default --format.", DATA)] = None
@@ -140,6 +156,8 @@ class EvaluateOptions:
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_characters(self)
+        check_seed(self.seed)
         if self.robust and self.adapter is None:
             raise FastforgetError("--robust needs --adapter: it asks whether what an adapter made forgotten stays so")
         if self.measured_passages < 1:
@@ -175,7 +193,7 @@ class EvaluateOptions:
         place, subset, split = parsed_place(texts)
         source = Source(
             path=place,
-            columns=self.columns or {},
+            columns=getattr(self, f"{name}_columns", None) or self.columns or {},
             split=split or self.split,
             subset=subset,
             chat_template=self.chat_template,

@@ -64,12 +64,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_log(self.log_to)
-        for name, value in vars(self).items():
-            for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
-                if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
-                    raise FastforgetError(
-                        f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
-                    )
+        check_characters(self)
 
     def terms(self) -> list[Term]:
         """Build the preset's terms; raise FastforgetError where an option is unknown or of the wrong type."""
@@ -308,6 +303,16 @@ class DemoOptions(RunOptions):
 def console_of(quiet: bool, console: Console | None) -> Console:
     """Return the given console, or standard output; where it is to be quiet, one that says nothing."""
     return Console(quiet=True) if quiet else console or Console()
+
+
+def check_characters(options: object) -> None:
+    """Raise FastforgetError where one of a dataclass's texts holds what no file name and no text can."""
+    for name, value in vars(options).items():
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
+            if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
+                raise FastforgetError(
+                    f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
+                )
 
 
 def check_seed(seed: int) -> None:

@@ -141,3 +141,14 @@ def test_the_collator():
         collate([{"forget": {"input_ids": [1, 2]}}])
     with pytest.raises(ff.FastforgetError, match="all must give"):
         collate([{"forget": long}, {"forget": {**long, "position_ids": [0, 1, 2]}}])
+
+
+def test_evaluation_before_training_makes_its_loss_once(tiny, tmp_path):
+    """What the reference said the first time is not computed again."""
+    sets = {"forget_dataset": rows(2, 1), "retain_dataset": rows(2, 2), "eval_dataset": (rows(3, 5), rows(2, 6))}
+    trainer = ff.UnlearnTrainer(load_perturbed(tiny["llama"]), arguments(tmp_path), terms="npo", **sets)
+    first = trainer.evaluate()
+    forwards = trainer._loss_of(trainer.model).reference.forwards
+    again = trainer.evaluate()
+    assert again["eval_loss"] == first["eval_loss"]
+    assert trainer._loss_of(trainer.model).reference.forwards == forwards > 0

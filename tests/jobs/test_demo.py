@@ -6,7 +6,7 @@ Its base recites what it was trained on, also in 8 bit, and says so when it cann
 import io
 import json
 import math
-from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +60,7 @@ def first(tmp_path_factory):
 def small(monkeypatch):
     """`ff.demo` has no options for its scale: here it takes the tests'."""
     monkeypatch.setattr(demo_module, "DemoScale", lambda: SMALL)
-    monkeypatch.setattr(demo_module, "JobSettings", lambda **given: replace(QUICK, save_steps=given["save_steps"]))
+    monkeypatch.setattr(demo_module, "JobSettings", lambda **given: QUICK)
 
 
 def test_report_holds_every_figure(first):
@@ -132,27 +132,26 @@ def test_quiet_prints_nothing(first, small, short_continuations, monkeypatch, tm
 
 def test_a_demo_that_was_killed_goes_on(first, small, short_continuations, monkeypatch, tmp_path):
     """Its adapter and its curves are those of one that was not, and no checkpoint is left."""
-    options = {"cache": first.folder / "cache", "robust": False, "quiet": True, "save_steps": 20}
+    monkeypatch.setattr(demo_module, "JobSettings", partial(JobSettings, max_steps=9, decay=0.4))
+    options = {"cache": first.folder / "cache", "robust": False, "quiet": True, "save_steps": 3}
     whole = ff.demo(tmp_path / "whole", **options)
     write, steps = Checkpoints.write, []
 
     def write_and_end(self, number, *given):
         write(self, number, *given)
         steps.append(number)
-        if number == 40:
+        if number == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoints, "write", write_and_end)
         ff.demo(tmp_path / "out", **options)
-    assert [folder.name for folder in Checkpoints(tmp_path / "out").folders()] == ["checkpoint-40"]
+    assert [folder.name for folder in Checkpoints(tmp_path / "out").folders()] == ["checkpoint-6"]
     with pytest.raises(ff.FastforgetError, match="holds checkpoints of an earlier job: --resume"):
         ff.demo(tmp_path / "out", **options)
-    with pytest.raises(ff.FastforgetError, match="of a job with other --preset"):
-        ff.demo(tmp_path / "out", preset="npo", resume=True, **options)
     monkeypatch.setattr(Checkpoints, "write", lambda *given: steps.append(given[1]) or write(*given))
     found = ff.demo(tmp_path / "out", resume=True, **options)
-    assert steps[:3] == [20, 40, 60] and found["curves"] == whole["curves"] and found["stopped"] == whole["stopped"]
+    assert steps == [3, 6, 9] and found["curves"] == whole["curves"] and found["stopped"] == whole["stopped"]
     assert same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "whole")))
     assert not Checkpoints(tmp_path / "out").folders()
 

@@ -56,6 +56,38 @@ def test_without_an_adapter_one_model_is_measured(tiny, tmp_path, short_continua
         evaluate(tiny["llama"], FORGET, tmp_path / "file")
 
 
+def test_each_set_may_have_columns_of_its_own(tiny, tmp_path, short_continuations):
+    rows = {name: [{name: text, "note": "-"} for text in texts] for name, texts in (("f", FORGET), ("r", RETAIN))}
+    options = {"columns": {"text": "f"}, "unseen": rows["f"], "max_length": 32, "bits": 32, "quiet": True}
+    report = evaluate(
+        tiny["llama"], rows["f"], tmp_path / "a", retain=rows["r"], retain_columns={"text": "r"}, **options
+    )
+    expected = evaluate(
+        tiny["llama"], FORGET, tmp_path / "b", retain=RETAIN, unseen=FORGET, max_length=32, bits=32, quiet=True
+    )
+    for name in ("forget", "retain", "unseen"):
+        assert report[f"{name}_nll_after"] == expected[f"{name}_nll_after"]
+    with pytest.raises(ff.FastforgetError, match="'f'"):
+        evaluate(tiny["llama"], rows["f"], tmp_path / "c", retain=rows["r"], **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**64}, "seed must be from 0"),
+        ({"model": "a\0b"}, "model holds a NUL character"),
+        ({"forget": "a\udcff"}, "forget holds a NUL character or half a surrogate pair"),
+        ({"sets": {"holdout": "a\0"}}, "sets holds a NUL character"),
+    ],
+)
+def test_seeds_and_texts_that_nothing_can_take(tmp_path, changes, message):
+    options = {"model": "m", "forget": FORGET, "out": tmp_path / "out", "suite": "muse"} | changes
+    with pytest.raises(ff.FastforgetError, match=message):
+        evaluate(**options)
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_a_merged_folder_is_the_base_with_the_adapter(tiny, adapter, tmp_path):
     ids = torch.arange(5, 25)[None]
