@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.errors import FastforgetError, NonFiniteLossError
-from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
+from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
 
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
@@ -117,8 +117,32 @@ class Backbone:
         return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
 
     def prepare(self, batch: CheckedBatch) -> PreparedSide | None:
-        """A checked batch, made ready for this model; None where it has no label."""
+        """A checked batch, made ready for this model; None where it has no label. Raises as `check_tokens`."""
+        self.check_tokens(batch)
         return prepare(batch, self.device, self.takes_positions)
+
+    def check_tokens(self, batch: CheckedBatch) -> None:
+        """Raise FastforgetError for a token without an embedding; warn of rows longer than the model's context.
+
+        They are no error: many models go on beyond what their config says, if badly.
+        """
+        ids = batch.inputs["input_ids"].cpu()
+        known = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
+        wrong = ids[(ids < 0) | (ids >= known)]
+        if len(wrong):
+            raise FastforgetError(
+                f"{batch.name} has token {int(wrong[0])}, and the model has embeddings of {known} tokens: the "
+                "tokenizer is another model's, or its new tokens have none yet (resize_token_embeddings)"
+            )
+        context = context_length(self.model)
+        if context is not None and ids.shape[1] > context:
+            longest = int((batch.inputs["attention_mask"] != 0).sum(dim=1).max())
+            if longest > context:
+                warnings.warn(
+                    f"{batch.name} has a row of {longest} tokens, and the model's context is {context}: cut it "
+                    "(ff.examples(..., max_length=...)), as it says nothing useful beyond, or fails",
+                    stacklevel=2,
+                )
 
     def takes_positions(self) -> bool:
         """Whether left padding changes nothing once `position_ids` count without it.
