@@ -47,6 +47,11 @@ class LabelCounts:
     forget_mismatch_tokens: int = 0
     forget_mismatch_sequences: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Label tokens of all streams."""
+        return sum(self.totals(side, stream)[0] for side, stream in ROLES)
+
     def totals(self, side: str, stream: str = "answer") -> tuple[int, int]:
         """(tokens, sequences) of one side's stream."""
         name = count_name(side, stream)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastforget.adalora import ORTHOGONALITY, adalora_of
 from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
@@ -64,6 +65,8 @@ class UnlearnLoss:
             that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
+    With an AdaLoRA adapter PEFT's orthogonality penalty is part of the loss (`adalora_orthogonality` among its terms);
+    a loop with `UnlearnLoss` calls `update_and_allocate` itself, `UnlearnStep` does.
 
     Raises:
         FastforgetError: no terms, a layer that the model does not have, an adapter on the head, or a set-up in which
@@ -99,6 +102,7 @@ class UnlearnLoss:
                 path = Path(reference_cache_folder)
                 folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
             self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
+        self.adalora = adalora_of(self.backbone.model)
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}
@@ -172,6 +176,10 @@ class UnlearnLoss:
                 yield output
             else:
                 add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
+        if self.adalora is not None:
+            # the parts of a batch that is accumulated, or of several processes, have one penalty together
+            penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / counts.tokens)
+            yield UnlearnOutput(penalty, {ORTHOGONALITY: penalty.detach()}, {}, side="retain")
 
     def output(
         self,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastforget.reference_folder import ReferenceFolder
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
+SWITCHED_WITH_THE_ADAPTER = ("modules_to_save", "trainable_tokens_delta")  # in names of weights, beside its own
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def check_reference(model: Any) -> None:
             )
     prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs.values()}
     for name, parameter in model.named_parameters():
-        own = any(prefix in name for prefix in prefixes) or "modules_to_save" in name
+        own = any(prefix in name for prefix in prefixes) or any(part in name for part in SWITCHED_WITH_THE_ADAPTER)
         if parameter.requires_grad and not own:
             raise FastforgetError(
                 f"{name} trains but belongs to no adapter: training would change the reference; freeze it, or give a "

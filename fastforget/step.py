@@ -324,6 +324,8 @@ class UnlearnStep(torch.optim.Optimizer):
         if self._backward_pending:
             stands = self.guard.after_update()
             if accelerator is None or not accelerator.optimizer_step_was_skipped:
+                if self.loss.adalora is not None:
+                    self.loss.adalora.allocate(self.param_groups[0]["unlearn_steps"])
                 self.param_groups[0]["unlearn_steps"] += 1
                 self._states.update(stands)
             self._backward_pending = False
