@@ -100,5 +100,22 @@ def test_a_merged_folder_is_the_base_with_the_adapter(tiny, adapter, tmp_path):
     assert rounded.dtype == torch.bfloat16
     with pytest.raises(ff.FastforgetError, match="not an empty folder"):
         ff.merge(tiny["opt"], adapter, folder)
-    with pytest.raises(ff.FastforgetError, match="16 or 32"):
-        ff.merge(tiny["opt"], adapter, tmp_path / "new", bits=8)
+    with pytest.raises(ff.FastforgetError, match="one of 4, 8, 16, 32, not 2"):
+        ff.merge(tiny["opt"], adapter, tmp_path / "new", bits=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_merged_folder_of_fewer_bits_is_the_rounded_one_quantised(tiny, adapter, tmp_path, bits):
+    ids = torch.arange(5, 25)[None]
+    folder = ff.merge(tiny["opt"], adapter, tmp_path / "few", bits=bits)
+    rounded = ff.merge(tiny["opt"], adapter, tmp_path / "rounded")
+    models = [ff.load(each, bits=bits, lora={"r": 2}).eval() for each in (folder, rounded, tiny["opt"])]
+    logits, expected, base = (model(input_ids=ids).logits for model in models)
+    assert torch.equal(logits, expected)
+    exact = ff.load(tiny["opt"], bits=32, adapter=adapter).eval()(input_ids=ids).logits
+    assert float((logits - exact).norm()) < 0.9 * float((base - exact).norm()), "what the adapter did is in it"
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config[f"load_in_{bits}bit"]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(plain.model.decoder.layers[0].fc1).__module__.startswith("bitsandbytes")
