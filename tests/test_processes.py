@@ -8,6 +8,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from helpers import adapter_of, load_perturbed, make_batch
 from integrations.loops import flat, rows
 from torch.nn.parallel import DistributedDataParallel
@@ -180,6 +181,7 @@ def test_what_several_processes_cannot_do_is_said(tiny, in_two_processes):
 
 
 def evaluate(rank, folder, out):
+    AcceleratorState._reset_state(True)  # of this process's parent
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     options = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     trainer = ff.UnlearnTrainer(
@@ -189,10 +191,11 @@ def evaluate(rank, folder, out):
         forget_dataset=rows(2, 1),
         eval_dataset=EVALUATED,
     )
+    assert trainer.accelerator.num_processes == 2
     return {name: value for name, value in trainer.evaluate().items() if name.endswith(("loss", "ce", "kl", "nll"))}
 
 
-EVALUATED = (rows(3, 5), rows(2, 6))  # five rows: the last round of two processes and two rows has one
+EVALUATED = (rows(4, 5), rows(1, 6))  # the last round of two processes with two rows each has one row
 
 
 def test_rows_that_fill_up_the_last_batches_are_not_evaluated_twice(tiny, tmp_path, in_two_processes):
