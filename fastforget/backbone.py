@@ -263,7 +263,7 @@ class Backbone:
             try:
                 hidden = self._captures.run(short, nn.ModuleList(), (), "head").get(None)
             except (RuntimeError, TypeError, ValueError, IndexError):
-                hidden = None  # what follows the head wants logits of their size
+                hidden = None  # what follows the head wants logits of their size, or calls it again
             fits = hidden is not None and hidden.shape == (*own.shape[:2], self.head.weight.shape[1])
             ours = self.head.logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
         precision = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2

@@ -12,7 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastforget.errors import FastforgetError
+
 End = Literal["layer", "head", "logits"]  # of a forward
+AGAIN = -1  # where states go that enter the head a second time in one forward
 HOOK = "fastforget"  # one key for every call: a compiled model's guards compare the keys of hooks
 
 
@@ -105,6 +108,9 @@ class Captures:
             stack: the decoder layers, of which `layers` are numbers counted from the front.
             end: "head": None is what enters the head; "logits": the model's own logits (B, T, V); "layer": there is no
                 None, and the forward ends at the deepest of the layers. Wrappers around the model see it return.
+
+        Raises:
+            FastforgetError: the head ran more than once.
         """
         self._last = max(layers) if end == "layer" else None
         try:
@@ -121,13 +127,18 @@ class Captures:
                     changes.enter_context(forward_replaced(self.causal_lm, self._forward_to_layer))
                 output = self.outer(**inputs, use_cache=False)
             states = dict(self._states)
+            if AGAIN in states:
+                raise FastforgetError(
+                    "the model's head ran more than once in one forward (a hook that calls the model again?), so it is "
+                    "not known which states are the batch's: remove that hook while a step runs"
+                )
         finally:
             self._states.clear()  # they hold the graph
         return states | {None: output.logits} if end == "logits" else states
 
     def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
         """The head's forward."""
-        self._states[None] = hidden
+        self._states[AGAIN if None in self._states else None] = hidden
         return hidden
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

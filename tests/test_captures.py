@@ -230,6 +230,30 @@ def test_a_forward_that_replaces_the_heads_after_the_first_batch_is_seen(model, 
     assert found == pytest.approx(own_nll(model, batch(3, 1)), rel=1e-5)
 
 
+@pytest.mark.parametrize("place", ["layer", "head"])
+def test_a_hook_that_calls_the_model_again_takes_no_states_from_the_batch(model, batch, place):
+    """From the first batch on the model's own logits are used; where it comes later, that is an error."""
+    head = base_causal_lm(model).get_output_embeddings()
+    calls = []
+
+    def again(*_):
+        if not calls:
+            calls.append(1)
+            model(input_ids=torch.full((3, 20), 7))
+            calls.clear()
+
+    expected = own_nll(model, batch(3, 1))
+    loss = ff.UnlearnLoss(model, [ff.CE(on="forget")])
+    loss(batch(3, 1))
+    (head if place == "head" else stack_of(model)[0]).register_forward_hook(again)
+    with pytest.warns(UserWarning, match="using the model's own logits"):
+        found = ff.UnlearnLoss(model, [ff.CE(on="forget")])(batch(3, 1)).loss
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    if place == "layer":
+        with pytest.raises(ff.FastforgetError, match="the model's head ran more than once in one forward"):
+            loss(batch(3, 1))
+
+
 def test_the_head_is_checked_once_where_nothing_changes(model, batch, monkeypatch):
     checks = []
     own = Backbone.check
