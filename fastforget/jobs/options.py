@@ -215,10 +215,7 @@ class UnlearnOptions(RunOptions, JobSettings):
             ("lora_r", 1, LARGEST_RANK),
             ("lora_alpha", 1, LARGEST),
         ):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= largest:
-                flag = f"--{name.replace('_', '-')}"
-                raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
+            check_range(self, name, least, largest)
         if self.streaming and self.max_steps is None:
             raise FastforgetError("--streaming needs --max-steps: how long a pass over a stream is, is not known")
         if self.streaming and self.until is not None:
@@ -235,7 +232,7 @@ class UnlearnOptions(RunOptions, JobSettings):
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
 
         Raises:
-            FastforgetError: as `check_source`, or a path that no file can have.
+            FastforgetError: as `checked_source`.
         """
         texts = getattr(self, side)
         if texts is None:
@@ -249,13 +246,7 @@ class UnlearnOptions(RunOptions, JobSettings):
             chat_template=self.chat_template,
             format=getattr(self, f"{side}_format"),
         )
-        try:
-            check_source(source, side)
-        except OSError as error:
-            raise FastforgetError(
-                f"--{side} cannot be read: {error.strerror} (in Python, a text itself goes into a list)"
-            ) from None
-        return source
+        return checked_source(source, side)
 
     def as_config(self) -> dict[str, Any]:
         """Return what `--config` takes to do the same again: absolute paths, a placeholder for data given in Python."""
@@ -305,6 +296,21 @@ def console_of(quiet: bool, console: Console | None) -> Console:
     return Console(quiet=True) if quiet else console or Console()
 
 
+def checked_source(source: Source, name: str) -> Source:
+    """Return a source that is right as far as that is known without reading it; `name` is its option's.
+
+    Raises:
+        FastforgetError: as `check_source`, or a path that no file can have.
+    """
+    try:
+        check_source(source, name)
+    except OSError as error:
+        raise FastforgetError(
+            f"--{name} cannot be read: {error.strerror} (in Python, a text itself goes into a list)"
+        ) from None
+    return source
+
+
 def check_characters(options: object) -> None:
     """Raise FastforgetError where one of a dataclass's texts holds what no file name and no text can."""
     for name, value in vars(options).items():
@@ -313,6 +319,14 @@ def check_characters(options: object) -> None:
                 raise FastforgetError(
                     f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
                 )
+
+
+def check_range(options: object, name: str, least: float, largest: float) -> None:
+    """Raise FastforgetError where a number that was given is not in its range."""
+    value = getattr(options, name)
+    if value is not None and not least <= value <= largest:
+        flag = f"--{name.replace('_', '-')}"
+        raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
 
 
 def check_seed(seed: int) -> None:

@@ -79,6 +79,9 @@ def test_each_set_may_have_columns_of_its_own(tiny, tmp_path, short_continuation
         ({"model": "a\0b"}, "model holds a NUL character"),
         ({"forget": "a\udcff"}, "forget holds a NUL character or half a surrogate pair"),
         ({"sets": {"holdout": "a\0"}}, "sets holds a NUL character"),
+        ({"max_length": 0}, "--max-length must be at least 16"),
+        ({"measured_passages": 10**20}, "--measured-passages must be at least 1 and at most"),
+        ({"threshold": 1.5, "suite": "harm"}, "--threshold must be at least 0 and at most 1, not 1.5"),
     ],
 )
 def test_seeds_and_texts_that_nothing_can_take(tmp_path, changes, message):
