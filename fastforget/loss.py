@@ -145,6 +145,8 @@ class UnlearnLoss:
         """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
         sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
+        if counts is not None and not isinstance(counts, LabelCounts):
+            raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
         checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
         own_counts = total_counts(checked)
         counts = counts or own_counts

@@ -84,7 +84,7 @@ class SelectOptions:
         check_range(self, "threshold", 0, 1)
         if self.generate and self.model is None:
             raise FastforgetError("--generate needs --model: it is the model under test that answers")
-        if Path(self.out).is_dir():
+        if os.path.isdir(self.out):
             raise FastforgetError(f"{self.out} is a folder: --out needs a file, such as forget.jsonl")
 
     @property

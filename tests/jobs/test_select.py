@@ -148,6 +148,8 @@ def test_on_the_command_line_and_one_line_with_code_2(run, tiny, tmp_path, monke
         ((data, "my_rules:score", "--generate"), "--generate needs --model"),
         ((data, "my_rules:score", "--format", "nothing"), "unknown format 'nothing'"),
         ((str(tmp_path / "none.jsonl"), "my_rules:score"), "does not exist"),
+        ((data, "my_rules:score", "--out", "o" * 300), "cannot be written .File name too long.: give another --out"),
+        ((data, "my_rules:score", "--out", f"{data}/x"), "cannot be written .*: give another --out"),
     ]
     before = (tmp_path / "o.jsonl").read_text()
     for (path, evaluator, *rest), words in bad:
