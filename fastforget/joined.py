@@ -45,7 +45,7 @@ def save_joined(model: Any, names: Sequence[str], folder: Path) -> None:
         lora_alpha=sum(ranks),  # the factor of each is in its B
         target_modules=sorted({match[2] for match in map(KEY.fullmatch, tensors) if match}),
         task_type=last.task_type,
-        base_model_name_or_path=last.base_model_name_or_path,
+        base_model_name_or_path=last.base_model_name_or_path or model.get_base_model().name_or_path,
         fan_in_fan_out=last.fan_in_fan_out,
         inference_mode=True,
     )

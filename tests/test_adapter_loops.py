@@ -6,13 +6,15 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
-from helpers import make_batch, tiny_model, token_log_probs
+from helpers import FORGET, QUICK, RETAIN, make_batch, tiny_model, token_log_probs
 from integrations.loops import assert_same_weights
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
+from fastforget.jobs.evaluate import evaluate
 
 TARGETS = ["q_proj", "v_proj"]
 ADALORA = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 6}
@@ -193,7 +195,8 @@ def test_on_top_of_another_adapter(tiny, tuned, tmp_path, name):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["llama"]), tmp_path / "saved")
+    named = peft.PeftConfig.from_pretrained(tmp_path / "saved").base_model_name_or_path
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), tmp_path / "saved")
     ids = make_batch(2, 9)["input_ids"]
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
@@ -201,6 +204,21 @@ def test_on_top_of_another_adapter(tiny, tuned, tmp_path, name):
         assert not torch.allclose(reference(input_ids=ids).logits, expected, atol=1e-2)
     merged = AutoModelForCausalLM.from_pretrained(ff.merge(tiny["llama"], tmp_path / "saved", tmp_path / "m", bits=32))
     assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4)
+
+
+def test_a_job_on_an_adapters_folder(tiny, tuned, tmp_path, short_continuations):
+    """Its result is measured on the bare base; a checkpoint of it is joined too."""
+    options = {"retain": RETAIN, "save_steps": 2, "lora_targets": "q_proj", **QUICK}
+    report = ff.unlearn(tuned, FORGET, tmp_path / "out", **options)
+    measured = {"adapter": tmp_path / "out", "bits": 32, "max_length": 48, "quiet": True}
+    evaluated = evaluate(tiny["llama"], FORGET, tmp_path / "evaluated", **measured)
+    assert evaluated["forget_nll_after"] == pytest.approx(report["forget_nll_after"], rel=1e-4)
+    assert abs(evaluated["forget_nll_before"] - report["forget_nll_before"]) > 1e-3, "the bare base is another model"
+    shapes = [
+        {name: value.shape for name, value in load_file(folder / "adapter_model.safetensors").items()}
+        for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2")
+    ]
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 2 * 7
 
 
 def test_one_adapter_of_any_name_is_saved(tiny, tmp_path):
