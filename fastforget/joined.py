@@ -57,6 +57,8 @@ def factors(model: Any, name: str) -> dict[tuple[str, str], tuple[Tensor, Tensor
     """Return A (r, in) and s B (out, r) of each layer of an adapter, float32, by what stands around A in its name."""
     import peft
 
+    if getattr(model.peft_config[name], "target_parameters", None):
+        raise FastforgetError(f"adapter {name!r} cannot be joined with others: it adapts parameters, not layers")
     weights = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = {}
     for key, a in weights.items():

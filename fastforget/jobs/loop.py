@@ -62,11 +62,10 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` a checkpoint is written every so many steps, and with `resume` the job goes on from the last one,
-    if there is any, and ends as if it had never stopped (`jobs/checkpoints.py`); one that cannot be written, on a full
-    disk say, is a warning. With `until` a step's forget passages
-    are those that are still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages
-    that the model never saw, where there are any.
+    With `save_steps` a checkpoint is written every so many steps (where that fails, on a full disk say, there is a
+    warning), and with `resume` the job goes on from the last one, if there is any, and ends as if it had never stopped
+    (`jobs/checkpoints.py`). With `until` a step's forget passages are those that are still known (`jobs/until.py`),
+    measured by `never_trained`, the exact memorisation of passages that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
