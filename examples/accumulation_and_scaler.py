@@ -37,11 +37,13 @@ def main(name: str, forget_text: str, retain_text: str, out: str) -> None:
                 loss += step.backward(*pair, backward=scaled_backward, counts=counts).loss
         scaler.unscale_(step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = scaler.get_scale()
         scaler.step(step)
         scaler.update()
-        scheduler.step()
         step.zero_grad()
-        print(f"loss {float(loss):.4f}, scale {scaler.get_scale():.0f}")
+        if scaler.get_scale() >= scale:  # else gradients overflowed, and the scaler left the step out
+            scheduler.step()
+        print(f"loss {float(loss):.4f}, scale {scale:.0f}, step {step.param_groups[0]['unlearn_steps']}")
     ff.save_adapter(model, tokenizer, out)
 
 
