@@ -93,6 +93,7 @@ def test_weights_after_five_steps_of_lightning_are_those_of_a_plain_loop(tiny, t
     assert_same_weights(model, expected)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     """Its cells one after the other, without Jupyter: it forgets one set and keeps the other."""
     pytest.importorskip("matplotlib").use("agg")

@@ -2,7 +2,7 @@
 
 In its `src/trainer/__init__.py`, after its own trainers are registered, one line replaces those that are here:
 
-    TRAINER_REGISTRY.update(fastforget.integrations.open_unlearning.trainers(FinetuneTrainer))
+    TRAINER_REGISTRY.update(open_unlearning.trainers(FinetuneTrainer))
 
 Configurations, data sets, collators and evaluators stay as they are. Where its formulas are the papers', the losses are
 equal; where its code does something else the papers' formulas are computed, and each method below says what differs.

@@ -138,15 +138,15 @@ class UnlearnSFTTrainer(UnlearnTrainerMixin, trl.SFTTrainer):
         self.eval_dataset = None
         if "eval_forget" in others:
             self.eval_dataset = flat_rows(others["eval_forget"], others.get("eval_retain"))
-        self._tokens_seen = 0.0
+        self._tokens_seen = 0
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, LabelCounts | None]:
         """The batches of one optimizer step, whose tokens are counted for "num_tokens"."""
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(sum(int(batch["attention_mask"].sum()) for batch in batches), dtype=torch.float64)
-        self._tokens_seen += float(self.accelerator.reduce(tokens.to(self.args.device), "sum"))
+        tokens = torch.tensor(sum(int(batch["attention_mask"].sum()) for batch in batches), device=self.args.device)
+        self._tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
         return batches, counts
 
     def figures(self, totals: Mapping[str, Tensor], steps: int = 1) -> dict[str, float]:

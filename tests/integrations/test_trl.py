@@ -53,7 +53,7 @@ def test_weights_and_metrics_are_those_of_a_loop_written_out(tiny, tmp_path, pad
     before = metrics_of(model, flat(rows(3, 5), rows(2, 6)))
     trainer = Recording(
         model,
-        arguments(tmp_path, padding_free=padding_free),
+        arguments(tmp_path, padding_free=padding_free, save_strategy="steps", save_steps=3),
         terms=GRAD_DIFF,
         forget_dataset=rows(6, 1),
         retain_dataset=rows(9, 2),
@@ -72,6 +72,7 @@ def test_weights_and_metrics_are_those_of_a_loop_written_out(tiny, tmp_path, pad
     assert {name: logs[0][name] for name in first} == pytest.approx(first, rel=1e-5)
     tokens = [sum(int(batch["attention_mask"].sum()) for batch in group) for group in trainer.groups]
     assert [log["num_tokens"] for log in logs] == [sum(tokens[: place + 1]) for place in range(3)]
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
     assert not {name for log in logs for name in log if "sum" in name or "label" in name}, "what they are made of"
 
 
