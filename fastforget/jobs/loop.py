@@ -157,6 +157,7 @@ def run_job(
             if saves or number == pace.last:
                 check_update(model, step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
+            result.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches if batch is not None)
             if progress is not None:
                 progress(number, pace.last, out_step)
             if checkpoints is not None and saves:
