@@ -5,7 +5,7 @@ Fields cross the border as their names, joined by commas.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ def save_token_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable[..., Any]) -> tuple[Any, ...]:
     """Gradients over hidden, weight, bias and states."""
     given = {
         name: grad
@@ -191,7 +191,7 @@ def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     needs = [ctx.needs_input_grad[index] for index in (0, 3, 4, 5)]
     results: list[Tensor | None] = [None] * 4
     if given and any(needs):
-        found = token_stats_backward(*ctx.saved_tensors, [*given.values()], ",".join(given), *ctx.scalars, *needs)
+        found = compute(*ctx.saved_tensors, [*given.values()], ",".join(given), *ctx.scalars, *needs)
         results = [result if need else None for result, need in zip(found, needs, strict=True)]
     hidden, weight, bias, states = results
     return hidden, None, None, weight, bias, states, *[None] * 8
@@ -253,8 +253,10 @@ def token_stats_backward_fake(hidden: Tensor, *others: Any) -> list[Tensor]:
     return [or_zeros(None, like, need) for like, need in zip(likes, others[-4:], strict=True)]
 
 
-token_stats = differentiable("token_stats", token_stats_body, token_stats_fake, save_token_stats, token_stats_grad)
 token_stats_backward = opaque("token_stats_backward", token_stats_backward_body, token_stats_backward_fake)
+token_stats = differentiable(
+    "token_stats", token_stats_body, token_stats_fake, save_token_stats, token_stats_grad, token_stats_backward
+)
 
 
 def divergence_body(
@@ -307,13 +309,13 @@ def save_divergence(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def divergence_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def divergence_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable[..., Any]) -> tuple[Any, ...]:
     """The gradient over hidden."""
     hidden, positions, grad = ctx.saved_tensors
     upstream = grads[0]
     found = None
     if upstream is not None and ctx.needs_input_grad[0]:
-        found = scatter_scaled_rows(grad, upstream, positions, hidden)
+        found = compute(grad, upstream, positions, hidden)
     return found, *[None] * 13
 
 
@@ -322,5 +324,7 @@ def scatter_scaled_fake(grad: Tensor, factor: Tensor, positions: Tensor | None, 
     return torch.empty_like(hidden)
 
 
-divergence = differentiable("divergence", divergence_body, divergence_fake, save_divergence, divergence_grad)
 scatter_scaled_rows = opaque("scatter_scaled", scatter_scaled, scatter_scaled_fake)
+divergence = differentiable(
+    "divergence", divergence_body, divergence_fake, save_divergence, divergence_grad, scatter_scaled_rows
+)
