@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforget.errors import FastforgetError
+from fastforget.shards import whole
 
 
 class LMHead:
@@ -84,6 +85,11 @@ class LMHead:
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return LMHead(weight, bias, self.scale, self.softcap)
+
+    def gathered(self) -> LMHead:
+        """A copy with the weight and bias whole, where each process holds a shard of them; all of them must call it."""
+        bias = None if self.bias is None else whole(self.bias)
+        return LMHead(whole(self.weight), bias, self.scale, self.softcap)
 
     @classmethod
     def from_model(cls, model: Any) -> LMHead:

@@ -56,6 +56,11 @@ class ForwardPlan:
     learns: bool = True
 
     @property
+    def reads_head(self) -> bool:
+        """Whether anything is computed with the head's weight."""
+        return None in self.layers or any(each.from_label for plan in self.streams.values() for each in plan.states)
+
+    @property
     def names(self) -> str:
         """The terms' names, for messages."""
         return ", ".join(self.terms)

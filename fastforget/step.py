@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
+from fastforget.collectives import process_count
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
-from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms, process_count
+from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
 from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.processes import check_parallel, run_together
@@ -250,7 +251,7 @@ class UnlearnStep(torch.optim.Optimizer):
 
     def _check_processes(self, micro_batch: MicroBatch) -> int:
         """How many processes train together; raises for what they cannot do."""
-        check_parallel(self.model)
+        check_parallel(self.model, self.loss.backbone.sharded)
         processes = process_count()
         if processes > 1:
             for refused, what in (
