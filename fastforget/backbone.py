@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
-from fastforget.collectives import any_process
+from fastforget.collectives import any_process, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
 from fastforget.shards import check_shards, is_shard, is_sharded
@@ -103,6 +104,8 @@ class Backbone:
         if self.sharded:
             check_shards(self.model)
         self.head = LMHead.from_model(self.model)
+        if not self.sharded:
+            self.head = self.head.own_part()
         self.checked = False
         self._captures = Captures(model, base_causal_lm(self.model))
         self._takes_positions: bool | None = None
@@ -118,6 +121,12 @@ class Backbone:
     def device(self) -> torch.device:
         """Where the batch goes: where the token embeddings lie."""
         return base_causal_lm(self.model).get_input_embeddings().weight.device
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether all processes work on one batch, as a head with a shard of the vocabulary in each says."""
+        shard = self.head.shard
+        return shard is not None and dist.get_world_size(shard.group) == process_count()
 
     @property
     def vocabulary(self) -> int:
@@ -257,12 +266,14 @@ class Backbone:
         with torch.no_grad(), without_dropout(self.model), uncompiled(), self.whole_head():
             own, dtype = self._captures.logits_and_dtype(short)
             own = own.float()
+            if own.shape[-1] == self.vocabulary:
+                own = own[..., self.head.own_tokens]
             try:
                 hidden = self._captures.run(short, nn.ModuleList(), (), "head").get(None)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 hidden = None  # what follows the head wants logits of their size
             fits = hidden is not None and hidden.shape == (*own.shape[:2], self.head.weight.shape[1])
-            ours = self.head.logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
+            ours = self.head.own_logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
         precision = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
         if not own.isfinite().all():
             raise NonFiniteLossError(
@@ -270,7 +281,7 @@ class Backbone:
             )
         difference = float((ours - own).abs().max())
         differs = not difference <= precision * max(1.0, float(own.abs().max()))
-        if any_process(differs, self.device) if self.sharded else differs:
+        if any_process(differs, self.device) if self.sharded or self.head.shard is not None else differs:
             warnings.warn(
                 f"{type(causal_lm).__name__}: logits from its head differ from its own by {difference:.3g}; using the "
                 "model's own logits instead (slower and larger, still right)",

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastforget.shards import is_shard
+
 End = Literal["layer", "head", "logits"]  # of a forward
 HOOK = "fastforget"  # one key for every call: a compiled model's guards compare the keys of hooks
 
@@ -115,8 +117,8 @@ class Captures:
         return states | {None: output.logits} if end == "logits" else states
 
     def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
-        """The head's forward."""
-        self._states[None] = hidden
+        """The head's forward; tensor parallelism gives it a DTensor, whole in each process."""
+        self._states[None] = hidden.to_local() if is_shard(hidden) else hidden  # type: ignore[attr-defined]
         return hidden
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

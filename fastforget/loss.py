@@ -106,6 +106,8 @@ class UnlearnLoss:
                 path = Path(reference_cache_folder)
                 folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
             self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
+        if self.backbone.head.shard is not None:
+            self.plan.check_sharded_head()
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}
@@ -130,7 +132,7 @@ class UnlearnLoss:
             FastforgetError: a batch that lacks a key, a side or a companion that a term needs, or any label; a schedule
                 that gives no weight; several processes run, whose counts this call does not know.
         """
-        if process_count() > 1:
+        if process_count() > 1 and not self.backbone.shares_batches:
             raise FastforgetError(
                 "several processes run, and UnlearnLoss knows only this one's labels: UnlearnStep and UnlearnTrainer "
                 "count over all of them, so use one of these, or run one process"
@@ -248,7 +250,9 @@ class UnlearnLoss:
         reference: Entry = {}
         if self.reference is not None:
             known = self.reference.keeps_embeddings and torch.is_grad_enabled() and self.backend != "eager"
-            wanted = plan.reference_requests(known and head.softcap is None and not head.is_identity)
+            wanted = plan.reference_requests(
+                known and head.softcap is None and not head.is_identity and head.shard is None
+            )
             reference = self.reference.answers(prepared, wanted, self.backend) if wanted else {}
         backend = backend_of(self.backend, labels.device)
         tensors: dict[Field | Divergence, Tensor] = {

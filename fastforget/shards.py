@@ -64,11 +64,12 @@ def reshard(model: nn.Module) -> None:
 
     The next forward would take them as they are, whatever the optimizer has made of the shards.
     """
-    from torch.distributed.fsdp import FSDPModule
+    if is_sharded(model):
+        from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def check_shards(model: nn.Module) -> None:

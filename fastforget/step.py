@@ -251,6 +251,8 @@ class UnlearnStep(torch.optim.Optimizer):
 
     def _check_processes(self, micro_batch: MicroBatch) -> int:
         """How many processes train together; raises for what they cannot do."""
+        if self.loss.backbone.shares_batches:
+            return 1
         check_parallel(self.model, self.loss.backbone.sharded)
         processes = process_count()
         if processes > 1:
