@@ -15,6 +15,13 @@ Result = TypeVar("Result")
 FAILURE = "fastforget/failure"  # a key of the processes' store
 
 
+class ProcessFailedError(FastforgetError):
+    """Another process failed, and this one stops too."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"process {rank} failed, so this one stops too: {message}")
+
+
 def process_count() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -44,7 +51,7 @@ def raise_together(error: Exception | None, failed: int) -> None:
     if error is not None:
         raise error
     rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise failure_elsewhere(rank, message)
+    raise ProcessFailedError(rank, message)
 
 
 def agreed(action: Callable[[], Result], device: torch.device) -> Result:
@@ -52,11 +59,6 @@ def agreed(action: Callable[[], Result], device: torch.device) -> Result:
     result, error = attempt(action)
     raise_together(error, int(any_process(error is not None, device)))
     return result  # type: ignore[return-value]  # there was no error
-
-
-def failure_elsewhere(rank: int, message: str) -> FastforgetError:
-    """Return what to raise in a process that another one's failure ends."""
-    return FastforgetError(f"process {rank} failed, so this one stops too: {message}")
 
 
 @contextlib.contextmanager
@@ -68,6 +70,8 @@ def failures_told() -> Iterator[None]:
     """
     try:
         yield
+    except ProcessFailedError:
+        raise
     except Exception as error:
         told = None
         with contextlib.suppress(RuntimeError):  # the store may have ended with the process that failed
@@ -79,4 +83,4 @@ def failures_told() -> Iterator[None]:
         if told is None:
             raise
         rank, message = told.split(" ", 1)
-        raise failure_elsewhere(int(rank), message) from error
+        raise ProcessFailedError(int(rank), message) from error

@@ -85,7 +85,7 @@ class LMHead:
         return len(self.weight) if self.shard is None else self.shard.vocabulary
 
     def own_labels(self, labels: Tensor) -> Tensor:
-        """Labels (n,) as numbers of the weight's rows; -1 for those of other processes."""
+        """Labels (n,) as numbers of the weight's rows; one past the last for those of other processes, -1 for none."""
         return labels if self.shard is None else self.shard.own_labels(labels, len(self.weight))
 
     @property

@@ -130,9 +130,9 @@ class UnlearnLoss:
 
         Raises:
             FastforgetError: a batch that lacks a key, a side or a companion that a term needs, or any label; a schedule
-                that gives no weight; several processes run, whose counts this call does not know.
+                that gives no weight; several processes train, whose counts this call does not know.
         """
-        if process_count() > 1 and not self.backbone.shares_batches:
+        if process_count() > 1 and torch.is_grad_enabled() and not self.backbone.shares_batches:
             raise FastforgetError(
                 "several processes run, and UnlearnLoss knows only this one's labels: UnlearnStep and UnlearnTrainer "
                 "count over all of them, so use one of these, or run one process"

@@ -38,9 +38,10 @@ class VocabularyShard:
         return dist.get_rank(self.group)
 
     def own_labels(self, labels: Tensor, rows: int) -> Tensor:
-        """Labels (n,) as numbers of this process's rows; -1 for those of other processes, and for none."""
+        """Labels (n,) as numbers of this process's rows; `rows` for those of other processes, -1 for none."""
         own = labels - self.first
-        return torch.where((own >= 0) & (own < rows), own, -1)
+        own = torch.where((own >= 0) & (own < rows), own, rows)
+        return torch.where(labels < 0, -1, own)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All processes' tensors (...), in their order: (R, ...)."""

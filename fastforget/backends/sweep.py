@@ -212,7 +212,9 @@ def close_paired_(block: PairedBlock, result: closing.PairedResult, head: LMHead
 
 
 def add_label_rows(grad: Tensor, labels: Tensor, coefficient: Tensor, head: LMHead) -> None:
-    """Add `coefficient * scale * W[label]` to grad (r, D) where there is a label."""
+    """Add `coefficient * scale * W[label]` to grad (r, D) where there is a label, and its row in this process."""
+    if head.shard is not None:
+        labels = labels.where(labels < len(head.weight), -1)
     add_head_rows(grad, labels.clamp(min=0), torch.where(labels >= 0, coefficient, 0.0), head)
 
 
