@@ -128,6 +128,13 @@ class LMHead:
         bias = None if self.bias is None else self.bias.to(dtype)
         return LMHead(weight, bias, self.scale, self.softcap, self.shard)
 
+    def is_frozen_copy_of(self, other: LMHead) -> bool:
+        """Whether both have the same weight, and this one does not train; all processes with shards must ask."""
+        if self.trainable or self.weight.shape != other.weight.shape:
+            return False
+        weight = whole(self.weight)
+        return torch.equal(weight, whole(other.weight).to(weight))
+
     def own_part(self) -> LMHead:
         """A copy with this process's rows alone, where tensor parallelism shards the weight over the vocabulary.
 

@@ -339,12 +339,7 @@ def check_separate(backbone: Backbone, frozen: Backbone, plan: LossPlan) -> None
     compared = any(
         stream.divergences for forward in (*plan.baselines, *plan.forwards) for stream in forward.streams.values()
     )
-    same = (
-        not backbone.head.trainable
-        and backbone.head.weight.shape == frozen.head.weight.shape
-        and torch.equal(backbone.head.weight, frozen.head.weight.to(backbone.head.weight))
-    )
-    if compared and not same:
+    if compared and not backbone.head.is_frozen_copy_of(frozen.head):
         raise FastforgetError(
             "a term compares whole distributions (KL, JensUn, UNDIAL), which takes one frozen head for the model and "
             "its reference, and here they differ or the model's trains: freeze the head (get_output_embeddings()), or "

@@ -275,10 +275,15 @@ class UnlearnStep(torch.optim.Optimizer):
         the whole. `accelerator.save_state` and `load_state` include the step.
 
         Raises:
-            FastforgetError: it was prepared before.
+            FastforgetError: it was prepared before, or the accelerator would shard the model.
         """
         if self._accelerator is not None:
             raise FastforgetError("this step was prepared already: prepare it once")
+        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise FastforgetError(
+                f"Accelerate's {kind} is not supported yet: shard the model by torch.distributed.fsdp.fully_shard, "
+                "make the step over the shards, and leave prepare out"
+            )
         model = accelerator.prepare_model(self.model)
         self.base = accelerator.prepare_optimizer(self.base)
         self._accelerator = accelerator

@@ -7,6 +7,7 @@ import traceback
 import torch
 import torch.distributed as dist
 from integrations.loops import flat, rows
+from torch.distributed.fsdp import FSDPModule
 
 import fastforget as ff
 
@@ -65,8 +66,11 @@ def five_steps(step, batches_of):
         counts = ff.count_labels(batches)
         loss = 0.0
         for place, batch in enumerate(batches):
+            last = place == len(batches) - 1
+            if isinstance(step.model, FSDPModule):
+                step.model.set_requires_gradient_sync(last)
             apart = getattr(step.model, "no_sync", contextlib.nullcontext)
-            with apart() if place < len(batches) - 1 else contextlib.nullcontext():
+            with contextlib.nullcontext() if last else apart():
                 loss += float(step.backward(batch, counts=counts).loss)
         step.step()
         step.zero_grad()

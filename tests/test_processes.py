@@ -76,8 +76,10 @@ def fail(rank, folder):
 def test_an_error_of_one_process_ends_all_with_its_message(tiny, tmp_path):
     (first, weights), (second, other) = in_processes(tmp_path, 2, fail, tiny["llama"])
     assert second[0] == "ZeroDivisionError: division by zero"
-    assert first[0] == "FastforgetError: process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
-    assert "it has no 'labels'" in first[1] and second[1].startswith("FastforgetError: process 0 failed")
+    assert (
+        first[0] == "ProcessFailedError: process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
+    )
+    assert "it has no 'labels'" in first[1] and second[1].startswith("ProcessFailedError: process 0 failed")
     assert all(torch.equal(weights[name], other[name]) for name in weights), "and a step after it is one again"
 
 

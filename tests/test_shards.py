@@ -1,7 +1,14 @@
 """Processes with shards of one model (FSDP2) are one: losses, gradients, weights and scalars."""
 
+import contextlib
+import copy
+import io
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import FORGET_TEXT, RETAIN_TEXT
 from helpers import (
     BreaksAt,
     adapter_of,
@@ -13,12 +20,15 @@ from helpers import (
     stack_of,
     tiny_model,
 )
-from integrations.loops import GRAD_DIFF, flat, rows
+from integrations.loops import flat, rows
+from peft import PeftModel
 from processes import five_steps, in_processes, micro_batches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 import fastforget as ff
+from fastforget.collectives import attempt
 from fastforget.memory import checkpoint_layers
 from fastforget.shards import local, reshard, whole
 
@@ -75,10 +85,14 @@ def fine_tune(tied, ranks):
     model = tiny_model("llama").train()
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    reference = copy.deepcopy(model).requires_grad_(False)
     if len(ranks) == 1:
         shard(model)
+        if tied:
+            shard(reference)
     parameters = list(model.parameters())
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms=GRAD_DIFF, lr=0.05, momentum=0.9)
+    terms = [ff.NPO(weight=0.5, beta=0.5), ff.CE()]
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, reference=reference, lr=0.05, momentum=0.9)
     figures = []
     for number in range(3):
         figures.append(float(step.backward(batch_for(number, ranks), micro_batch=2).loss))
@@ -204,6 +218,7 @@ def refused(rank, folder):
         "partly": refusal(shard_layers(tiny_model("llama")), terms=[ff.NegatedCE()]),
         "folder": refusal(shard(load_perturbed(folder)), reference_cache_folder=folder / "cache"),
         "combine": refusal(shard(load_perturbed(folder)), combine="pcgrad"),
+        "saving": str(attempt(lambda: ff.save_adapter(shard(load_perturbed(folder)), None, folder / "out"))[1]),
     }
 
 
@@ -213,4 +228,25 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
         assert "embed_tokens.weight trains, and FSDP2 does not shard it" in messages["partly"]
         assert "is sharded over 1 of 2 processes" in messages["alone"]
         assert messages["folder"].startswith("reference_cache_folder:")
+        assert "each process holds a part of this adapter" in messages["saving"]
         assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
+
+
+def run_example(rank, *arguments):
+    """What the example prints."""
+    path = Path(__file__).parents[1] / "examples" / "fsdp2.py"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(path))["main"](*arguments)
+    return printed.getvalue()
+
+
+def test_the_example_saves_an_adapter_that_peft_loads(tiny, tmp_path):
+    for name, text in (("forget.txt", FORGET_TEXT), ("retain.txt", RETAIN_TEXT)):
+        (tmp_path / name).write_text(text)
+    texts = [str(tmp_path / name) for name in ("forget.txt", "retain.txt")]
+    first, second = in_processes(tmp_path, 2, run_example, str(tiny["llama"]), *texts, str(tmp_path / "out"))
+    assert first.count("loss") == 4 and second == ""
+    base = AutoModelForCausalLM.from_pretrained(tiny["llama"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    moved = [value for name, value in loaded.named_parameters() if "lora_B" in name]
+    assert moved and all(float(value.detach().norm()) > 0 for value in moved)

@@ -25,14 +25,19 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # wh
 
 
 @contextlib.contextmanager
-def launched_processes(device: str | None) -> Iterator[None]:
-    """Join the processes that a launcher started, or those there are; an error of one ends all, with its message."""
+def launched_processes(options: UnlearnOptions) -> Iterator[None]:
+    """Join the processes that a launcher started, or those there are; an error of one ends all, with its message.
+
+    Raises:
+        FastforgetError: an option that does not work over several processes.
+    """
     began = False
     if not dist.is_initialized() and all(name in os.environ for name in PLACE) and int(os.environ["WORLD_SIZE"]) > 1:
-        on_gpu = own_device(device).type == "cuda"
+        on_gpu = own_device(options.device).type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo")
         began = True
     try:
+        check_launched(options)
         with failures_told() if process_count() > 1 else contextlib.nullcontext():
             yield
     finally:

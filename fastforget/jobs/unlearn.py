@@ -30,7 +30,7 @@ from fastforget.evaluate.report import (
 from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
-from fastforget.jobs.launched import check_launched, is_first, launched_processes, own_device
+from fastforget.jobs.launched import is_first, launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
@@ -83,8 +83,7 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
-    with launched_processes(options.device):
-        check_launched(options)
+    with launched_processes(options):
         if is_first():
             return in_folder(options)
         with surroundings(options.seed, quiet=True):
