@@ -70,19 +70,54 @@ def test_an_error_of_one_process_ends_both(tiny, tmp_path, short_continuations):
     assert not (tmp_path / "broken").exists()
 
 
-def test_torchrun_starts_the_command(tiny, tmp_path):
-    files = {"forget": FORGET_TEXT, "retain": RETAIN_TEXT}
-    for name, text in files.items():
+FLAGS = ["--max-steps=1", "--max-length=48", "--bits=32", "--lora-r=4", "--batch-size=3", "--measured-passages=1"]
+BROKEN = """
+import os
+from fastforget import cli
+from fastforget.jobs import unlearn
+if os.environ["RANK"] == "1":
+    unlearn.load = lambda *arguments, **named: 1 / 0
+cli.main()
+"""
+
+
+@pytest.fixture
+def launched(tiny, tmp_path):
+    """launched(launcher, what to run) -> `fastforget unlearn`, whole, in the processes that a launcher starts."""
+    texts = {"forget": FORGET_TEXT, "retain": RETAIN_TEXT}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    flags = [
-        f"--{key}={value}"
-        for key, value in {**OPTIONS, **{key: tmp_path / key for key in files}}.items()
-        if key != "quiet"
-    ]
-    flags = [flag.replace("_", "-", flag.partition("=")[0].count("_")) for flag in flags]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastforget"]
-    command = [*launcher, "unlearn", "--json", f"--model={tiny['llama']}", f"--out={tmp_path / 'out'}", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    files = [f"--{name}={tmp_path / name}" for name in ("forget", "retain", "out")]
+
+    def run(*command):
+        command = [*command, "unlearn", f"--model={tiny['llama']}", *files, *FLAGS, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_torchrun_starts_the_command(launched, tmp_path):
+    done = launched(*TORCHRUN, "-m", "fastforget")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 3
+    assert json.loads(done.stdout)["steps"] == 1
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_ends_where_a_process_fails(launched, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    done = launched(*TORCHRUN, script)
+    assert done.returncode != 0 and "ZeroDivisionError: division by zero" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_command(launched, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
+    done = launched(*launcher, "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no", "-m", "fastforget")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
