@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastforget.backends.fields import BY_NAME, NAMES
-from fastforget.backends.shard_ops import check_served
+from fastforget.backends.shard_ops import check_learned, check_served
 from fastforget.batch import COMPANIONS
 from fastforget.errors import FastforgetError
 from fastforget.objectives import LOGP, Divergence, Field, StateRequest, Term, layers_of, reaches_head
@@ -83,8 +83,9 @@ class LossPlan:
         """Raise for what a head whose vocabulary is sharded over processes cannot compute."""
         for forward in (*self.baselines, *self.forwards):
             for plan in forward.streams.values():
-                fields = {*plan.fields, *(each.name for each in plan.reference if isinstance(each, Field))}
-                check_served(fields, [each.kind for each in plan.divergences])
+                of_reference = [each.name for each in plan.reference if isinstance(each, Field)]
+                check_served([*plan.fields, *of_reference], [each.kind for each in plan.divergences])
+                check_learned(plan.fields if forward.learns else ())
                 if any(each.from_label for each in plan.states):
                     raise FastforgetError("anchor='label' needs all of the head's rows, and they are sharded")
 

@@ -22,18 +22,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastforget.backends.protocol import PAIRED_ACCUMULATORS, PairedBlock
+from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, PAIRED_ACCUMULATORS, PairedBlock
 from fastforget.backends.torch_passes import finite_or_zero, log_total
 from fastforget.vocabulary import VocabularyShard
 
 
 def combine_label(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine the basic accumulators of R shards, (R, 4, n), to those of all, (4, n) float64; with f (R, n)."""
-    top, total, rest, label_logit = parts.double().unbind(1)
+    """Combine the label accumulators of R shards, (R, A, n), to those of all, (A, n) float64; with f (R, n).
+
+    A: the basic ones, or the moments too; `best_index` then is of the whole vocabulary.
+    """
+    top, total, rest, label_logit, *moments = parts.double().unbind(1)
     whole_top = top.amax(dim=0)
-    fade = (top - finite_or_zero(whole_top)).exp()
-    whole_total = ((total + rest) * fade).sum(dim=0)
-    return torch.stack([whole_top, whole_total, torch.zeros_like(whole_total), label_logit.amax(dim=0)]), fade
+    moved = top - finite_or_zero(whole_top)
+    fade = moved.exp()
+    weight = (total + rest) * fade
+    whole_total = weight.sum(dim=0)
+    zero = torch.zeros_like(whole_total)
+    found = [whole_top, whole_total, zero, label_logit.amax(dim=0)]
+    if moments:
+        mean, deviations, plain, plain_rest, best, index = moments
+        offset = torch.where(fade == 0, 0.0, mean + moved)
+        whole_mean = (weight * offset).sum(dim=0) / torch.where(whole_total == 0, 1.0, whole_total)
+        spread = fade * deviations + weight * (offset - whole_mean).square()
+        whole_best = best.amax(dim=0)
+        first = torch.where((best == whole_best) | best.isnan(), index, torch.inf).amin(dim=0)
+        found += [whole_mean, spread.sum(dim=0), (plain + plain_rest).sum(dim=0), zero, whole_best, first]
+    return torch.stack(found), fade
 
 
 def combine_paired(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +79,9 @@ def combine_paired(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share_label(accumulators: Tensor, grad: Tensor | None, shard: VocabularyShard) -> Tensor:
-    """Return the accumulators (4, n) of the whole vocabulary; `grad` (n, D), A_r, becomes f_r A_r."""
+    """Return the accumulators (A, n) of the whole vocabulary; `grad` (n, D), A_r, becomes f_r A_r."""
+    if len(accumulators) > BASIC_ACCUMULATORS:
+        accumulators[LABEL_ACCUMULATORS.index("best_index")] += shard.first
     whole, fade = combine_label(shard.gather(accumulators))
     if grad is not None:
         grad.mul_(fade[shard.place, :, None].to(grad.dtype))

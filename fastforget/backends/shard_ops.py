@@ -23,28 +23,30 @@ from fastforget.backends.sweep import add_label_rows, label_sweep, paired_sweep
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
 
-SERVED = ("logp", "lse", "label_logit", "log_not_label")
+LEARNED = ("logp", "lse", "label_logit", "log_not_label")  # what has a gradient
 
 
 class ShardedStats(torch.autograd.Function):
-    """The statistics `names` (n,) of a label sweep."""
+    """The statistics `names` (n,) of a label sweep; those that are not `LEARNED` without a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, positions: Tensor | None, head: LMHead, names: list[str], backend: str
     ) -> tuple[Tensor, ...]:
         given = SweepInput(passes_of(backend, hidden.dtype), hidden.detach(), labels, positions, head)
-        found = label_sweep(given, SERVED, ctx.needs_input_grad[0])
+        found = label_sweep(given, {*LEARNED, *names}, ctx.needs_input_grad[0])
+        values = {name: found.fields[name].clone() for name in names}
         ctx.names, ctx.head = names, head
-        ctx.save_for_backward(hidden, labels, positions, found.unit_grad, *(found.fields[name] for name in SERVED))
-        return tuple(found.fields[name].clone() for name in names)
+        ctx.mark_non_differentiable(*(value for name, value in values.items() if name not in LEARNED))
+        ctx.save_for_backward(hidden, labels, positions, found.unit_grad, *(found.fields[name] for name in LEARNED))
+        return tuple(values.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         hidden, labels, positions, unit_grad, logp, _, label_logit, log_not = ctx.saved_tensors
         head: LMHead = ctx.head
-        upstream = dict(zip(ctx.names, grads, strict=True))
+        upstream = {name: grad for name, grad in zip(ctx.names, grads, strict=True) if name in LEARNED}
         factor = closing.unit_factor(upstream, logp, log_not)
         gradient = unit_grad * factor[:, None]
         of_label = sum(upstream[name] for name in ("lse", "label_logit") if name in upstream)
@@ -97,9 +99,11 @@ def sharded_stats(
     backend: str,
 ) -> dict[str, Tensor]:
     """As `Backend.token_stats`; raises FastforgetError for what is not served, and for a head that trains."""
-    check_served([*outputs, *(["an anchor or centres"] if targets else [])])
-    check_frozen(head)
     names = [*outputs]
+    check_served([*names, *(["an anchor or centres"] if targets else [])])
+    if hidden.requires_grad and torch.is_grad_enabled():
+        check_learned(names)
+    check_frozen(head)
     return dict(zip(names, ShardedStats.apply(hidden, labels, positions, head, names, backend), strict=True))
 
 
@@ -121,12 +125,23 @@ def sharded_divergence(
 
 def check_served(statistics: Collection[str], divergences: Collection[str] = ()) -> None:
     """Raise for names of statistics and divergences that such a head does not have."""
-    refused = [name for name in statistics if name not in SERVED]
+    known = [name for name, field in closing.BY_NAME.items() if field.needs in ("basic", "moments")]
+    refused = [name for name in statistics if name not in known]
     refused += [kind for kind in divergences if kind != "forward_kl"]
     if refused:
         raise FastforgetError(
-            f"{', '.join(refused)}: of a head whose vocabulary is sharded over processes only {', '.join(SERVED)} and "
-            "forward_kl are computed; use other terms, or a head that is whole in each process (FSDP2's is gathered)"
+            f"{', '.join(refused)}: a head whose vocabulary is sharded over processes has {', '.join(known)} and "
+            "forward_kl; use other terms, or a head that is whole in each process (FSDP2's is gathered)"
+        )
+
+
+def check_learned(statistics: Collection[str]) -> None:
+    """Raise for names of statistics that have a gradient, but of such a head none."""
+    refused = [name for name in statistics if name in closing.DIFFERENTIABLE and name not in LEARNED]
+    if refused:
+        raise FastforgetError(
+            f"{', '.join(refused)}: of a head whose vocabulary is sharded over processes only {', '.join(LEARNED)} and "
+            "forward_kl have a gradient; take it without one (detach the states), or use other terms"
         )
 
 

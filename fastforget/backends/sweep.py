@@ -92,9 +92,10 @@ def label_sweep(
                 accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
         for name, state in tile_states.items():
             found.setdefault(name, []).append(closing.TILE_STATISTICS[name].finish(state))
-    if plan.head.shard is not None:
-        accumulators = share_label(accumulators, grad, plan.head.shard)
-    fields = closing.label_fields(accumulators, given.labels, names, plan.vocabulary)
+    shard, vocabulary = plan.head.shard, plan.vocabulary
+    if shard is not None:
+        accumulators, vocabulary = share_label(accumulators, grad, shard), shard.vocabulary
+    fields = closing.label_fields(accumulators, given.labels, names, vocabulary)
     for name in names:
         if closing.BY_NAME[name].needs == "tiles":
             fields[name] = torch.cat(found[name]) if name in found else accumulators.new_empty(0)
