@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from fastforget.errors import FastforgetError
 
 Result = TypeVar("Result")
-FAILURE = "fastforget/failure"  # a key of the processes' store
+_blocks = itertools.count()  # of `failures_told`, which all processes enter in the same order
 
 
 class ProcessFailedError(FastforgetError):
@@ -68,6 +69,7 @@ def failures_told() -> Iterator[None]:
     Nothing is exchanged behind a failure, as the others wait in another exchange. That one ends where the failed
     process does, with an error that names a connection; here it gets the message that was left for it.
     """
+    key = f"fastforget/failure/{next(_blocks)}"
     try:
         yield
     except ProcessFailedError:
@@ -76,10 +78,10 @@ def failures_told() -> Iterator[None]:
         told = None
         with contextlib.suppress(RuntimeError):  # the store may have ended with the process that failed
             store = dist.distributed_c10d._get_default_store()
-            if store.check([FAILURE]):
-                told = store.get(FAILURE).decode()
+            if store.check([key]):
+                told = store.get(key).decode()
             else:
-                store.set(FAILURE, f"{dist.get_rank()} {type(error).__name__}: {error}")
+                store.set(key, f"{dist.get_rank()} {type(error).__name__}: {error}")
         if told is None:
             raise
         rank, message = told.split(" ", 1)

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.collectives import attempt
+from fastforget.collectives import ProcessFailedError, attempt
 from fastforget.memory import checkpoint_layers
 from fastforget.shards import local, reshard, whole
 
@@ -99,10 +99,10 @@ def fine_tune(tied, ranks):
     for number in range(3):
         figures.append(float(step.backward(batch_for(number, ranks), micro_batch=2).loss))
         figures.append(float(whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
+        with torch.no_grad():  # which leaves the root's weights gathered, as they are before the update
+            model(input_ids=torch.ones((1, 3), dtype=torch.int64))
         step.step()
         step.zero_grad()
-        with torch.no_grad():  # which leaves the root's weights gathered
-            model(input_ids=torch.ones((1, 3), dtype=torch.int64))
     reshard(model)
     return whole_of(adapter_of(model)), figures
 
@@ -178,6 +178,15 @@ def guarded(rank, folder):
             step.backward({"input_ids": torch.ones(1, 2)} if bad else make_batch(2, rank))
         messages.append(str(error.value))
         assert all(torch.equal(local(before[key]), local(each)) for key, each in gradients(model).items())
+    calls = []
+    with pytest.raises((ZeroDivisionError, ProcessFailedError)):  # of all of them, once there were gradients
+        step.backward(
+            make_batch(4, rank),
+            micro_batch=2,
+            backward=lambda loss: calls.append(loss.backward()) or 1 / (2 - len(calls)),
+        )
+    assert len(calls) == 2
+    assert all(torch.equal(local(before[key]), local(each)) for key, each in gradients(model).items())
     loss = float(step.backward(make_batch(2, rank)).loss)
     if rank == 1:
         stack_of(model)[1].register_forward_hook(lambda *_: 1 / 0)
