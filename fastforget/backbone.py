@@ -18,7 +18,7 @@ from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.collectives import any_process, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
-from fastforget.shards import check_shards, is_shard, is_sharded
+from fastforget.shards import check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
@@ -102,6 +102,7 @@ class Backbone:
         self.model = unwrapped(model)
         self.sharded = is_sharded(self.model)
         if self.sharded:
+            reshard(self.model)
             check_shards(self.model)
         self.head = LMHead.from_model(self.model)
         if not self.sharded:

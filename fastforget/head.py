@@ -101,6 +101,14 @@ class LMHead:
                 "the weight first, or use the statistics and divergences that a sharded head has"
             )
 
+    def check_frozen_shard(self) -> None:
+        """Raise for a part of a head that trains, for which there is no gradient."""
+        if self.trainable:
+            raise FastforgetError(
+                "the head trains, and its vocabulary is sharded over processes, which has no gradient for it: freeze "
+                "it (requires_grad_(False))"
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits (..., V) of hidden (..., D), differentiable, in float32 (float64 for float64 states).
 
@@ -139,10 +147,11 @@ class LMHead:
         """A copy with this process's rows alone, where tensor parallelism shards the weight over the vocabulary.
 
         Raises:
-            FastforgetError: it is sharded otherwise.
+            FastforgetError: it is sharded otherwise, or trains.
         """
         if self.weight is None or not is_shard(self.weight):
             return self
+        self.check_frozen_shard()
         mesh, placements = self.weight.device_mesh, self.weight.placements
         if mesh.ndim != 1 or not placements[0].is_shard(0):
             raise FastforgetError(

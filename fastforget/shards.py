@@ -39,8 +39,11 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a DTensor, in the same memory; any other tensor as it is."""
-    return tensor.detach().to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    """Return this process's part of a DTensor, which does not require a gradient; any other tensor as it is."""
+    if not is_shard(tensor):
+        return tensor
+    with torch.no_grad():  # so it is the tensor itself, whose version counts, and no view of it
+        return tensor.to_local()  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:

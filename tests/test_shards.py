@@ -82,6 +82,12 @@ def batch_for(number, ranks):
     return flat([row for forget, _ in pairs for row in forget], [row for _, retain in pairs for row in retain])
 
 
+@torch.no_grad()
+def evaluate(model):
+    """Run a forward, which leaves the weights of a root gathered, whatever becomes of the shards."""
+    model(input_ids=torch.ones((1, 3), dtype=torch.int64))
+
+
 def fine_tune(tied, ranks):
     """Full fine-tuning with micro-batches and clipping: losses, norms, and the weights after three steps."""
     model = tiny_model("llama").train()
@@ -93,14 +99,14 @@ def fine_tune(tied, ranks):
         if tied:
             shard(reference)
     parameters = list(model.parameters())
+    evaluate(model)
     terms = [ff.NPO(weight=0.5, beta=0.5), ff.CE()]
     step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, reference=reference, lr=0.05, momentum=0.9)
     figures = []
     for number in range(3):
         figures.append(float(step.backward(batch_for(number, ranks), micro_batch=2).loss))
         figures.append(float(whole(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
-        with torch.no_grad():  # which leaves the root's weights gathered, as they are before the update
-            model(input_ids=torch.ones((1, 3), dtype=torch.int64))
+        evaluate(model)
         step.step()
         step.zero_grad()
     reshard(model)

@@ -103,7 +103,7 @@ def sharded_stats(
     check_served([*names, *(["an anchor or centres"] if targets else [])])
     if hidden.requires_grad and torch.is_grad_enabled():
         check_learned(names)
-    check_frozen(head)
+    head.check_frozen_shard()
     return dict(zip(names, ShardedStats.apply(hidden, labels, positions, head, names, backend), strict=True))
 
 
@@ -119,7 +119,7 @@ def sharded_divergence(
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.divergence`; raises FastforgetError for what is not served, and for a head that trains."""
     check_served([], [kind])
-    check_frozen(head)
+    head.check_frozen_shard()
     return ShardedDivergence.apply(hidden, ref_hidden, labels, positions, head, label_shift, backend)
 
 
@@ -142,13 +142,4 @@ def check_learned(statistics: Collection[str]) -> None:
         raise FastforgetError(
             f"{', '.join(refused)}: of a head whose vocabulary is sharded over processes only {', '.join(LEARNED)} and "
             "forward_kl have a gradient; take it without one (detach the states), or use other terms"
-        )
-
-
-def check_frozen(head: LMHead) -> None:
-    """Raise for a head that trains."""
-    if head.trainable:
-        raise FastforgetError(
-            "the head trains, and its vocabulary is sharded over processes, which has no gradient for it: freeze it "
-            "(requires_grad_(False))"
         )

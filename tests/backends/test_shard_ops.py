@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import VOCABULARY, adapter_of, assert_gradients, load_perturbed, make_batch
 from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fastforget as ff
@@ -98,22 +99,33 @@ def test_shards_give_what_the_whole_head_gives(count, tmp_path, monkeypatch):
                 assert errors[0] <= 1.5 * errors[1] + 2**-22 * size, (name, backend, errors)
 
 
-def train(rank, count, folder):
+def sharded_head(model, layout):
+    """The head of a model, over all processes; what it puts out is their own logits, or all."""
+    head = model.get_base_model().lm_head
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(head, mesh, ColwiseParallel(output_layouts=layout))
+
+
+def train(folder, layout):
     model = load_perturbed(folder)
-    if count > 1:
-        plan = ColwiseParallel(output_layouts=Replicate())
-        parallelize_module(model.get_base_model().lm_head, init_device_mesh("cpu", (count,)), plan)
+    if layout is not None:
+        sharded_head(model, layout)
     terms = [ff.NPO(weight=0.5), ff.UNDIAL(), ff.Unlikelihood(), ff.KL(weight=0.7)]
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3)
     losses = [float(step(make_batch(3, 3 + number), make_batch(2, 50 + number)).loss) for number in range(3)]
     return adapter_of(model), losses, step.loss.backbone.head.shard is not None
 
 
+def train_shards(rank, folder):
+    return [train(folder, layout) for layout in (Replicate(), Shard(-1))]
+
+
 def test_a_step_over_a_head_that_tensor_parallelism_shards(tiny, tmp_path):
-    expected, expected_losses, _ = train(0, 1, tiny["llama"])
-    for weights, losses, sharded in in_processes(tmp_path, 2, train, 2, tiny["llama"]):
-        assert sharded and losses == pytest.approx(expected_losses, rel=1e-5)
-        assert_gradients(weights, expected)
+    expected, expected_losses, _ = train(tiny["llama"], None)
+    for results in in_processes(tmp_path, 2, train_shards, tiny["llama"]):
+        for weights, losses, sharded in results:
+            assert sharded and losses == pytest.approx(expected_losses, rel=1e-5)
+            assert_gradients(weights, expected)
 
 
 def refused(rank, folder):
@@ -122,7 +134,9 @@ def refused(rank, folder):
     trains = ff.LMHead(torch.nn.Parameter(weight), shard=ff.VocabularyShard(10 * rank, 20))
     hidden, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([1, 2, 19])
     model = load_perturbed(folder)
-    parallelize_module(model.get_base_model().lm_head, init_device_mesh("cpu", (2,)), ColwiseParallel())
+    sharded_head(model, Shard(-1))
+    training = load_perturbed(folder)
+    sharded_head(training, Shard(-1)).weight.requires_grad_(True)
     attempts = {
         "overlap": lambda: ff.LMHead(weight, shard=ff.VocabularyShard(9 * rank, 20)),
         "entropy": lambda: ff.token_stats(hidden, head, labels, outputs=("entropy",)),
@@ -132,6 +146,7 @@ def refused(rank, folder):
         "eager": lambda: ff.token_stats(hidden, head, labels, backend="eager"),
         "anchor": lambda: ff.token_stats(hidden, head, labels, anchor="label"),
         "label": lambda: ff.token_stats(hidden, head, torch.tensor([1, 2, 20])),
+        "training": lambda: ff.UnlearnStep(training, torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1),
         "term": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.MaxEntropy()], lr=0.1),
     }
     messages = {}
@@ -149,6 +164,6 @@ def test_what_a_sharded_head_does_not_have_is_said(tiny, tmp_path):
         assert messages["embedding"].startswith("expected_embedding: a head whose vocabulary is sharded")
         assert messages["jsd"].startswith("jsd: a head whose vocabulary is sharded")
         assert messages["term"].startswith("logit_mean: of a head whose vocabulary is sharded")
-        assert messages["trains"].startswith("the head trains")
+        assert messages["trains"].startswith("the head trains") and messages["training"] == messages["trains"]
         assert "this needs all of it in each" in messages["eager"] and "this needs all of it" in messages["anchor"]
         assert "outside the vocabulary of 20" in messages["label"]
