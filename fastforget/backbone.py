@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
-from fastforget.collectives import any_process, process_count
+from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
 from fastforget.shards import check_shards, is_shard, is_sharded, reshard
@@ -128,6 +128,10 @@ class Backbone:
         """Whether all processes work on one batch, as a head with a shard of the vocabulary in each says."""
         shard = self.head.shard
         return shard is not None and dist.get_world_size(shard.group) == process_count()
+
+    def failures_told(self) -> contextlib.AbstractContextManager[None]:
+        """As `collectives.failures_told` where all processes work on one batch; else nothing."""
+        return failures_told() if self.shares_batches else contextlib.nullcontext()
 
     @property
     def vocabulary(self) -> int:

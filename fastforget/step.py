@@ -236,7 +236,8 @@ class UnlearnStep(torch.optim.Optimizer):
 
         with gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]):
             if processes == 1:
-                out = run(counts)
+                with self.loss.backbone.failures_told():
+                    out = run(counts)
             else:
                 out = run_together(
                     self.model,

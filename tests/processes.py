@@ -13,14 +13,14 @@ import fastforget as ff
 
 
 def start(rank, work, folder, count, arguments):
-    """A child's whole life; what `work` returns, or its traceback, goes into a file."""
+    """A child's whole life; what `work` returns goes into a file, or its traceback, as the second of two."""
     store = dist.FileStore(str(folder / "store"), count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     try:
-        result = work(rank, *arguments)
+        outcome = work(rank, *arguments), None
     except BaseException:
-        result = traceback.format_exc()
-    torch.save(result, folder / f"{rank}.pt")
+        outcome = None, traceback.format_exc()
+    torch.save(outcome, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -38,10 +38,10 @@ def in_processes(folder, count, work, *arguments):
             hung = True
             child.kill()
     assert not hung, "a process hangs"
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
-    for result in results:
-        assert not isinstance(result, str), result
-    return results
+    outcomes = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    for _, failure in outcomes:
+        assert failure is None, failure
+    return [result for result, _ in outcomes]
 
 
 def micro_batches(step, rank):

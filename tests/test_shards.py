@@ -6,9 +6,11 @@ import io
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import FORGET_TEXT, RETAIN_TEXT
 from helpers import (
     BreaksAt,
@@ -245,6 +247,12 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
         assert messages["folder"].startswith("reference_cache_folder:")
         assert "each process holds a part of this adapter" in messages["saving"]
         assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
+
+
+def test_accelerates_own_sharding_is_refused(model):
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1)
+    with pytest.raises(ff.FastforgetError, match="Accelerate's FSDP is not supported yet"):
+        step.prepare(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 def run_example(rank, *arguments):

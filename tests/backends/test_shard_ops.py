@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import VOCABULARY, adapter_of, assert_gradients, load_perturbed, make_batch
+from helpers import VOCABULARY, adapter_of, assert_gradients, load_perturbed, make_batch, stack_of
 from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -155,6 +155,23 @@ def refused(rank, folder):
             attempt()
         messages[name] = str(error.value)
     return messages
+
+
+def fail(rank, folder):
+    model = load_perturbed(folder)
+    sharded_head(model, Shard(-1))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1)
+    step(make_batch(2, 1))
+    if rank == 1:
+        stack_of(model)[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises((ff.FastforgetError, ZeroDivisionError)) as error:
+        step.backward(make_batch(2, 1))
+    return str(error.value)
+
+
+def test_an_error_of_one_process_ends_those_that_share_a_vocabulary(tiny, tmp_path):
+    message = "process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
+    assert in_processes(tmp_path, 2, fail, tiny["llama"]) == [message, "division by zero"]
 
 
 def test_what_a_sharded_head_does_not_have_is_said(tiny, tmp_path):
