@@ -28,6 +28,11 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Tell whether this process is the one that shows and writes."""
+    return process_count() == 1 or dist.get_rank() == 0
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Tell whether a flag is true in any process; all of them must ask."""
     shared = torch.tensor(int(flag), device=device)

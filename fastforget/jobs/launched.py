@@ -45,11 +45,6 @@ def launched_processes(options: UnlearnOptions) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Tell whether this process is the one that shows and writes."""
-    return process_count() == 1 or dist.get_rank() == 0
-
-
 def own_device(device: str | None) -> torch.device:
     """Return the device named; of several processes on a machine each has a GPU of its own."""
     chosen = usable_device(device)
@@ -68,7 +63,6 @@ def check_launched(options: UnlearnOptions) -> None:
     terms = options.terms()
     for refused, what in (
         (options.until is not None, "--until"),
-        (options.save_steps is not None or options.resume, "--save-steps and --resume"),
         (options.auto_micro_batch, "--auto-micro-batch"),
         (options.combine != "sum", f"--combine {options.combine}"),
         (any(term.baseline_stream is not None for term in terms), f"--preset {options.preset}"),

@@ -17,6 +17,7 @@ from fastforget.adapters import save_adapter, task_vector
 from fastforget.backbone import training_flags_restored, without_dropout
 from fastforget.batch import Batch, count_labels
 from fastforget.clusters import fit_centres, save_centres
+from fastforget.collectives import is_first
 from fastforget.data.batches import Cycle
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
@@ -161,7 +162,7 @@ def run_job(
             result.steps = number
             if progress is not None:
                 progress(number, pace.last, out_step)
-            if checkpoints is not None and saves:
+            if checkpoints is not None and saves and is_first():
                 result.seconds = time.perf_counter() - start
 
                 def save(folder: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
+from fastforget.collectives import is_first
 from fastforget.combine import check_sides
 from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
@@ -30,7 +31,7 @@ from fastforget.evaluate.report import (
 from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
-from fastforget.jobs.launched import is_first, launched_processes, own_device
+from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import FORGET_TEXT, RETAIN_TEXT
 from helpers import QUICK, adapter_of, assert_gradients, same
 from processes import in_processes
@@ -17,6 +19,7 @@ import fastforget as ff
 from fastforget.jobs import unlearn as job
 
 OPTIONS = {**QUICK, "batch_size": 3, "micro_batch": 1, "measured_passages": 2, "retain": [RETAIN_TEXT]}
+JOBS = {"npo": 8, "yao2023": 32}  # presets, the second with companions in its batches, and bits
 
 
 def run(out, model, **options):
@@ -32,7 +35,7 @@ def run(out, model, **options):
 
 
 def run_in_both(rank, out, model):
-    return [run(out / preset, model, preset=preset) for preset in ("npo", "yao2023")]
+    return [run(out / preset, model, preset=preset, bits=bits) for preset, bits in JOBS.items()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
@@ -40,13 +43,32 @@ def test_two_processes_end_with_the_adapter_of_one(tiny, tmp_path, short_continu
     first, second = in_processes(tmp_path, 2, run_in_both, tmp_path, tiny["llama"])
     for (report, text, adapter), (other, silence, same_adapter) in zip(first, second, strict=True):
         name = report["preset"]
-        expected, _, weights = run(tmp_path / f"{name}-alone", tiny["llama"], preset=name)
+        expected, _, weights = run(tmp_path / f"{name}-alone", tiny["llama"], preset=name, bits=JOBS[name])
         assert "step 3 of 3" in text and silence == ""
         assert same(adapter, same_adapter) and other["curves"] == report["curves"]
         assert report["curves"]["forget"] == pytest.approx(expected["curves"]["forget"], abs=1e-4)
         saved = load_file(tmp_path / name / "adapter_model.safetensors")
         assert saved and {value.shape for value in saved.values()} == {value.shape for value in adapter.values()}
         assert_gradients(adapter, weights)
+
+
+def stop_and_go_on(rank, out, model):
+    """The adapter of a job, and of the same one that went on from its checkpoint of the first step."""
+    whole = run(out / "job", model, save_steps=1, keep_checkpoints=3)[-1]
+    if rank == 0:
+        for name in ("checkpoint-2", "checkpoint-3"):
+            shutil.rmtree(out / "job" / name)
+    dist.barrier()
+    return whole, run(out / "job", model, save_steps=1, resume=True)[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+def test_processes_go_on_from_a_checkpoint(tiny, tmp_path, short_continuations):
+    for whole, resumed in in_processes(tmp_path, 2, stop_and_go_on, tmp_path, tiny["llama"]):
+        assert_gradients(resumed, whole)
+    assert sorted(path.name for path in (tmp_path / "job").glob("checkpoint-*")) == [
+        f"checkpoint-{n}" for n in (1, 2, 3)
+    ]
 
 
 def fail(rank, out, model):
