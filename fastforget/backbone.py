@@ -101,9 +101,8 @@ class Backbone:
     def __init__(self, model: Any) -> None:
         self.model = unwrapped(model)
         self.sharded = is_sharded(self.model)
-        if self.sharded:
-            reshard(self.model)
-            check_shards(self.model)
+        reshard(self.model)
+        check_shards(self.model)
         self.head = LMHead.from_model(self.model)
         if not self.sharded:
             self.head = self.head.own_part()

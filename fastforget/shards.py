@@ -79,10 +79,21 @@ def check_shards(model: nn.Module) -> None:
     """Raise where a step over the shards of a model would be wrong.
 
     Raises:
-        FastforgetError: a quantised weight; a weight that trains and is not sharded over all processes by FSDP2 alone.
+        FastforgetError: FSDP1; a quantised weight; a weight that trains and is not sharded over all processes by FSDP2
+            alone.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise FastforgetError(
+            "FullyShardedDataParallel (FSDP1) flattens weights, the head's too, which cannot be read: shard the model "
+            "by FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+    if not is_sharded(model):
+        return
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes."):
             raise FastforgetError(

@@ -27,7 +27,7 @@ from integrations.loops import flat, rows
 from peft import PeftModel
 from processes import five_steps, in_processes, micro_batches
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
@@ -157,6 +157,31 @@ def gradients_of_steps(folder, ranks, checkpointing):
     return found
 
 
+def gradients_with_companions(folder, ranks):
+    """The loss and gradients of terms that compare answers; the second process has nothing to forget."""
+    model = load_perturbed(folder)
+    if len(ranks) == 1:
+        shard(model)
+    terms = [ff.DPO(), ff.RandomMismatch(), ff.CE()]
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1)
+    forget = {**make_batch(3, 1), "refusal": make_batch(3, 2), "mismatch": make_batch(5, 3)}
+    parts = [(forget if rank == 0 else None, make_batch(2 + rank, 4 + rank)) for rank in ranks]
+    counts = ff.count_labels(parts)
+    loss = sum(float(step.backward(*part, counts=counts, micro_batch=2).loss) for part in parts)
+    return loss, {name: whole(gradient) for name, gradient in gradients(model).items()}
+
+
+def companions_over_shards(rank, folder):
+    return gradients_with_companions(folder, (rank,))
+
+
+def test_companions_over_shards(tiny, tmp_path):
+    expected_loss, expected = gradients_with_companions(tiny["llama"], (0, 1))
+    for loss, found in in_processes(tmp_path, 2, companions_over_shards, tiny["llama"]):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_gradients(found, expected)
+
+
 def gradients_over_shards(rank, folder):
     return gradients_of_steps(folder, (rank,), True)
 
@@ -228,9 +253,11 @@ def refused(rank, folder):
 
     quantised = load_perturbed(folder, bits=8)
     fully_shard(quantised.get_base_model().model.norm)
+    older = FullyShardedDataParallel(load_perturbed(folder), device_id=torch.device("cpu"), use_orig_params=True)
     alone = fully_shard(load_perturbed(folder), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"])
     return {
         "quantised": refusal(quantised),
+        "older": refusal(older),
         "alone": refusal(alone),
         "partly": refusal(shard_layers(tiny_model("llama")), terms=[ff.NegatedCE()]),
         "folder": refusal(shard(load_perturbed(folder)), reference_cache_folder=folder / "cache"),
@@ -243,6 +270,7 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
     for messages in in_processes(tmp_path, 2, refused, tiny["llama"]):
         assert "is quantised, and FSDP2 would shard its codes" in messages["quantised"]
         assert "embed_tokens.weight trains, and FSDP2 does not shard it" in messages["partly"]
+        assert messages["older"].startswith("FullyShardedDataParallel (FSDP1) flattens weights")
         assert "is sharded over 1 of 2 processes" in messages["alone"]
         assert messages["folder"].startswith("reference_cache_folder:")
         assert "each process holds a part of this adapter" in messages["saving"]
