@@ -18,6 +18,7 @@ from fastforget.backends.gradients import LabelContext, label_backward, scatter_
 from fastforget.backends.opaque import differentiable, opaque, or_empty, or_zeros
 from fastforget.backends.products import compute_dtype
 from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, KnownReference, Targets
+from fastforget.backends.shard_ops import sharded_divergence, sharded_stats
 from fastforget.backends.state_ops import state_stats
 from fastforget.backends.sweep import coupled_sweep, label_sweep, paired_sweep
 from fastforget.head import LMHead
@@ -42,6 +43,8 @@ class SweepBackend:
         targets: Targets | None = None,
     ) -> dict[str, Tensor]:
         """As `Backend.token_stats`."""
+        if head.shard is not None:
+            return sharded_stats(hidden, labels, head, outputs, positions, targets, self.name)
         wanted = {*outputs, "logp", "log_not_label"}  # what the backward pass takes, and for nothing
         wanted |= {"argmax"} if "max_logit" in outputs else set()  # whose row of the head is its gradient
         targets = targets or Targets()
@@ -85,6 +88,8 @@ class SweepBackend:
         known: KnownReference | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Backend.divergence`."""
+        if head.shard is not None:
+            return sharded_divergence(hidden, ref_hidden, labels, head, kind, positions, label_shift, self.name)
         weight, bias = (None if tensor is None else tensor.detach() for tensor in (head.weight, head.bias))
         value, _, logp = divergence(
             hidden,
