@@ -12,6 +12,7 @@ import torch
 from fastforget.errors import FastforgetError
 from fastforget.files import replaced_together
 from fastforget.objectives.task_vector import check_strength
+from fastforget.shards import is_sharded
 
 ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 ADDED_TO_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base as it is
@@ -23,8 +24,13 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     Files of the same names in the folder are replaced, others stay.
 
     Raises:
-        FastforgetError: a weight of the adapter is NaN or infinite; nothing is written.
+        FastforgetError: a weight of the adapter is NaN or infinite, or FSDP2 shards it; nothing is written.
     """
+    if is_sharded(model):
+        raise FastforgetError(
+            "each process holds a part of this adapter: gather it in all of them (get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict), and let one of them save it, as examples/fsdp2.py does"
+        )
     check_finite(model)
     selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
     with replaced_together(Path(folder)) as scratch:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from fastforget.shards import is_shard, is_sharded
 
 End = Literal["layer", "head", "logits"]  # of a forward
 HOOK = "fastforget"  # one key for every call: a compiled model's guards compare the keys of hooks
@@ -56,6 +59,14 @@ def let_graphs_see_hooks() -> None:
     config.skip_nnmodule_hook_guards = False
 
 
+@contextlib.contextmanager
+def without_warning_of_views() -> Iterator[None]:
+    """Let FSDP2 not warn that a model's output is a view: nobody writes to the states that are handed through."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
 class Captures:
     """Calls a model, and keeps what enters its head and what its layers put out.
 
@@ -66,6 +77,7 @@ class Captures:
     def __init__(self, outer: nn.Module, causal_lm: Any) -> None:
         self.outer = outer
         self.causal_lm = causal_lm
+        self.sharded = is_sharded(outer)
         self.head: nn.Module = causal_lm.get_output_embeddings()
         self._states: dict[int | None, Tensor] = {}
         self._last: int | None = None  # the layer that ends the forward
@@ -98,6 +110,8 @@ class Captures:
         self._last = max(layers) if end == "layer" else None
         try:
             with contextlib.ExitStack() as changes:
+                if self.sharded:
+                    changes.enter_context(without_warning_of_views())
                 for layer in layers:
                     hook = self._hooks.setdefault(layer, functools.partial(self._keep, layer))
                     changes.enter_context(hook_added(stack[layer], hook))
@@ -115,8 +129,8 @@ class Captures:
         return states | {None: output.logits} if end == "logits" else states
 
     def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
-        """The head's forward."""
-        self._states[None] = hidden
+        """The head's forward; tensor parallelism gives it a DTensor, whole in each process."""
+        self._states[None] = hidden.to_local() if is_shard(hidden) else hidden  # type: ignore[attr-defined]
         return hidden
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

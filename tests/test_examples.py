@@ -18,6 +18,7 @@ import fastforget as ff
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"trl_sft": "trl", "lightning_loop": "lightning"}  # what is no dependency of ours
+SEVERAL_PROCESSES = EXAMPLES / "fsdp2.py"  # of which `test_shards.py` runs two
 PAIR = EXAMPLES / "llm_unlearn_before.py", EXAMPLES / "llm_unlearn_after.py"
 
 
@@ -40,7 +41,9 @@ def run(path, *arguments):
     return loaded(path).main(*map(str, arguments))
 
 
-@pytest.mark.parametrize("path", sorted({*EXAMPLES.glob("*.py")} - {*PAIR}), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*EXAMPLES.glob("*.py")} - {*PAIR, SEVERAL_PROCESSES}), ids=lambda path: path.stem
+)
 def test_an_example_runs(path, texts, tiny, tmp_path, capsys):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from fastforget.collectives import is_first
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.errors import BrokenFileError, FastforgetError
 from fastforget.files import PART, made_whole
@@ -114,8 +115,8 @@ class Checkpoints:
         self.settle()
 
     def settle(self) -> None:
-        """Remove what killed processes left of checkpoints."""
-        for scratch in self.folder.glob(f".checkpoint-*{PART}"):
+        """Remove what killed processes left of checkpoints; of several processes the first one does."""
+        for scratch in self.folder.glob(f".checkpoint-*{PART}") if is_first() else ():
             shutil.rmtree(scratch)
 
     def newest(self) -> Checkpoint | None:
