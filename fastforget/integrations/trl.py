@@ -19,6 +19,7 @@ from fastforget.integrations.trainer import EpochOfPairs, UnlearnTrainerMixin
 from fastforget.objectives import LOGP, Field, Request, SideStats, Term, preset
 
 ENTROPY, ARGMAX = Field("entropy"), Field("argmax")
+JOINS = "joins documents in one row, and forgetting counts them one by one: leave it off"
 COLUMNS = ("input_ids", "labels", "example_id", *COMPANIONS)  # what a collator takes of a prepared set
 
 
@@ -170,7 +171,8 @@ class UnlearnSFTTrainer(UnlearnTrainerMixin, trl.SFTTrainer):
 def check_options(args: Any, compute_loss_func: Callable | None) -> None:
     """Raise for options of SFTTrainer that would be ignored, or change what a sequence is."""
     refused = {
-        "packing": "joins documents in one row, and forgetting counts them one by one: leave it off",
+        "packing": JOINS,
+        "eval_packing": JOINS,
         "label_smoothing_factor": "is of SFTTrainer's own loss: leave it at 0",
         "activation_offloading": "is not served: use gradient_checkpointing or micro_batch=",
     }

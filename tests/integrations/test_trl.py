@@ -115,6 +115,7 @@ def test_prompts_and_completions(tiny, tmp_path):
     "option, message",
     [
         ({"packing": True}, "joins documents in one row"),
+        ({"eval_packing": True}, "eval_packing=True joins documents in one row"),
         ({"loss_type": "dft"}, "`terms` say what is minimised"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is of SFTTrainer's own loss"),
         ({"activation_offloading": True}, "use gradient_checkpointing"),
