@@ -6,7 +6,7 @@
 PYTHON ?= python3
 # Installed before everything else, so that no dependency picks another build of it; not in constraints.txt for this reason.
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,data,plot,cluster,evaluate,gpu
+EXTRAS ?= dev,data,plot,cluster,evaluate,gpu,trl
 # Other versions than those of constraints.txt, in words of pip: OTHERS="transformers==5.0.*"
 OTHERS ?=
 TEST_WORKERS ?= 2
