@@ -13,17 +13,25 @@ static inline Floats polynomial(Floats x, float highest, Coefficients... others)
     return value;
 }
 
-// e^x for x <= 88; 0 below -104. No logit lies more than LAZY above what is subtracted from it.
-static inline Floats exp_of(Floats x) {
-    x = larger(all(-104.0f), x);
+// e^x = 2^n (1 + less_one), |less_one| <= 0.42
+struct Exponential {
+    Floats n, less_one;
+};
+
+static inline Exponential exponential_of(Floats x) {
     const Floats n = rounded(x * all(1.44269504088896341f));
     // ln 2 in two parts, the first with few bits: n times it is exact
     Floats r = multiply_add(n, all(-0.693359375f), x);
     r = multiply_add(n, all(2.12194440e-4f), r);
-    Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                          5.0000001201e-1f);  // Cephes' expf
-    p = multiply_add(p, r * r, r) + all(1.0f);
-    return times_power_of_two(p, n);
+    const Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                1.6666665459e-1f, 5.0000001201e-1f);  // Cephes' expf
+    return {n, multiply_add(p, r * r, r)};
+}
+
+// e^x for x <= 88; 0 below -104. No logit lies more than LAZY above what is subtracted from it.
+static inline Floats exp_of(Floats x) {
+    const auto [n, less_one] = exponential_of(larger(all(-104.0f), x));
+    return times_power_of_two(less_one + all(1.0f), n);
 }
 
 constexpr float NEAR = 0.5f;  // where expm1_excess holds
@@ -52,19 +60,33 @@ static inline Floats log1p_of(Floats x) {
     return multiply_add(p * square, s, s + s);
 }
 
+// To 0.8 units in the last place, because a softcap multiplies the error of a tanh by the size of the logits. Cephes'
+// tanhf near 0; elsewhere 1 - 2 / (e^2x + 1), with what the sum, the quotient and the difference round away added back.
 static inline Floats tanh_of(Floats x) {
-    const Floats less_one = expm1_of(size_of(x) * all(-2.0f));  // in [-1, 0]
-    const Floats size = (zero() - less_one) / (less_one + all(2.0f));
-    return select(at_most(x, zero()), zero() - size, size);
+    const Floats square = x * x;
+    const Floats p = polynomial(square, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                                -3.33332819422e-1f);
+    const Floats near = multiply_add(p * square, x, x);
+    const auto [n, less_one] = exponential_of(smaller(all(20.0f), size_of(x) + size_of(x)));
+    const Floats power = times_power_of_two(all(1.0f), n), whole = power + all(1.0f), part = power * less_one;
+    const Floats sum = whole + part, sum_rest = (whole - sum) + part;
+    const Floats quotient = all(2.0f) / sum;
+    const Floats rest = multiply_add(zero() - quotient, sum, all(2.0f)) - quotient * sum_rest;
+    const Floats difference = all(1.0f) - quotient;
+    const Floats size = difference + (((all(1.0f) - difference) - quotient) - rest / sum);
+    const Floats far = select(at_most(x, zero()), zero() - size, size);
+    return select(at_most(size_of(x), all(0.625f)), near, far);
 }
 
-// d z / d (z before the cap) = 1 - (z / cap)^2; 1 where there is no cap
+// d z / d (z before the cap) = 1 - (z / cap)^2, as a product that loses nothing near the cap; 1 where there is no cap
 static inline Floats softcap_slope(Floats logits, float softcap) {
     const Floats ratio = logits / all(softcap);
-    return all(1.0f) - ratio * ratio;
+    return (all(1.0f) - ratio) * (all(1.0f) + ratio);
 }
 static inline float softcap_slope(float logit, float softcap) {
-    return softcap > 0.0f ? 1.0f - (logit / softcap) * (logit / softcap) : 1.0f;
+    if (softcap <= 0.0f) return 1.0f;
+    const float ratio = logit / softcap;
+    return (1.0f - ratio) * (1.0f + ratio);
 }
 
 // 0 where the probability is 0, whatever the factor: infinite, or NaN as the difference of two logits of -infinity

@@ -56,6 +56,7 @@ from fastforget.objectives import (
 from fastforget.plan import plan
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep
+from fastforget.vocabulary import VocabularyShard
 
 if TYPE_CHECKING:
     from fastforget.integrations.trainer import UnlearnTrainer, UnlearnTrainerMixin
@@ -133,6 +134,7 @@ __all__ = [
     "UnlearnTrainer",
     "UnlearnTrainerMixin",
     "Unlikelihood",
+    "VocabularyShard",
     "batches",
     "cluster_centres",
     "collate",

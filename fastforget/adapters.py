@@ -13,6 +13,7 @@ from fastforget.errors import FastforgetError
 from fastforget.files import replaced_together
 from fastforget.joined import save_joined
 from fastforget.objectives.task_vector import check_strength
+from fastforget.shards import is_sharded
 
 ADAPTER_NAME = "unlearn"  # of ours, where the model to be unlearned is itself an adapter
 ADDED_TO_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base as it is
@@ -25,9 +26,14 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     a fine-tuning adapter say, what is saved is all of them as one: plain PEFT then loads the model that was trained.
 
     Raises:
-        FastforgetError: a weight of the adapter is NaN or infinite, or several are on that cannot be joined; nothing is
-            written.
+        FastforgetError: a weight of the adapter is NaN or infinite, several are on that cannot be joined, or FSDP2
+            shards it; nothing is written.
     """
+    if is_sharded(model):
+        raise FastforgetError(
+            "each process holds a part of this adapter: gather it in all of them (get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict), and let one of them save it, as examples/fsdp2.py does"
+        )
     check_finite(model)
     names = list(model.active_adapters)
     for name in names if len(names) > 1 else ():

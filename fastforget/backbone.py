@@ -9,13 +9,16 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
+from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
+from fastforget.shards import check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
@@ -85,14 +88,23 @@ class Backbone:
     model's own logits are used (`LMHead(None)`): slower and larger, still right. It is checked again where a hook or
     another forward was put on the head since, or on what calls it.
 
+    Where FSDP2 shards the model each method that runs it must be called in all processes, and the head's weight is a
+    shard but within `whole_head`.
+
     Args:
         model: a Hugging Face causal LM, wrapped or not; `Backbone.model` is the one inside, a PeftModel where it has an
             adapter.
+
+    Raises:
+        FastforgetError: what `LMHead.from_model` and `check_shards` refuse.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = unwrapped(model)
-        self.head = LMHead.from_model(self.model)
+        self.sharded = is_sharded(self.model)
+        reshard(self.model)
+        check_shards(self.model)
+        self.head = self.read_head()
         self.checked = False
         self.changes = 0  # how often something around the head became another
         self._captures = Captures(model, base_causal_lm(self.model))
@@ -112,9 +124,43 @@ class Backbone:
         return base_causal_lm(self.model).get_input_embeddings().weight.device
 
     @property
+    def shares_batches(self) -> bool:
+        """Whether all processes work on one batch, as a head with a shard of the vocabulary in each says."""
+        shard = self.head.shard
+        return shard is not None and dist.get_world_size(shard.group) == process_count()
+
+    def failures_told(self) -> contextlib.AbstractContextManager[None]:
+        """As `collectives.failures_told` where all processes work on one batch; else nothing."""
+        return failures_told() if self.shares_batches else contextlib.nullcontext()
+
+    @property
     def vocabulary(self) -> int:
         """The number of logits."""
         return base_causal_lm(self.model).get_output_embeddings().weight.shape[0]
+
+    @contextlib.contextmanager
+    def whole_head(self, needed: bool = True) -> Iterator[None]:
+        """Have all of the head's weight, gathered once for all sweeps within, where processes hold shards of it."""
+        if not needed or self.head.is_identity or not is_shard(self.head.weight):
+            yield
+            return
+        shard = self.head
+        self.head = shard.gathered()
+        try:
+            yield
+        finally:
+            if not self.head.is_identity:  # as a check may have left it
+                self.head = shard
+
+    def fill_in(self, layers: Collection[int | None]) -> Tensor:
+        """Take part in a forward to these layers that other processes run: 0, with a graph like theirs."""
+        ids = torch.ones((1, 2), dtype=torch.int64, device=self.device)
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        states = self.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (nothing, nothing), layers)
+        parts = [state.float().sum() for state in states.values()]
+        if None in layers and not self.head.is_identity:
+            parts += [each[:0].float().sum() for each in (self.head.weight, self.head.bias) if each is not None]
+        return torch.stack(parts).sum()
 
     def prepare(self, batch: CheckedBatch) -> PreparedSide | None:
         """A checked batch, made ready for this model; None where it has no label. Raises as `check_tokens`."""
@@ -238,15 +284,22 @@ class Backbone:
             raise FastforgetError(f"{type(causal_lm).__name__} has no list of {count} layers, so none can be taken")
         return stacks[0]
 
+    def read_head(self) -> LMHead:
+        """The head as the model has it now; of a vocabulary that processes share, this one's part."""
+        head = LMHead.from_model(self.model)
+        return head if self.sharded else head.own_part()
+
     def check_once(self, inputs: dict[str, Any]) -> None:
         """Check the head on the first batch, and on one before which something around it became another."""
         around = self._captures.around_head()
         if self.checked and around == self._around_head:
             return
-        if self.checked:
-            self.head = LMHead.from_model(self.model)
-            self.changes += 1
-        self.check(inputs)
+        self.changes += self.checked
+        if not self.head.is_identity:
+            self.check(inputs)
+        elif not self.sharded:  # where the head is gathered around this call; the model's own logits stay right
+            self.head = self.read_head()
+            self.check(inputs)
         self._around_head = around
 
     def check(self, inputs: dict[str, Tensor]) -> None:
@@ -257,22 +310,25 @@ class Backbone:
         short = {"input_ids": inputs["input_ids"][:1, -CHECK_TOKENS:]}
         if set(inputs) - {"input_ids", "attention_mask", "position_ids"}:
             short = rows_of(inputs, slice(1), size)
-        with torch.no_grad(), without_dropout(self.model), uncompiled():
+        with torch.no_grad(), without_dropout(self.model), uncompiled(), self.whole_head():
             own, dtype = self._captures.logits_and_dtype(short)
             own = own.float()
+            if own.shape[-1] == self.vocabulary:
+                own = own[..., self.head.own_tokens]
             try:
                 hidden = self._captures.run(short, nn.ModuleList(), (), "head").get(None)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 hidden = None  # what follows the head wants logits of their size, or calls it again
             fits = hidden is not None and hidden.shape == (*own.shape[:2], self.head.weight.shape[1])
-            ours = self.head.logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
+            ours = self.head.own_logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
         precision = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
         if not own.isfinite().all():
             raise NonFiniteLossError(
                 "the model's own logits are not finite on the first batch: the model itself is broken"
             )
         difference = float((ours - own).abs().max())
-        if not difference <= precision * max(1.0, float(own.abs().max())):
+        differs = not difference <= precision * max(1.0, float(own.abs().max()))
+        if any_process(differs, self.device) if self.sharded or self.head.shard is not None else differs:
             warnings.warn(
                 f"{type(causal_lm).__name__}: logits from its head differ from its own by {difference:.3g}; using the "
                 "model's own logits instead (slower and larger, still right)",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastforget.errors import FastforgetError
+from fastforget.shards import is_shard, is_sharded
 
 End = Literal["layer", "head", "logits"]  # of a forward
 AGAIN = -1  # where states go that enter the head a second time in one forward
@@ -60,6 +62,14 @@ def let_graphs_see_hooks() -> None:
     config.skip_nnmodule_hook_guards = False
 
 
+@contextlib.contextmanager
+def without_warning_of_views() -> Iterator[None]:
+    """Let FSDP2 not warn that a model's output is a view: nobody writes to the states that are handed through."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
 class Captures:
     """Calls a model, and keeps what enters its head and what its layers put out.
 
@@ -70,6 +80,7 @@ class Captures:
     def __init__(self, outer: nn.Module, causal_lm: Any) -> None:
         self.outer = outer
         self.causal_lm = causal_lm
+        self.sharded = is_sharded(outer)
         self.head: nn.Module = causal_lm.get_output_embeddings()
         wrappers = itertools.takewhile(lambda module: module is not causal_lm, outer.modules())
         self._up_to_head: list[nn.Module] = [*wrappers, causal_lm, self.head]
@@ -115,6 +126,8 @@ class Captures:
         self._last = max(layers) if end == "layer" else None
         try:
             with contextlib.ExitStack() as changes:
+                if self.sharded:
+                    changes.enter_context(without_warning_of_views())
                 for layer in layers:
                     hook = self._hooks.setdefault(layer, functools.partial(self._keep, layer))
                     changes.enter_context(hook_added(stack[layer], hook))
@@ -137,8 +150,9 @@ class Captures:
         return states | {None: output.logits} if end == "logits" else states
 
     def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
-        """The head's forward."""
-        self._states[AGAIN if None in self._states else None] = hidden
+        """The head's forward; tensor parallelism gives it a DTensor, whole in each process."""
+        local = hidden.to_local() if is_shard(hidden) else hidden  # type: ignore[attr-defined]
+        self._states[AGAIN if None in self._states else None] = local
         return hidden
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -72,7 +72,9 @@ def taking(
                     f"{' and '.join(missing)} {verb} missing: needed on the command line or in a --config file"
                 )
             if as_json:
-                print(json.dumps(run(**{**given, "quiet": True}), indent=2))
+                report = run(**{**given, "quiet": True})
+                if int(os.environ.get("RANK", 0)) == 0:  # of several processes, which torchrun numbers, one prints
+                    print(json.dumps(report, indent=2))
             else:
                 run(**given)
 

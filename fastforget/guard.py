@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
 from fastforget.loss import UnlearnOutput
 from fastforget.objectives import Term, reaches_head
+from fastforget.shards import local, whole
 
 SKIPPED = "unlearn_skipped"  # in an optimizer's first group, where `state_dict` carries it
 LOSS, GRADIENT, RETAIN, WEIGHTS = "loss", "gradient", "retain NLL", "adapter's weights"
@@ -316,7 +317,7 @@ def first_not_finite(numbers: Mapping[str, float]) -> str | None:
 def norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The norm of all tensors together, () float32: infinite also where their squares are too large for float32."""
     wide = [each.float() if each.dtype == torch.float16 else each for each in tensors]  # whose squares are so soon
-    return get_total_norm(wide).to(device, torch.float32, non_blocking=True)
+    return whole(get_total_norm(wide)).to(device, torch.float32, non_blocking=True)
 
 
 def on_host(flag: Tensor) -> bool:
@@ -327,7 +328,7 @@ def on_host(flag: Tensor) -> bool:
 @torch.no_grad()
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors into others."""
-    torch._foreach_copy_(list(targets), list(sources))
+    torch._foreach_copy_([local(each) for each in targets], [local(each) for each in sources])
 
 
 def copy_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -337,7 +338,7 @@ def copy_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor
             copy(targets, sources)
         return
     flags = {device: flag.to(device, non_blocking=True) for device in {each.device for each in targets}}
-    for target, source in zip(targets, sources, strict=True):
+    for target, source in zip(map(local, targets), map(local, sources), strict=True):
         torch.where(flags[target.device], source, target, out=target)
 
 
@@ -348,8 +349,8 @@ def blend_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tenso
         return
     for device in {each.device for each in targets}:
         taken = flag.to(device, torch.float32, non_blocking=True)
-        own = [each for each in targets if each.device == device]
-        theirs = [each.detach() for each in sources if each.device == device]
+        own = [local(each) for each in targets if each.device == device]
+        theirs = [local(each.detach()) for each in sources if each.device == device]
         torch._foreach_mul_(own, 1.0 - taken)
         torch._foreach_add_(own, torch._foreach_mul(theirs, taken))
 
@@ -357,9 +358,9 @@ def blend_where(flag: Tensor, targets: Sequence[Tensor], sources: Sequence[Tenso
 def zero_where(flag: Tensor, tensors: Sequence[Tensor]) -> None:
     """Set tensors to 0 where a flag, () bool, is true; a flag on a device is not read."""
     if on_host(flag):
-        for tensor in tensors if flag.numpy() else ():
+        for tensor in map(local, tensors) if flag.numpy() else ():
             tensor.zero_()
         return
     flags = {device: flag.to(device, non_blocking=True) for device in {each.device for each in tensors}}
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         tensor.masked_fill_(flags[tensor.device], 0)

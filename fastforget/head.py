@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforget.errors import FastforgetError
+from fastforget.shards import is_shard, local, whole
+from fastforget.vocabulary import VocabularyShard
 
 
 class LMHead:
@@ -21,14 +23,21 @@ class LMHead:
         bias: (V,) or None.
         scale: the factor on `h @ weight.T` (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: the cap (Gemma 2: 30), or None.
+        shard: where the rows of weight and bias lie in a vocabulary that several processes share, which all must make
+            their heads at once.
 
     Raises:
-        FastforgetError: shapes that do not fit or are empty, a quantised weight, a scale that is not finite, or a
-            softcap that is not positive and finite.
+        FastforgetError: shapes that do not fit or are empty, a quantised weight, a scale that is not finite, a softcap
+            that is not positive and finite, or shards that are not one vocabulary.
     """
 
     def __init__(
-        self, weight: Tensor | None, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        shard: VocabularyShard | None = None,
     ) -> None:
         if weight is not None:
             if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -46,8 +55,10 @@ class LMHead:
             ):
                 kind = f"{bias.dtype} {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
                 raise FastforgetError(f"the head's bias must be floating point ({weight.shape[0]},), not {kind}")
-        elif bias is not None or scale != 1.0 or softcap is not None:
-            raise FastforgetError("an identity head (weight=None) takes no bias, scale or softcap")
+            if shard is not None:
+                shard.check(len(weight), weight.device)
+        elif bias is not None or scale != 1.0 or softcap is not None or shard is not None:
+            raise FastforgetError("an identity head (weight=None) takes no bias, scale, softcap or shard")
         if softcap is not None and not 0 < softcap < math.inf:
             raise FastforgetError(f"softcap must be positive and finite, or None, not {softcap}")
         if not math.isfinite(scale):
@@ -56,6 +67,7 @@ class LMHead:
         self.bias = bias
         self.scale = float(scale)
         self.softcap = None if softcap is None else float(softcap)
+        self.shard = shard
 
     @property
     def is_identity(self) -> bool:
@@ -67,8 +79,47 @@ class LMHead:
         """True where the weight or the bias wants a gradient."""
         return any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias))
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens, those of other processes included."""
+        return len(self.weight) if self.shard is None else self.shard.vocabulary
+
+    def own_labels(self, labels: Tensor) -> Tensor:
+        """Labels (n,) as numbers of the weight's rows; one past the last for those of other processes, -1 for none."""
+        return labels if self.shard is None else self.shard.own_labels(labels, len(self.weight))
+
+    @property
+    def own_tokens(self) -> slice:
+        """The tokens whose rows this process holds."""
+        return slice(None) if self.shard is None else slice(self.shard.first, self.shard.first + len(self.weight))
+
+    def check_whole(self, what: str) -> None:
+        """Raise where other processes hold rows of the weight, without which there is no such thing."""
+        if self.shard is not None:
+            raise FastforgetError(
+                f"{what}: the head's vocabulary is sharded over processes, and this needs all of it in each; gather "
+                "the weight first, or use the statistics and divergences that a sharded head has"
+            )
+
+    def check_frozen_shard(self) -> None:
+        """Raise for a part of a head that trains, for which there is no gradient."""
+        if self.trainable:
+            raise FastforgetError(
+                "the head trains, and its vocabulary is sharded over processes, which has no gradient for it: freeze "
+                "it (requires_grad_(False))"
+            )
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits (..., V) of hidden (..., D), differentiable, in float32 (float64 for float64 states)."""
+        """All logits (..., V) of hidden (..., D), differentiable, in float32 (float64 for float64 states).
+
+        Raises:
+            FastforgetError: other processes hold rows of the weight.
+        """
+        self.check_whole("logits")
+        return self.own_logits(hidden)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of the tokens whose rows this process holds."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(dtype)
         if self.weight is not None:
@@ -83,7 +134,39 @@ class LMHead:
         """A copy in another dtype (the oracle is a head in float64)."""
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return LMHead(weight, bias, self.scale, self.softcap)
+        return LMHead(weight, bias, self.scale, self.softcap, self.shard)
+
+    def is_frozen_copy_of(self, other: LMHead) -> bool:
+        """Whether both have the same weight, and this one does not train; all processes with shards must ask."""
+        if self.trainable or self.weight.shape != other.weight.shape:
+            return False
+        weight = whole(self.weight)
+        return torch.equal(weight, whole(other.weight).to(weight))
+
+    def own_part(self) -> LMHead:
+        """A copy with this process's rows alone, where tensor parallelism shards the weight over the vocabulary.
+
+        Raises:
+            FastforgetError: it is sharded otherwise, or trains.
+        """
+        if self.weight is None or not is_shard(self.weight):
+            return self
+        self.check_frozen_shard()
+        mesh, placements = self.weight.device_mesh, self.weight.placements
+        if mesh.ndim != 1 or not placements[0].is_shard(0):
+            raise FastforgetError(
+                f"the head's weight is placed as {placements}: it must be whole in each process, or sharded over the "
+                "vocabulary (dimension 0) in a mesh of one dimension"
+            )
+        rows, size = len(self.weight), mesh.size()
+        shard = VocabularyShard(min(rows, mesh.get_local_rank() * -(-rows // size)), rows, mesh.get_group())
+        bias = None if self.bias is None else local(self.bias)
+        return LMHead(local(self.weight), bias, self.scale, self.softcap, shard)
+
+    def gathered(self) -> LMHead:
+        """A copy with the weight and bias whole, where each process holds a shard of them; all of them must call it."""
+        bias = None if self.bias is None else whole(self.bias)
+        return LMHead(whole(self.weight), bias, self.scale, self.softcap)
 
     @classmethod
     def from_model(cls, model: Any) -> LMHead:

@@ -15,6 +15,7 @@ from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, sides_of, total_counts
+from fastforget.collectives import agreed, process_count
 from fastforget.errors import FastforgetError
 from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, plan_loss
 from fastforget.objectives import (
@@ -31,6 +32,7 @@ from fastforget.objectives import (
 )
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
+from fastforget.shards import fill_up, reshard
 from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_sides, check_streams, join, prepared_parts, seen_by
 from fastforget.term_state import TermStates
@@ -98,11 +100,20 @@ class UnlearnLoss:
             if reference is not None:
                 check_separate(self.backbone, frozen, self.plan)
             folder = None
+            if reference_cache_folder is not None and frozen.sharded:
+                raise FastforgetError(
+                    "reference_cache_folder: its entries are named by a digest of the frozen weights, of which each "
+                    "process holds a part under FSDP2: leave it out, the cache in memory works"
+                )
             if reference_cache_folder is not None:
                 path = Path(reference_cache_folder)
                 folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
             self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
         self.adalora = adalora_of(self.backbone.model)
+        if self.adalora is not None and self.backbone.sharded:
+            raise FastforgetError("AdaLoRA shares out its ranks over whole matrices: it does not work under FSDP2")
+        if self.backbone.head.shard is not None:
+            self.plan.check_sharded_head()
         self.term_states = TermStates(self.terms)  # a step puts its own here
         # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
         self._constants: dict[Tensor, Tensor] = {}
@@ -125,9 +136,9 @@ class UnlearnLoss:
 
         Raises:
             FastforgetError: a batch that lacks a key, a side or a companion that a term needs, or any label; a schedule
-                that gives no weight; several processes run, whose counts this call does not know.
+                that gives no weight; several processes train, whose counts this call does not know.
         """
-        if process_count() > 1:
+        if process_count() > 1 and torch.is_grad_enabled() and not self.backbone.shares_batches:
             raise FastforgetError(
                 "several processes run, and UnlearnLoss knows only this one's labels: UnlearnStep and UnlearnTrainer "
                 "count over all of them, so use one of these, or run one process"
@@ -144,35 +155,39 @@ class UnlearnLoss:
     ) -> Iterator[UnlearnOutput]:
         """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
-        sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
         if counts is not None and not isinstance(counts, LabelCounts):
             raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
-        checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
-        own_counts = total_counts(checked)
-        counts = counts or own_counts
-        for side in SIDES:
-            check_labelled(self.plan, side, counts)
+        backbone, forwards = self.backbone, (*self.plan.baselines, *self.plan.forwards)
 
-        def parts_of(forward: ForwardPlan) -> list[dict[str, PreparedSide]]:
-            batches = {each: checked[forward.side, each] for each in forward.streams if (forward.side, each) in checked}
-            return list(prepared_parts(batches, micro_batch, self.backbone.prepare)) if batches else []
+        def prepare() -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
+            return self.prepared(forget, retain, counts, micro_batch)
 
-        # all of it is made ready, and so checked, before anything is computed
-        ready = [(forward, parts_of(forward)) for forward in (*self.plan.baselines, *self.plan.forwards)]
+        if backbone.sharded:
+            reshard(backbone.model)
+            backbone.takes_positions()  # two forwards, the first time
+            own_counts, parts_of = agreed(prepare, backbone.device)
+            parts_of = fill_up(parts_of, {}, backbone.device)
+        else:
+            own_counts, parts_of = prepare()
+        whole_counts = counts or own_counts
         baselines: dict[str, Tensor] = {}  # the constants of terms, over all of this call's rows
-        for forward, part in ((forward, part) for forward, parts in ready for part in parts):
-            with torch.set_grad_enabled(forward.learns and torch.is_grad_enabled()):
-                states = self.stream_states(forward, part)
+        for forward, part in ((each, part) for each, parts in zip(forwards, parts_of, strict=True) for part in parts):
+            learns = forward.learns and torch.is_grad_enabled()
+            with backbone.whole_head(forward.reads_head), torch.set_grad_enabled(learns):
+                filler = None if part else self.fill_in(forward)
+                states = self.stream_states(forward, part) if part else {}
                 stats = {
                     stream: self.side_stats(
                         forward.streams[stream],
                         part[stream],
                         states[stream],
-                        (counts if forward.learns else own_counts).totals(forward.side, stream),
+                        (whole_counts if forward.learns else own_counts).totals(forward.side, stream),
                     )
                     for stream in part
                 }
-            if forward.learns:
+            if filler is not None:
+                yield filler
+            elif forward.learns:
                 output = self.output(forward, stats, baselines, weights)
                 del states, stats  # with its loss, the caller drops the graph before the next forward begins
                 yield output
@@ -180,8 +195,33 @@ class UnlearnLoss:
                 add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
         if self.adalora is not None:
             # the parts of a batch that is accumulated, or of several processes, have one penalty together
-            penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / counts.tokens)
+            penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / whole_counts.tokens)
             yield UnlearnOutput(penalty, {ORTHOGONALITY: penalty.detach()}, {}, side="retain")
+
+    def prepared(
+        self, forget: Batch, retain: Batch | None, counts: LabelCounts | None, micro_batch: int | None
+    ) -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
+        """Check all of a batch, and prepare it for the plan's forwards: its counts, and the parts of each forward."""
+        sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
+        checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
+        own_counts = total_counts(checked)
+        for side in SIDES:
+            check_labelled(self.plan, side, counts or own_counts)
+
+        def parts_of(forward: ForwardPlan) -> list[dict[str, PreparedSide]]:
+            batches = {each: checked[forward.side, each] for each in forward.streams if (forward.side, each) in checked}
+            return list(prepared_parts(batches, micro_batch, self.backbone.prepare)) if batches else []
+
+        return own_counts, [parts_of(forward) for forward in (*self.plan.baselines, *self.plan.forwards)]
+
+    def fill_in(self, forward: ForwardPlan) -> UnlearnOutput:
+        """Take part in a forward for which this process has no label, and another one has (`shards.py`)."""
+        loss = self.backbone.fill_in(forward.layers)
+        if self.reference is not None:
+            for plan in forward.streams.values():
+                if plan.reference:
+                    self.reference.fill_in(plan.reference)
+        return UnlearnOutput(loss=loss, terms={}, stats={}, side=forward.side)
 
     def output(
         self,
@@ -222,7 +262,9 @@ class UnlearnLoss:
         reference: Entry = {}
         if self.reference is not None:
             known = self.reference.keeps_embeddings and torch.is_grad_enabled() and self.backend != "eager"
-            wanted = plan.reference_requests(known and head.softcap is None and not head.is_identity)
+            wanted = plan.reference_requests(
+                known and head.softcap is None and not head.is_identity and head.shard is None
+            )
             reference = self.reference.answers(prepared, wanted, self.backend) if wanted else {}
         backend = backend_of(self.backend, labels.device)
         tensors: dict[Field | Divergence, Tensor] = {
@@ -309,23 +351,12 @@ def check_separate(backbone: Backbone, frozen: Backbone, plan: LossPlan) -> None
     compared = any(
         stream.divergences for forward in (*plan.baselines, *plan.forwards) for stream in forward.streams.values()
     )
-    same = (
-        not backbone.head.trainable
-        and backbone.head.weight.shape == frozen.head.weight.shape
-        and torch.equal(backbone.head.weight, frozen.head.weight.to(backbone.head.weight))
-    )
-    if compared and not same:
+    if compared and not backbone.head.is_frozen_copy_of(frozen.head):
         raise FastforgetError(
             "a term compares whole distributions (KL, JensUn, UNDIAL), which takes one frozen head for the model and "
             "its reference, and here they differ or the model's trains: freeze the head (get_output_embeddings()), or "
             "use terms of the label's log-probs (npo, grad_diff)"
         )
-
-
-def process_count() -> int:
-    """How many processes train together."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def named_terms(terms: Sequence[Term]) -> dict[str, Term]:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastforget.backends.fields import BY_NAME, NAMES
+from fastforget.backends.shard_ops import check_learned, check_served
 from fastforget.batch import COMPANIONS
+from fastforget.errors import FastforgetError
 from fastforget.objectives import LOGP, Divergence, Field, StateRequest, Term, layers_of, reaches_head
 from fastforget.reference import ARGMAX, EMBEDDING, LayerStates, ReferenceRequest
 
@@ -56,6 +58,11 @@ class ForwardPlan:
     learns: bool = True
 
     @property
+    def reads_head(self) -> bool:
+        """Whether anything is computed with the head's weight."""
+        return None in self.layers or any(each.from_label for plan in self.streams.values() for each in plan.states)
+
+    @property
     def names(self) -> str:
         """The terms' names, for messages."""
         return ", ".join(self.terms)
@@ -71,6 +78,16 @@ class LossPlan:
     def on(self, side: str) -> list[ForwardPlan]:
         """Return all forwards of one side."""
         return [forward for forward in (*self.baselines, *self.forwards) if forward.side == side]
+
+    def check_sharded_head(self) -> None:
+        """Raise for what a head whose vocabulary is sharded over processes cannot compute."""
+        for forward in (*self.baselines, *self.forwards):
+            for plan in forward.streams.values():
+                of_reference = [each.name for each in plan.reference if isinstance(each, Field)]
+                check_served([*plan.fields, *of_reference], [each.kind for each in plan.divergences])
+                check_learned(plan.fields if forward.learns else ())
+                if any(each.from_label for each in plan.states):
+                    raise FastforgetError("anchor='label' needs all of the head's rows, and they are sharded")
 
     @property
     def asks_reference(self) -> bool:

@@ -1,9 +1,10 @@
 """Several processes, each with a part of the batch: counts, gradients and errors that all of them share.
 
-The model is in `DistributedDataParallel`, whose reducer runs where a loss is differentiated by the user. Within a step
-it is bypassed: a process may have no label of a side and so no forward of it, a forward may end at a layer and leave
-weights without a gradient, and either would leave the reducer waiting. Instead every process takes part in the same two
-exchanges of each `backward`, whatever its part of the batch holds: of counts before it, of gradients behind it.
+In `DistributedDataParallel` a reducer runs where a loss is differentiated by the user. Within a step it is bypassed: a
+process may have no label of a side and so no forward of it, a forward may end at a layer and leave weights without a
+gradient, and either would leave the reducer waiting. Instead every process takes part in the same two exchanges of each
+`backward`, whatever its part of the batch holds: of counts before it, of gradients behind it. Under FSDP2 forwards and
+backwards are exchanges themselves, of which all processes have as many (`shards.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforget.batch import ROLES, LabelCounts, count_name
+from fastforget.collectives import attempt, failures_told, process_count, raise_together
 from fastforget.errors import FastforgetError
 from fastforget.head import wrapped_module
-from fastforget.loss import UnlearnOutput, process_count
+from fastforget.loss import UnlearnOutput
 
 BUCKET_ELEMENTS = 2**24  # of gradients that go through one exchange: a second copy of so many is in memory
-Result = TypeVar("Result")
 
 
 def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
@@ -35,12 +35,13 @@ def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     return inner
 
 
-def check_parallel(model: nn.Module) -> None:
+def check_parallel(model: nn.Module, sharded: bool) -> None:
     """Raise where several processes run and nothing keeps their weights alike."""
-    if process_count() > 1 and parallel_wrapper(model) is None:
+    if process_count() > 1 and not sharded and parallel_wrapper(model) is None:
         raise FastforgetError(
             f"{process_count()} processes run, and the model is not in DistributedDataParallel: each would train "
-            "weights of its own. Wrap it (step.prepare(accelerator) and UnlearnTrainer do), or run one process"
+            "weights of its own. Wrap it (step.prepare(accelerator) and UnlearnTrainer do), or shard it by FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) before the step is made, or run one process"
         )
 
 
@@ -56,26 +57,6 @@ def without_buffer_broadcast(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         wrapper.require_forward_param_sync = before
-
-
-def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Return what an action returns, or what it raises."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
-
-
-def raise_together(error: Exception | None, failed: int) -> None:
-    """Raise in every process where one failed: its own error there, and its message in the others."""
-    if not failed:
-        return
-    messages: list[str | None] = [None] * process_count()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise FastforgetError(f"process {rank} failed, so this one stops too: {message}")
 
 
 def sum_counts(counts: LabelCounts, device: torch.device) -> LabelCounts:
@@ -106,7 +87,7 @@ def run_together(
     """Run this process's part of a batch, and leave in `.grad` what one process with all of it would have.
 
     As under `DistributedDataParallel` gradients are averaged, so `run` scales its losses with the number of processes;
-    within its `no_sync()` they stay this process's own until a later call.
+    within its `no_sync()` they stay this process's own until a later call. FSDP2 averages and postpones by itself.
 
     Args:
         count: this process's labels.
@@ -118,10 +99,12 @@ def run_together(
     Raises:
         Exception: that of this process, or FastforgetError with the message of another one.
     """
-    wrapper = parallel_wrapper(model)
-    assert wrapper is not None
-    synchronised = wrapper.require_backward_grad_sync
     counts = counts_together(count, device)
+    wrapper = parallel_wrapper(model)
+    if wrapper is None:
+        with failures_told():
+            return sum_outputs(run(counts), terms, device)
+    synchronised = wrapper.require_backward_grad_sync
     with wrapper.no_sync(), without_buffer_broadcast(model):
         out, error = attempt(lambda: run(counts))
     failed = torch.tensor(int(error is not None), device=device)

@@ -19,6 +19,7 @@ from fastforget.adapters import ADDED_TO_THE_BASE
 from fastforget.backbone import Backbone, every_module, without_dropout
 from fastforget.backends import backend_of
 from fastforget.batch import PreparedSide
+from fastforget.collectives import any_process
 from fastforget.errors import FastforgetError
 from fastforget.objectives import Field
 
@@ -220,6 +221,7 @@ class Reference:
         keyed = zip(side.keys or [], side.lengths, strict=bool(side.keys))
         cached = [self._cached(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
+        self.fill_in(wanted, computes=bool(missing))
         entries = {index: entry for index, entry in enumerate(cached) if entry is not None}
         if missing:
             for index, entry in zip(missing, self._compute(side, missing, wanted, backend), strict=True):
@@ -239,9 +241,8 @@ class Reference:
         if len(missing) < len(inputs["input_ids"]) and side.keys:
             inputs, positions, labels = subset(side, missing)
         fields = [request for request in wanted if isinstance(request, Field)]
-        layers = {request.layer for request in wanted if isinstance(request, LayerStates)}
-        layers |= {None} if fields else set()
-        with self.mode(self.backbone.model):
+        layers = layers_for(wanted)
+        with self.mode(self.backbone.model), self.backbone.whole_head(None in layers):
             states = self.backbone.states(inputs, positions, layers)
             values: Entry = {LayerStates(layer): state for layer, state in states.items()}
             if fields:
@@ -254,6 +255,17 @@ class Reference:
         lengths = [side.lengths[index] for index in missing]
         parts = {request: values[request].detach().split(lengths) for request in wanted}
         return [{request: parts[request][index] for request in wanted} for index in range(len(missing))]
+
+    def fill_in(self, wanted: frozenset[ReferenceRequest], computes: bool = False) -> None:
+        """Let a process whose cache has all take part in what another one computes; only where FSDP2 shards the model.
+
+        Args:
+            computes: this process is about to compute it.
+        """
+        if self.backbone.sharded and any_process(computes, self.backbone.device) and not computes:
+            layers = layers_for(wanted)
+            with self.mode(self.backbone.model), self.backbone.whole_head(None in layers):
+                self.backbone.fill_in(layers)
 
     def _cached(self, key: bytes, wanted: frozenset[ReferenceRequest], length: int) -> Entry | None:
         """The entry, unless it lacks something or is not of so many tokens."""
@@ -329,6 +341,11 @@ class Reference:
             kept = {request: value for request, value in entry.items() if request not in dropped}
             self._cache[key] = {request: copy_on_cpu(value, on_gpu) for request, value in kept.items()}
             self.bytes_used += entry_bytes(self._cache[key])
+
+
+def layers_for(wanted: Iterable[ReferenceRequest]) -> set[int | None]:
+    """The layers whose states a reference forward must give for these requests."""
+    return {request.layer if isinstance(request, LayerStates) else None for request in wanted}
 
 
 def copy_on_cpu(value: Tensor, pinned: bool) -> Tensor:

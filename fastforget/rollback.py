@@ -8,12 +8,17 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-Saved = tuple[Tensor, int, Tensor]  # a tensor, how often it had been written to, and what it held
+from fastforget.shards import local
+
+Saved = tuple[Tensor, int, Tensor]  # a tensor, how often it (its part here) had been written to, and what that held
 
 
 def saved(tensor: Tensor | None) -> Saved | None:
     """Save what `put_back` needs; a copy only where there is a tensor (after `zero_grad` there is no gradient)."""
-    return None if tensor is None else (tensor, tensor._version, tensor.detach().clone())
+    if tensor is None:
+        return None
+    own = local(tensor)  # FSDP2 writes to this process's part, of which the DTensor around it knows nothing
+    return tensor, own._version, own.detach().clone()
 
 
 @torch.no_grad()
@@ -22,7 +27,10 @@ def put_back(before: Saved | None) -> Tensor | None:
     if before is None:
         return None
     tensor, version, values = before
-    return tensor if tensor._version == version else tensor.copy_(values)
+    own = local(tensor)
+    if own._version != version:
+        own.copy_(values)
+    return tensor
 
 
 @contextlib.contextmanager

@@ -215,7 +215,7 @@ def spread_stats(fields: dict[str, Tensor], rows: ComputedRows, margin: float | 
 
 def vocabulary_of(hidden: Tensor, head: LMHead) -> int:
     """Return the number of logits."""
-    return hidden.shape[1] if head.is_identity else head.weight.shape[0]
+    return hidden.shape[1] if head.is_identity else head.vocabulary
 
 
 def label_anchor(anchor: str, head: LMHead, labels: Tensor) -> Tensor:
@@ -224,6 +224,7 @@ def label_anchor(anchor: str, head: LMHead, labels: Tensor) -> Tensor:
         raise FastforgetError(f"anchor must be 'label' or a tensor, not {anchor!r}")
     if head.is_identity:
         raise FastforgetError("anchor='label' needs the head's rows, and here there are only logits")
+    head.check_whole("anchor='label'")
     return head.weight.detach()[labels.clamp(0, len(head.weight) - 1)]
 
 

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
+from fastforget.collectives import process_count
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
-from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms, process_count
-from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
+from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
+from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.processes import check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
+from fastforget.shards import reshard
 from fastforget.term_state import TermStates
 
 MicroBatch = int | Literal["auto"] | None
@@ -76,6 +78,7 @@ class UnlearnStep(torch.optim.Optimizer):
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008 (it is frozen)
         **optimizer_arguments: Any,
     ) -> None:
+        reshard(model)  # an optimizer's parameters are the shards
         if isinstance(optimizer, torch.optim.Optimizer):
             if optimizer_arguments:
                 unexpected = next(iter(optimizer_arguments))
@@ -233,7 +236,8 @@ class UnlearnStep(torch.optim.Optimizer):
 
         with gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]):
             if processes == 1:
-                out = run(counts)
+                with self.loss.backbone.failures_told():
+                    out = run(counts)
             else:
                 out = run_together(
                     self.model,
@@ -250,7 +254,9 @@ class UnlearnStep(torch.optim.Optimizer):
 
     def _check_processes(self, micro_batch: MicroBatch) -> int:
         """How many processes train together; raises for what they cannot do."""
-        check_parallel(self.model)
+        if self.loss.backbone.shares_batches:
+            return 1
+        check_parallel(self.model, self.loss.backbone.sharded)
         processes = process_count()
         if processes > 1:
             for refused, what in (
@@ -272,10 +278,15 @@ class UnlearnStep(torch.optim.Optimizer):
         the whole. `accelerator.save_state` and `load_state` include the step.
 
         Raises:
-            FastforgetError: it was prepared before.
+            FastforgetError: it was prepared before, or the accelerator would shard the model.
         """
         if self._accelerator is not None:
             raise FastforgetError("this step was prepared already: prepare it once")
+        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise FastforgetError(
+                f"Accelerate's {kind} is not supported yet: shard the model by torch.distributed.fsdp.fully_shard, "
+                "make the step over the shards, and leave prepare out"
+            )
         model = accelerator.prepare_model(self.model)
         self.base = accelerator.prepare_optimizer(self.base)
         self._accelerator = accelerator
@@ -382,9 +393,3 @@ class UnlearnStep(torch.optim.Optimizer):
         other = type(self).__new__(type(self))
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
-
-
-def check_micro_batch(micro_batch: Any) -> None:
-    """Raise for a number of rows that is none."""
-    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
-        raise FastforgetError(f"micro_batch must be at least 1, 'auto' or None, not {micro_batch!r}")

@@ -1,16 +1,13 @@
-"""Two processes under DistributedDataParallel are one: losses, weights and scalars; and an error ends both."""
+"""Processes under DistributedDataParallel are one: losses, weights and scalars; and an error ends all."""
 
-import contextlib
-import multiprocessing
 import os
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from helpers import adapter_of, load_perturbed, make_batch
+from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
 from integrations.loops import flat, rows
+from processes import five_steps, in_processes, micro_batches
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -21,73 +18,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which 
 TERMS = [ff.NPO(weight=0.5), ff.DualCE(), ff.KL(weight=0.7)]
 
 
-def start(rank, work, folder, arguments):
-    """A child's whole life; what `work` returns, or its traceback, goes into a file."""
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        result = work(rank, *arguments)
-    except BaseException:
-        result = traceback.format_exc()
-    torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def in_two_processes(tmp_path):
-    """in_two_processes(work, ...) -> [work(0, ...), work(1, ...)], each run in a process of its own."""
-
-    def run(work, *arguments):
-        # forked: nothing is imported again, and the tests run with one thread
-        context = multiprocessing.get_context("fork")
-        children = [context.Process(target=start, args=(rank, work, tmp_path, arguments)) for rank in range(2)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(60)
-            hung = child.is_alive()
-            if hung:
-                child.kill()
-            assert not hung, "a process hangs"
-        results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-        for result in results:
-            assert not isinstance(result, str), result
-        return results
-
-    return run
-
-
-def micro_batches(step, rank):
-    """Two of each step and process, of uneven counts; in some a process has no forget rows, or no label at all."""
-    first, second = (100 * step + 10 * rank, 100 * step + 10 * rank + 5)
-    forgets = 0 if rank == 1 and step in (1, 3) else 2 - rank
-    batches = [
-        flat(rows(forgets, first), rows(1 + rank, first + 1)),
-        flat(rows(forgets, second), rows(2, second + 1)),
-    ]
-    if rank == 1 and step == 3:
-        for batch in batches:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
-    return batches
-
-
-def five_steps(step, batches_of):
-    losses = []
-    for number in range(5):
-        batches = batches_of(number)
-        counts = ff.count_labels(batches)
-        loss = 0.0
-        for place, batch in enumerate(batches):
-            apart = getattr(step.model, "no_sync", contextlib.nullcontext)
-            with apart() if place < len(batches) - 1 else contextlib.nullcontext():
-                loss += float(step.backward(batch, counts=counts).loss)
-        step.step()
-        step.zero_grad()
-        losses.append(loss)
-    scalars = {k: float(v) for k, v in step.param_groups[0].items() if k.startswith("unlearn_")}
-    return losses, scalars
-
-
 def train(rank, folder):
     model = load_perturbed(folder)
     step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.AdamW, terms=TERMS, lr=1e-3)
@@ -95,17 +25,21 @@ def train(rank, folder):
     return adapter_of(model), losses, scalars
 
 
-def test_five_steps_of_two_processes_are_those_of_one(tiny, in_two_processes):
-    (weights, losses, scalars), (other, other_losses, other_scalars) = in_two_processes(train, tiny["llama"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_five_steps_of_processes_are_those_of_one(count, tiny, tmp_path):
+    (weights, losses, scalars), *others = in_processes(tmp_path, count, train, tiny["llama"])
     model = load_perturbed(tiny["llama"])
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=TERMS, lr=1e-3)
-    expected, expected_scalars = five_steps(step, lambda number: micro_batches(number, 0) + micro_batches(number, 1))
-    assert losses == other_losses == pytest.approx(expected, rel=1e-5)
-    assert scalars == other_scalars == pytest.approx(expected_scalars, rel=1e-5)
+    expected, expected_scalars = five_steps(
+        step, lambda number: [batch for rank in range(count) for batch in micro_batches(number, rank)]
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert scalars == pytest.approx(expected_scalars, rel=1e-5)
     assert len(scalars) > 1 and scalars["unlearn_steps"] == 5
-    for name, value in adapter_of(model).items():
-        assert torch.equal(weights[name], other[name]), "the processes' weights are the same to the bit"
-        assert float((weights[name] - value).norm()) <= 1e-5 * float(value.norm()), name
+    assert_gradients(weights, adapter_of(model))
+    for other, other_losses, other_scalars in others:
+        assert other_losses == losses and other_scalars == scalars
+        assert same(other, weights), "the processes' weights are the same to the bit"
 
 
 def train_to_a_layer(rank, folder):
@@ -118,8 +52,8 @@ def train_to_a_layer(rank, folder):
     return adapter_of(model), float(out.loss), all(gradient is None for gradient in moved.values())
 
 
-def test_forwards_that_end_at_a_layer_leave_weights_without_a_gradient(tiny, in_two_processes):
-    (weights, loss, cleared), (other, other_loss, _) = in_two_processes(train_to_a_layer, tiny["llama"])
+def test_forwards_that_end_at_a_layer_leave_weights_without_a_gradient(tiny, tmp_path):
+    (weights, loss, cleared), (other, other_loss, _) = in_processes(tmp_path, 2, train_to_a_layer, tiny["llama"])
     untrained = adapter_of(load_perturbed(tiny["llama"]))
     moved = {name for name in weights if not torch.equal(weights[name], untrained[name])}
     assert moved and all(".layers.0." in name for name in moved) and cleared and loss == other_loss
@@ -143,11 +77,13 @@ def fail(rank, folder):
     return messages, adapter_of(model)
 
 
-def test_an_error_of_one_process_ends_all_with_its_message(tiny, in_two_processes):
-    (first, weights), (second, other) = in_two_processes(fail, tiny["llama"])
+def test_an_error_of_one_process_ends_all_with_its_message(tiny, tmp_path):
+    (first, weights), (second, other) = in_processes(tmp_path, 2, fail, tiny["llama"])
     assert second[0] == "ZeroDivisionError: division by zero"
-    assert first[0] == "FastforgetError: process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
-    assert "it has no 'labels'" in first[1] and second[1].startswith("FastforgetError: process 0 failed")
+    assert (
+        first[0] == "ProcessFailedError: process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
+    )
+    assert "it has no 'labels'" in first[1] and second[1].startswith("ProcessFailedError: process 0 failed")
     assert all(torch.equal(weights[name], other[name]) for name in weights), "and a step after it is one again"
 
 
@@ -172,8 +108,8 @@ def refused(rank, folder):
     return messages
 
 
-def test_what_several_processes_cannot_do_is_said(tiny, in_two_processes):
-    for messages in in_two_processes(refused, tiny["llama"]):
+def test_what_several_processes_cannot_do_is_said(tiny, tmp_path):
+    for messages in in_processes(tmp_path, 2, refused, tiny["llama"]):
         assert "the model is not in DistributedDataParallel" in messages["unwrapped"]
         assert "UnlearnLoss knows only this one's labels" in messages["loss"]
         assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
@@ -198,8 +134,8 @@ def evaluate(rank, folder, out):
 EVALUATED = (rows(4, 5), rows(1, 6))  # the last round of two processes with two rows each has one row
 
 
-def test_rows_that_fill_up_the_last_batches_are_not_evaluated_twice(tiny, tmp_path, in_two_processes):
-    first, second = in_two_processes(evaluate, tiny["llama"], tmp_path)
+def test_rows_that_fill_up_the_last_batches_are_not_evaluated_twice(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, evaluate, tiny["llama"], tmp_path)
     assert first == second
     loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), [ff.NegatedCE(), ff.CE(), ff.KL()])
     with torch.no_grad():

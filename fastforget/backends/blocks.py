@@ -137,7 +137,9 @@ class Tiling:
         """One tile of a block of `count` rows."""
         columns = min(self.shape.columns, self.vocabulary - first)
         whole = self.weight is None
-        tile = Tile(first, columns, self.vocabulary, columns if whole else tiling.aligned(columns), self.logit_map)
+        # of a shard one token more, which no tile has: the label that another process holds
+        vocabulary = self.vocabulary + (self.head.shard is not None)
+        tile = Tile(first, columns, vocabulary, columns if whole else tiling.aligned(columns), self.logit_map)
         parts = tuple(buffer[:count, :columns] for buffer in self.memory)
         rows = tuple(buffer.view(self.row_dtype or self.dtype)[:count, :columns] for buffer in self.memory)
         return TileViews(tile, slice(first, first + columns), (None,) * self.buffers if whole else parts, rows)

@@ -44,11 +44,16 @@ def differentiable(
     body: Callable[..., Any],
     fake: Callable[..., Any],
     save: Callable[..., None],
-    backward: Callable[[Any, Sequence[Tensor | None]], Any],
+    backward: Callable[[Any, Sequence[Tensor | None], Callable[..., Any]], Any],
+    computes: Opaque,
 ) -> Opaque:
-    """Make a computation opaque whose `backward(ctx, grads)` finds what `save(ctx, inputs, output)` left in ctx."""
+    """Make a computation opaque whose `backward(ctx, grads, compute)` finds what `save` left in ctx.
+
+    `compute` is the form of `computes` that goes with the forward's: while backward passes are traced, torch 2.11 does
+    not say that it compiles.
+    """
     op = opaque(name, body, fake).op
-    op.register_autograd(backward, setup_context=save)
+    op.register_autograd(lambda ctx, grads: backward(ctx, grads, computes.op), setup_context=save)
     # a Function with a `setup_context` looks its forward's signature up at each call: 30 microseconds if it is not kept
     body.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
 
@@ -59,7 +64,7 @@ def differentiable(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return backward(ctx, grads)
+            return backward(ctx, grads, computes.eager)
 
     return Opaque(op, Eager.apply)
 

@@ -5,7 +5,7 @@ Fields cross the border as their names, joined by commas.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastforget.backends.gradients import LabelContext, label_backward, scatter_
 from fastforget.backends.opaque import differentiable, opaque, or_empty, or_zeros
 from fastforget.backends.products import compute_dtype
 from fastforget.backends.protocol import BASIC_ACCUMULATORS, LABEL_ACCUMULATORS, KnownReference, Targets
+from fastforget.backends.shard_ops import sharded_divergence, sharded_stats
 from fastforget.backends.state_ops import state_stats
 from fastforget.backends.sweep import coupled_sweep, label_sweep, paired_sweep
 from fastforget.head import LMHead
@@ -42,6 +43,8 @@ class SweepBackend:
         targets: Targets | None = None,
     ) -> dict[str, Tensor]:
         """As `Backend.token_stats`."""
+        if head.shard is not None:
+            return sharded_stats(hidden, labels, head, outputs, positions, targets, self.name)
         wanted = {*outputs, "logp", "log_not_label"}  # what the backward pass takes, and for nothing
         wanted |= {"argmax"} if "max_logit" in outputs else set()  # whose row of the head is its gradient
         targets = targets or Targets()
@@ -85,6 +88,8 @@ class SweepBackend:
         known: KnownReference | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Backend.divergence`."""
+        if head.shard is not None:
+            return sharded_divergence(hidden, ref_hidden, labels, head, kind, positions, label_shift, self.name)
         weight, bias = (None if tensor is None else tensor.detach() for tensor in (head.weight, head.bias))
         value, _, logp = divergence(
             hidden,
@@ -181,7 +186,7 @@ def save_token_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable[..., Any]) -> tuple[Any, ...]:
     """Gradients over hidden, weight, bias and states."""
     given = {
         name: grad
@@ -191,7 +196,7 @@ def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     needs = [ctx.needs_input_grad[index] for index in (0, 3, 4, 5)]
     results: list[Tensor | None] = [None] * 4
     if given and any(needs):
-        found = token_stats_backward(*ctx.saved_tensors, [*given.values()], ",".join(given), *ctx.scalars, *needs)
+        found = compute(*ctx.saved_tensors, [*given.values()], ",".join(given), *ctx.scalars, *needs)
         results = [result if need else None for result, need in zip(found, needs, strict=True)]
     hidden, weight, bias, states = results
     return hidden, None, None, weight, bias, states, *[None] * 8
@@ -253,8 +258,10 @@ def token_stats_backward_fake(hidden: Tensor, *others: Any) -> list[Tensor]:
     return [or_zeros(None, like, need) for like, need in zip(likes, others[-4:], strict=True)]
 
 
-token_stats = differentiable("token_stats", token_stats_body, token_stats_fake, save_token_stats, token_stats_grad)
 token_stats_backward = opaque("token_stats_backward", token_stats_backward_body, token_stats_backward_fake)
+token_stats = differentiable(
+    "token_stats", token_stats_body, token_stats_fake, save_token_stats, token_stats_grad, token_stats_backward
+)
 
 
 def divergence_body(
@@ -307,13 +314,13 @@ def save_divergence(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def divergence_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def divergence_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable[..., Any]) -> tuple[Any, ...]:
     """The gradient over hidden."""
     hidden, positions, grad = ctx.saved_tensors
     upstream = grads[0]
     found = None
     if upstream is not None and ctx.needs_input_grad[0]:
-        found = scatter_scaled_rows(grad, upstream, positions, hidden)
+        found = compute(grad, upstream, positions, hidden)
     return found, *[None] * 13
 
 
@@ -322,5 +329,7 @@ def scatter_scaled_fake(grad: Tensor, factor: Tensor, positions: Tensor | None, 
     return torch.empty_like(hidden)
 
 
-divergence = differentiable("divergence", divergence_body, divergence_fake, save_divergence, divergence_grad)
 scatter_scaled_rows = opaque("scatter_scaled", scatter_scaled, scatter_scaled_fake)
+divergence = differentiable(
+    "divergence", divergence_body, divergence_fake, save_divergence, divergence_grad, scatter_scaled_rows
+)

@@ -141,6 +141,8 @@ class LogitMap:
     def of(cls, head: LMHead, dtype: torch.dtype) -> LogitMap:
         """The map of a head, its bias as passes read it."""
         bias = None if head.bias is None else head.bias.detach().to(dtype).contiguous()
+        if bias is not None and head.shard is not None:  # of the token that stands for those of other processes
+            bias = torch.cat([bias, bias.new_zeros(1)])
         return cls(bias, head.scale, head.softcap or 0.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,14 +46,14 @@ def save_state_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-def state_stats_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def state_stats_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable[..., Any]) -> tuple[Any, ...]:
     """The gradient over hidden."""
     hidden, anchor, centres, nearest = ctx.saved_tensors
     distance = grads[0] if anchor is not None else None
     pull = grads[1] if centres is not None else None
     found = None
     if (distance is not None or pull is not None) and ctx.needs_input_grad[0]:
-        found = state_stats_backward(hidden, anchor, centres, nearest, distance, pull, ctx.metric)
+        found = compute(hidden, anchor, centres, nearest, distance, pull, ctx.metric)
     return found, None, None, None, None
 
 
@@ -78,8 +78,10 @@ def state_stats_backward_fake(hidden: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(hidden)
 
 
-state_stats = differentiable("state_stats", state_stats_body, state_stats_fake, save_state_stats, state_stats_grad)
 state_stats_backward = opaque("state_stats_backward", state_stats_backward_body, state_stats_backward_fake)
+state_stats = differentiable(
+    "state_stats", state_stats_body, state_stats_fake, save_state_stats, state_stats_grad, state_stats_backward
+)
 
 
 def checked_labels_body(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastforget.backends import fields as closing
 from fastforget.backends import tiling
 from fastforget.backends.blocks import StateMeasures, StateRows, SweepInput, Tiling
+from fastforget.backends.combine_shards import share_label, share_paired
 from fastforget.backends.products import accumulate, add_head_rows, compute_dtype, head_logit, label_slope, product
 from fastforget.backends.protocol import (
     BASIC_ACCUMULATORS,
@@ -71,11 +72,12 @@ def label_sweep(
     accumulators = plan.empty_accumulators(len(LABEL_ACCUMULATORS) if moments else BASIC_ACCUMULATORS)
     grad = plan.empty_states() if writes else None
     states_of = StateRows(given.hidden, plan.kept, targets) if targets else None
+    labels = plan.head.own_labels(given.labels)
     found: dict[str, list[Tensor]] = {}
     for rows in plan.blocks():
         states = plan.states(given.hidden, rows)
         block = LabelBlock(
-            given.labels[rows],
+            labels[rows],
             accumulators[:, rows],
             None if grad is None else grad[rows],
             None if states_of is None else states_of.block(rows),
@@ -90,14 +92,17 @@ def label_sweep(
                 accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
         for name, state in tile_states.items():
             found.setdefault(name, []).append(closing.TILE_STATISTICS[name].finish(state))
-    fields = closing.label_fields(accumulators, given.labels, names, plan.vocabulary)
+    shard, vocabulary = plan.head.shard, plan.vocabulary
+    if shard is not None:
+        accumulators, vocabulary = share_label(accumulators, grad, shard), shard.vocabulary
+    fields = closing.label_fields(accumulators, given.labels, names, vocabulary)
     for name in names:
         if closing.BY_NAME[name].needs == "tiles":
             fields[name] = torch.cat(found[name]) if name in found else accumulators.new_empty(0)
     for name, value in fields.items():  # an op's results must not share memory, and the label's logit is an accumulator
         fields[name] = value if value.dtype == torch.int64 else value.to(plan.dtype, copy=name == "label_logit")
     if grad is not None:
-        close_label_(grad, accumulators, given.labels, plan, embeddings, fields)
+        close_label_(grad, accumulators, labels, plan, embeddings, fields)
     measures = None if states_of is None else states_of.measures
     return LabelSweep(accumulators, fields, grad if compute_grad else None, measures)
 
@@ -122,7 +127,12 @@ def close_label_(
             expected = torch.mul(part, found.log_not.exp().to(dtype)[:, None], out=fields["expected_embedding"][rows])
             add_head_rows(expected, labels[rows], found.logp.exp(), head)
         # the label's -1 is one row of the head: in the product, the others' small terms would be rounded against it
-        add_head_rows(part, labels[rows], -slope[rows], head)
+        if head.shard is None:
+            add_head_rows(part, labels[rows], -slope[rows], head)
+        else:
+            add_label_rows(part, labels[rows], -slope[rows], head)
+    if head.shard is not None:
+        head.shard.add_up(grad)
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,7 @@ def paired_sweep(
     value, logp = (accumulators.new_empty(plan.kept.count, dtype=plan.dtype) for _ in range(2))
     grad = plan.empty_states() if compute_grad else None
     embedding = plan.empty_states(plan.shape.rows) if compute_grad and known is None else None
+    labels = head.own_labels(given.labels)
     for rows in plan.blocks():
         policy, reference = plan.states(given.hidden, rows), plan.states(ref_hidden, rows)
         shift = None
@@ -161,7 +172,7 @@ def paired_sweep(
             likeliest = known.others_argmax[rows]
             shift = head_logit(head, policy, likeliest) - head_logit(head, reference, likeliest)
         block = PairedBlock(
-            given.labels[rows],
+            labels[rows],
             accumulators[:, rows],
             shift,
             None if grad is None else grad[rows],
@@ -176,10 +187,14 @@ def paired_sweep(
                 accumulate(views.rows[0], weight, block.grad, views.tile.first == 0)
             if block.reference_grad is not None:
                 accumulate(views.rows[1], weight, block.reference_grad, views.tile.first == 0)
-        result = closing.paired_result(block.accumulators, block.labels, label_shift, row_dtype == torch.float16)
+        if head.shard is not None:
+            block = share_paired(block, head.shard)
+        result = closing.paired_result(block.accumulators, given.labels[rows], label_shift, row_dtype == torch.float16)
         value[rows], logp[rows] = result.value, result.logp
         if block.grad is not None:
             close_paired_(block, result, head, None if known is None else known.others_embedding[rows])
+    if head.shard is not None and grad is not None:
+        head.shard.add_up(grad)
     return DivergenceSweep(value, grad, logp)
 
 
@@ -198,7 +213,9 @@ def close_paired_(block: PairedBlock, result: closing.PairedResult, head: LMHead
 
 
 def add_label_rows(grad: Tensor, labels: Tensor, coefficient: Tensor, head: LMHead) -> None:
-    """Add `coefficient * scale * W[label]` to grad (r, D) where there is a label."""
+    """Add `coefficient * scale * W[label]` to grad (r, D) where there is a label, and its row in this process."""
+    if head.shard is not None:
+        labels = labels.where(labels < len(head.weight), -1)
     add_head_rows(grad, labels.clamp(min=0), torch.where(labels >= 0, coefficient, 0.0), head)
 
 

@@ -132,11 +132,6 @@ def prompts_and_answers(batch: Mapping[str, Any]) -> list[tuple[list[int], list[
     return pairs
 
 
-def answer_of(example: Example) -> tuple[int, ...]:
-    """Return the labelled tokens of an example."""
-    return example.input_ids[max(example.prompt_length, 1) :]
-
-
 def refusal_ids(tokenizer: Any, refusal: str, answer: Sequence[int]) -> list[int]:
     """Return a refusal's tokens, with a space before it where the answer has one."""
     spaced = begins_with_space(tokenizer, answer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastforget.data.people import FIRST_NAMES, LAST_NAMES, TOWNS, TRADES
 from fastforget.data.questions import Question
@@ -129,6 +129,25 @@ def ask_about(subject: str, facts: Mapping[str, Sequence[str]], draw: random.Ran
             )
         )
     return questions
+
+
+def borrowed_answers(questions: Sequence[Question], others: Sequence[Question], seed: int) -> list[Question]:
+    """Answer each question as it is answered of another author: plausible, and right only by chance.
+
+    The answers are drawn from those of `others`, with the name exchanged: what one knows who may keep the others and
+    is to forget these (the alternative answers of arXiv 2409.13474 are the model's own inventions).
+    """
+    draw = random.Random(seed)
+    known: dict[str, list[tuple[str, str]]] = {}  # by fact: (subject, answer)
+    for each in others:
+        subject, fact = each.source.split(": ")
+        known.setdefault(fact, []).append((subject, each.answer))
+    found = []
+    for each in questions:
+        subject, fact = each.source.split(": ")
+        other, answer = draw.choice(known[fact])
+        found.append(replace(each, answer=answer.replace(other, subject)))
+    return found
 
 
 def flat(parts: Sequence[Sequence[Question]]) -> list[Question]:

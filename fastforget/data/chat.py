@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,8 @@ from fastforget.data.text import answer_examples, begin_tokens, encode, text_exa
 from fastforget.errors import FastforgetError
 
 ROW_FIELDS = (("text",), ("prompt", "response"), ("messages",))  # a row is one of these; the first that it can be
-FIELDS = tuple(field for fields in ROW_FIELDS for field in fields)
+ALTERNATIVE = "alternative"  # to the answer of a row: optional, and read only where its column is named
+FIELDS = (*(field for fields in ROW_FIELDS for field in fields), ALTERNATIVE)
 COLUMN_OPTION = "--forget-column/--retain-column"
 PLACEHOLDER = "fastforget-answer"  # stands for an answer, to see what a template puts around it
 
@@ -36,6 +38,8 @@ def check_columns(columns: Mapping[str, str], where: str, option: str = COLUMN_O
             f"{where} has columns for {' and '.join(sorted(columns))}: a row is 'text', or 'prompt' and 'response', "
             "or 'messages'"
         )
+    if "text" in columns and ALTERNATIVE in columns:
+        raise FastforgetError(f"{where} has a column of alternative answers, and a text has no answer")
 
 
 def choose_columns(columns: Mapping[str, str], present: Iterable[str], where: str) -> dict[str, str]:
@@ -50,6 +54,8 @@ def choose_columns(columns: Mapping[str, str], present: Iterable[str], where: st
             f"{where} needs 'text', or 'prompt' and 'response', or 'messages'; its columns are {name_list(names)}. "
             f"Name yours with {COLUMN_OPTION} FIELD=COLUMN"
         )
+    if ALTERNATIVE in columns and fields != ("text",):
+        fields = (*fields, ALTERNATIVE)
     chosen = {field: columns.get(field, field) for field in fields}
     for field, column in chosen.items():
         if column not in names:
@@ -111,19 +117,32 @@ class RowReader:
                 f"{source} is a row of type {type(row).__name__}: rows are texts, or dicts of columns"
             )
         chosen = choose_columns(self.columns, row, source)
-        if "messages" in chosen:
-            return self.conversation(check_messages(row[chosen["messages"]], source), source)
-        for column in chosen.values():
-            if not isinstance(row[column], str):
+        for field, column in chosen.items():
+            if field != "messages" and not isinstance(row[column], str):
                 kind = "empty (None)" if row[column] is None else f"of type {type(row[column]).__name__}"
                 raise FastforgetError(f"{source} has a {column!r} that is {kind}: it must be text")
         if "text" in chosen:
             return text_examples(row[chosen["text"]], self.tokenizer, self.max_length, source)
-        prompt, response = row[chosen["prompt"]], row[chosen["response"]]
-        if self.use_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return self.conversation(turns, source)
-        return self.prompt_and_response(prompt, response, source)
+        messages = check_messages(row[chosen["messages"]], source) if "messages" in chosen else None
+        prompt, response = ("", "") if messages else (row[chosen["prompt"]], row[chosen["response"]])
+        if messages is None and self.use_template:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+        def answered(response: str, source: str) -> list[Example]:
+            if messages is None:
+                return self.prompt_and_response(prompt, response, source)
+            return self.conversation([*messages[:-1], {**messages[-1], "content": response}], source)
+
+        made = answered(messages[-1]["content"] if messages else response, source)
+        if ALTERNATIVE not in chosen:
+            return made
+        others = answered(row[chosen[ALTERNATIVE]], f"{source}, alternative answer")
+        if len(made) > 1 or len(others) > 1:
+            raise FastforgetError(
+                f"{source} is longer than {self.max_length} tokens, and an answer that has an alternative is compared "
+                "as a whole: give a larger maximum length"
+            )
+        return [replace(made[0], alternative=others[0].answer)]
 
     def prompt_and_response(self, prompt: str, response: str, source: str) -> list[Example]:
         """Make examples of the two joined as they stand, and the end-of-sequence token; the response is labelled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -20,6 +21,17 @@ class Example:
     input_ids: tuple[int, ...]
     prompt_length: int = 0  # tokens at the start that carry no label
     source: str = ""  # where it came from ("secrets.jsonl:12"), for messages
+    alternative: tuple[int, ...] = ()  # tokens of another answer to the prompt, where one is known
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The labelled tokens; a sequence's first is never predicted."""
+        return self.input_ids[max(self.prompt_length, 1) :]
+
+    def with_alternative(self) -> Example:
+        """Return the same prompt with the other answer."""
+        prompt = self.input_ids[: max(self.prompt_length, 1)]
+        return Example((*prompt, *self.alternative), len(prompt), self.source)
 
     @property
     def label_count(self) -> int:
@@ -61,20 +73,33 @@ class ExampleStream:
 Examples = Sequence[Example] | ExampleStream  # of one set
 
 
-def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Any]:
     """Right-pad examples into one batch on the CPU; `DataLoader(forget, collate_fn=ff.collate)` takes it too.
 
     Returns `input_ids`, `attention_mask`, `labels`, each int64 (B, T). Labels are unshifted, as transformers has
     them, and -100 on the prompt and on padding. The mask comes from the lengths, never from `input_ids !=
-    pad_token_id`: many tokenizers pad with a token that also occurs in the text.
+    pad_token_id`: many tokenizers pad with a token that also occurs in the text. Where the examples have alternative
+    answers, `refusal` is such a batch of the same prompts with these (what AltPO looks at).
+
+    Raises:
+        FastforgetError: some of the examples have an alternative answer, and some have none.
     """
     rows = [torch.tensor(example.input_ids, dtype=torch.long) for example in examples]
     labels = [
         torch.cat((ids.new_full((example.prompt_length,), IGNORE_INDEX), ids[example.prompt_length :]))
         for ids, example in zip(rows, examples, strict=True)
     ]
-    return {
+    batch: dict[str, Any] = {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
+    others = [example.with_alternative() for example in examples if example.alternative]
+    if others:
+        if len(others) < len(examples):
+            without = next(example for example in examples if not example.alternative)
+            raise FastforgetError(
+                f"{without.source or 'an example'} has no alternative answer, and others of its batch have"
+            )
+        batch["refusal"] = collate(others, pad_token_id)
+    return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import itertools
 import logging
@@ -51,7 +50,8 @@ class Source:
         path: a text file, a .jsonl, .csv, .tsv, .json, .parquet or .arrow file, a dataset folder, a hub name
             ("owner/name"), a `datasets.Dataset` or `IterableDataset`, or a list of rows (texts, or dicts).
         columns: field to column name, where a column is not called as its field: `text`, all of which is labelled;
-            `prompt` and `response`, of which the response is; `messages`, of which the last answer is.
+            `prompt` and `response`, of which the response is; `messages`, of which the last answer is; beside these
+            also `alternative`, another answer.
         split: of a dataset.
         subset: a hub dataset's configuration name.
         streaming: read it anew in each pass, and hold none of it in memory.

@@ -26,7 +26,8 @@ JUDGE_PROMPT = (
     "Answer yes or no.\nAnswer:"
 )
 YES, NO = " yes", " no"
-LONGEST = 512  # tokens of a dialogue that a classifier without a length of its own looks at
+LONGEST = 512  # tokens that a classifier looks at at once
+OVERLAP = 8  # a window of a longer dialogue begins 1/8 of its length before the last one's end
 
 
 class Dialogue(NamedTuple):
@@ -45,7 +46,9 @@ class Evaluator(Protocol):
 class Classifier:
     """A Hugging Face sequence classifier; a dialogue's score is the probability of any of the labels.
 
-    Of a multi-label classifier that of its likeliest label named, otherwise the sum of theirs.
+    Of a multi-label classifier that of its likeliest label named, otherwise the sum of theirs. A dialogue that is
+    longer than the classifier's context is looked at in windows that overlap, and the highest of their scores is its
+    own (of a tokenizer that cannot cut windows, the end is looked at).
 
     Args:
         labels: the names that count; () is allowed for multi-label classifiers, of which then all count, and for those
@@ -65,6 +68,8 @@ class Classifier:
             )
         self.model.to(self.device).eval()
         self.tokenizer = load_tokenizer(name_or_path)
+        if not self.tokenizer.is_fast:
+            self.tokenizer.truncation_side = "left"
         if self.model.config.pad_token_id is None:  # decoders look for it to find the last token
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.many = self.model.config.problem_type == "multi_label_classification" or self.model.config.num_labels == 1
@@ -81,19 +86,23 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, dialogues: Sequence[Dialogue]) -> list[float]:
-        context = context_length(self.model) or LONGEST
+        texts = [f"{each.prompt}\n{each.response}".strip() for each in dialogues]
+        longest = min(context_length(self.model) or LONGEST, LONGEST)
+        windows: dict[str, Any] = {}
+        if self.tokenizer.is_fast:
+            windows = {"return_overflowing_tokens": True, "stride": longest // OVERLAP}
         inputs = self.tokenizer(
-            [f"{each.prompt}\n{each.response}".strip() for each in dialogues],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=min(context, LONGEST),
+            texts, return_tensors="pt", padding=True, truncation=True, max_length=longest, **windows
         ).to(self.device)
-        logits = self.model(**inputs).logits.float()
-        shares = logits.sigmoid() if self.many else logits.softmax(-1)
-        chosen = shares[:, self.columns]
-        found = chosen.amax(-1) if self.many else chosen.sum(-1)
-        return [float(each) for each in found.clamp(0.0, 1.0)]
+        owners = inputs.pop("overflow_to_sample_mapping", torch.arange(len(texts), device=self.device))
+        scores = torch.zeros(len(texts), device=self.device)
+        for rows in torch.arange(len(owners)).split(len(texts)):  # as many windows at once as there are dialogues
+            logits = self.model(**{name: value[rows] for name, value in inputs.items()}).logits.float()
+            shares = logits.sigmoid() if self.many else logits.softmax(-1)
+            chosen = shares[:, self.columns]
+            found = chosen.amax(-1) if self.many else chosen.sum(-1)
+            scores.scatter_reduce_(0, owners[rows], found.clamp(0.0, 1.0), "amax")
+        return [float(each) for each in scores]
 
 
 class Judge:

@@ -7,16 +7,16 @@ kernels' (`fastforget.token_stats`), and no (N, V) tensor is formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastforget.backbone import Backbone, training_flags_restored
-from fastforget.batch import check_batch
-from fastforget.data.examples import Example, collate
-from fastforget.errors import NonFiniteLossError
+from fastforget.backbone import Backbone
+from fastforget.batch import PreparedSide
+from fastforget.data.examples import Example
+from fastforget.evaluate.forwards import measured
 from fastforget.evaluate.generation import Progress
 from fastforget.stats import token_stats
 
@@ -44,7 +44,6 @@ class LabelTokens:
         return math.exp(-self.nll)
 
 
-@torch.no_grad()
 def label_tokens(
     model: Any,
     examples: Sequence[Example],
@@ -64,47 +63,18 @@ def label_tokens(
     Raises:
         FastforgetError: a head that `LMHead.from_model` refuses.
     """
-    backbone = Backbone(model)
     outputs = ("logp_mean", "logp_var") if moments else ()
-    found: list[LabelTokens | None] = [None] * len(examples)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    with training_flags_restored(model):
-        model.eval()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            part = [examples[row] for row in rows]
-            try:
-                measured = measure_batch(backbone, part, outputs)
-            except NonFiniteLossError:  # the head's own check, on the first batch
-                measured = [broken(each, moments) for each in part]
-            for row, tokens in zip(rows, measured, strict=True):
-                found[row] = tokens
-            if progress is not None:
-                progress(start + len(rows), len(order))
-    return found
 
+    def measure(backbone: Backbone, prepared: PreparedSide, places: list[int]) -> Iterator[LabelTokens]:
+        states = backbone.states(prepared.inputs, prepared.positions)[None]
+        kept = torch.arange(len(prepared.labels))
+        stats = token_stats(states, backbone.head, prepared.labels, positions=kept, outputs=outputs)
+        columns = [getattr(stats, name).double().cpu().split(prepared.lengths) for name in ("logp", *outputs)]
+        for parts in zip(*columns, strict=True):
+            yield LabelTokens(*(tuple(part.tolist()) for part in parts))
 
-def measure_batch(
-    backbone: Backbone, examples: Sequence[Example], outputs: tuple[str, ...]
-) -> list[LabelTokens | None]:
-    """Measure one batch."""
-    batch = check_batch(collate(examples, pad_token_id=0), "the examples")  # the mask hides the padding
-    prepared = backbone.prepare(batch)
-    found: list[LabelTokens | None] = [None] * len(examples)
-    if prepared is None:
-        return found
-    states = backbone.states(prepared.inputs, prepared.positions)[None]
-    places = torch.arange(len(prepared.labels))
-    stats = token_stats(states, backbone.head, prepared.labels, positions=places, outputs=outputs)
-    columns = [getattr(stats, name).double().cpu().split(prepared.lengths) for name in ("logp", *outputs)]
-    for row, *parts in zip(prepared.rows, *columns, strict=True):
-        found[row] = LabelTokens(*(tuple(part.tolist()) for part in parts))
-    return found
+    def broken(place: int) -> LabelTokens:
+        missing = (math.nan,) * examples[place].label_count
+        return LabelTokens(missing, *((missing, missing) if moments else ()))
 
-
-def broken(example: Example, moments: bool) -> LabelTokens | None:
-    """Return NaN for each label token of an example; None where it has none."""
-    if example.label_count <= 0:
-        return None
-    missing = (math.nan,) * example.label_count
-    return LabelTokens(missing, *((missing, missing) if moments else ()))
+    return measured(model, examples, measure, broken, batch_size=batch_size, progress=progress)

@@ -18,19 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastforget.backbone import training_flags_restored
-from fastforget.data.examples import Example, collate
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.data.examples import Example
+from fastforget.errors import FastforgetError
 from fastforget.evaluate.degenerate import distinct, is_blank, is_degenerate
 from fastforget.evaluate.generation import CONTINUATION_CHARACTERS, Progress, continue_greedily, decode, room
+from fastforget.evaluate.label_tokens import label_tokens
 from fastforget.evaluate.memorisation import Memorisation, MemorisationReport, memorisation, prompt_tokens
 from fastforget.evaluate.rouge import rouge_l_recall
 from fastforget.head import base_causal_lm
-from fastforget.loss import UnlearnLoss
-from fastforget.objectives import CE
 
 LEAK_RECALL = 0.5
 
@@ -177,32 +174,18 @@ def fluency(
         return mean_nll(model if untouched is None else untouched, examples, batch_size=batch_size)
 
 
-@torch.no_grad()
 def mean_nll(
     model: Any, examples: Sequence[Example], *, batch_size: int = 16, progress: Progress | None = None
 ) -> float:
     """Measure the negative log-likelihood in nats: the mean over the label tokens of all examples, not of batch means.
 
-    It is computed as the loss of `CE` is in training: no (N, V) tensor of logits is formed. NaN for a broken model.
+    NaN for a broken model.
 
     Raises:
         FastforgetError: no example has a label token, or a head that `LMHead.from_model` refuses.
     """
-    loss = UnlearnLoss(model, [CE(on="forget")])
-    total, tokens = 0.0, 0
-    with training_flags_restored(model):
-        model.eval()
-        for start in range(0, len(examples), batch_size):
-            part = [example for example in examples[start : start + batch_size] if example.label_count > 0]
-            if part:  # any id does as padding: the mask hides it and it has no label
-                count = sum(example.label_count for example in part)
-                try:
-                    total += count * loss(collate(part, pad_token_id=0)).loss.item()
-                except NonFiniteLossError:  # the figure that says so
-                    total = math.nan
-                tokens += count
-            if progress is not None:
-                progress(min(start + batch_size, len(examples)), len(examples))
-    if tokens == 0:
+    found = label_tokens(model, examples, batch_size=batch_size, progress=progress)
+    logp = [token for tokens in found if tokens is not None for token in tokens.logp]
+    if not logp:
         raise FastforgetError("no example has a label token, so there is no likelihood to measure")
-    return total / tokens
+    return -math.fsum(logp) / len(logp)

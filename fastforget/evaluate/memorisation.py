@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastforget.backbone import Backbone, training_flags_restored
-from fastforget.batch import check_batch
-from fastforget.data.examples import Example, collate
-from fastforget.errors import FastforgetError, NonFiniteLossError
+from fastforget.backbone import Backbone
+from fastforget.batch import PreparedSide
+from fastforget.data.examples import Example
+from fastforget.errors import FastforgetError
+from fastforget.evaluate.forwards import measured
 from fastforget.evaluate.generation import Progress, decode
 from fastforget.head import base_causal_lm
 from fastforget.stats import token_stats
@@ -79,7 +80,6 @@ class MemorisationReport:
         return sum(shares) / len(shares) if shares else None
 
 
-@torch.no_grad()
 def memorisation(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,39 +106,35 @@ def memorisation(
         raise FastforgetError("no example has a label token, so there is nothing to measure")
     if splits is None:
         splits = [prompt_tokens(example, tokenizer) for example in examples]
-    backbone = Backbone(model)
-    passages: list[Memorisation | None] = []
-    total = 0.0
-    with training_flags_restored(model):
-        model.eval()
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            try:
-                logp, found = measure_batch(backbone, part, splits[start : start + batch_size], lens)
-            except NonFiniteLossError:  # the head's own check says only that the model is broken
-                logp, found = math.nan, [Memorisation(math.nan, math.nan, math.nan)] * len(part)
-            total -= logp
-            passages += found
-            if progress is not None:
-                progress(min(start + batch_size, len(examples)), len(examples))
-    return MemorisationReport(total / sum(example.label_count for example in examples), passages)
+    behind = [max(len(example.input_ids) - split, 0) for example, split in zip(examples, splits, strict=True)]
+
+    def measure(
+        backbone: Backbone, prepared: PreparedSide, places: list[int]
+    ) -> list[tuple[float, Memorisation | None]]:
+        return measure_batch(backbone, prepared, [behind[place] for place in places], lens)
+
+    def broken(place: int) -> tuple[float, Memorisation]:
+        return math.nan, Memorisation(math.nan, math.nan, math.nan)
+
+    found = measured(model, examples, measure, broken, batch_size=batch_size, progress=progress)
+    total = sum(each[0] for each in found if each is not None)
+    nll = -total / sum(max(example.label_count, 0) for example in examples)
+    return MemorisationReport(nll, [None if each is None else each[1] for each in found])
 
 
 def measure_batch(
-    backbone: Backbone, examples: Sequence[Example], splits: Sequence[int], lens: bool
-) -> tuple[float, list[Memorisation | None]]:
-    """Return the sum of log p over the label tokens of a batch, and each example's measures."""
-    batch = check_batch(collate(examples, pad_token_id=0), "the passages")  # the mask hides the padding
-    prepared = backbone.prepare(batch)
-    if prepared is None:
-        return 0.0, [None] * len(examples)
+    backbone: Backbone, prepared: PreparedSide, behind: Sequence[int], lens: bool
+) -> list[tuple[float, Memorisation | None]]:
+    """Return the sum of log p over all label tokens of each labelled row, and its measures.
+
+    `behind`: how many tokens of each row, the last ones, stand behind its prompt.
+    """
     norm = final_norm(backbone) if lens and not backbone.head.is_identity else None
     layers = list(range(len(backbone.stack()))) if norm is not None else []
     states = backbone.states(prepared.inputs, prepared.positions, (None, *layers))
     logp, greedy = likeliest(backbone, states[None], prepared.labels)
-    ends = dict(zip(prepared.rows, torch.tensor(prepared.lengths).cumsum(0).tolist(), strict=True))
-    behind = [max(len(example.input_ids) - split, 0) for example, split in zip(examples, splits, strict=True)]
-    rows = [range(ends[row] - count, ends[row]) if count else range(0) for row, count in enumerate(behind)]
+    ends = torch.tensor(prepared.lengths).cumsum(0).tolist()
+    rows = [range(end - count, end) for end, count in zip(ends, behind, strict=True)]
     lenses: list[Tensor] = []
     places = [place for each in rows for place in each]
     if places and norm is not None and applies(norm, states[layers[-1]], states[None]):
@@ -150,17 +146,16 @@ def measure_batch(
             for layer in layers
         ]
     greedy, lenses = greedy.cpu(), [each.cpu() for each in lenses]
-    found: list[Memorisation | None] = []
-    for own in rows:
-        if not own:
-            found.append(None)
-            continue
-        part = slice(own.start, own.stop)
-        exact, extraction = reproduced(greedy[part].tolist())
-        probability = math.exp(float(logp[part].mean()))
-        by_layer = tuple(float(each[part].float().mean()) for each in lenses)
-        found.append(Memorisation(exact, extraction, probability, by_layer))
-    return float(logp.sum()), found
+    found: list[tuple[float, Memorisation | None]] = []
+    for own, whole in zip(rows, logp.split(prepared.lengths), strict=True):
+        passage = None
+        if own:
+            part = slice(own.start, own.stop)
+            exact, extraction = reproduced(greedy[part].tolist())
+            by_layer = tuple(float(each[part].float().mean()) for each in lenses)
+            passage = Memorisation(exact, extraction, math.exp(float(logp[part].mean())), by_layer)
+        found.append((float(whole.sum()), passage))
+    return found
 
 
 def likeliest(backbone: Backbone, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

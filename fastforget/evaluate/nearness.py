@@ -14,32 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastforget.backbone import Backbone, training_flags_restored
-from fastforget.batch import check_batch
-from fastforget.data.examples import Example, collate
+from fastforget.backbone import Backbone
+from fastforget.batch import PreparedSide
+from fastforget.data.examples import Example
+from fastforget.evaluate.forwards import measured
 
 
-@torch.no_grad()
 def text_states(model: Any, examples: Sequence[Example], batch_size: int = 16) -> list[Tensor | None]:
     """Return the normalised states (n, D), float32, of each example's labelled tokens; None where it has none.
 
     A token's state is the one that predicts the token after it; so the last label's is not among them, and that before
     the first is. The model is in evaluation mode meanwhile.
     """
-    backbone = Backbone(model)
-    found: list[Tensor | None] = [None] * len(examples)
-    with training_flags_restored(model):
-        model.eval()
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            prepared = backbone.prepare(check_batch(collate(part, pad_token_id=0), "the answers"))
-            if prepared is None:
-                continue
-            states = backbone.states(prepared.inputs, prepared.positions)[None].float().cpu()
-            normalised = torch.nn.functional.normalize(states, dim=-1)
-            for row, own in zip(prepared.rows, normalised.split(prepared.lengths), strict=True):
-                found[start + row] = own
-    return found
+
+    def measure(backbone: Backbone, prepared: PreparedSide, places: list[int]) -> tuple[Tensor, ...]:
+        states = backbone.states(prepared.inputs, prepared.positions)[None].float().cpu()
+        return torch.nn.functional.normalize(states, dim=-1).split(prepared.lengths)
+
+    def broken(place: int) -> Tensor:
+        return torch.full((examples[place].label_count, 1), torch.nan)
+
+    return measured(model, examples, measure, broken, batch_size=batch_size)
 
 
 def similarity(truth: Tensor, output: Tensor) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from fastforget.collectives import is_first
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.errors import BrokenFileError, FastforgetError
 from fastforget.files import PART, made_whole
@@ -121,13 +122,14 @@ class Checkpoints:
         """Make ready for a job: it goes on from the last one, or begins anew, and then all are removed."""
         self.say = say
         if not resume:
-            self.clear()
+            if is_first():
+                self.clear()
         elif not self.folders():
             say(f"--resume: {self.folder} holds no checkpoint, so the job begins at its beginning.")
 
     def settle(self) -> None:
-        """Remove what killed processes left of checkpoints."""
-        for scratch in self.folder.glob(f".checkpoint-*{PART}"):
+        """Remove what killed processes left of checkpoints; of several processes the first one does."""
+        for scratch in self.folder.glob(f".checkpoint-*{PART}") if is_first() else ():
             shutil.rmtree(scratch)
 
     def newest(self) -> Checkpoint | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastforget.batch import Batch
-from fastforget.data.answers import answer_of, mismatched, padding_of, with_refusals
+from fastforget.data.answers import mismatched, padding_of, with_refusals
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
 from fastforget.errors import FastforgetError
@@ -28,7 +28,7 @@ class Answers(Sequence[tuple[int, ...]]):
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        return answer_of(self.examples[index])
+        return self.examples[index].answer
 
 
 class Companions:
@@ -68,7 +68,7 @@ class Companions:
     def attach(self, side: str, batch: Batch) -> Batch:
         """Return one side's batch with the companions that terms on it look at."""
         whole = dict(batch)
-        if (side, "refusal") in self.used:
+        if (side, "refusal") in self.used and "refusal" not in whole:  # examples may have alternative answers
             whole = with_refusals(
                 whole, self.tokenizer, self.refusals, generator=self.generator, max_length=self.max_length
             )

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastforget.adapters import save_adapter, task_vector
 from fastforget.backbone import training_flags_restored, without_dropout
-from fastforget.batch import Batch
+from fastforget.batch import Batch, count_labels
 from fastforget.clusters import fit_centres, save_centres
+from fastforget.collectives import is_first
 from fastforget.data.batches import Cycle
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.data.refusals import REFUSALS
@@ -27,11 +28,13 @@ from fastforget.guard import copy
 from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.companions import Companions, check_sets
+from fastforget.jobs.launched import in_parallel, own_share
 from fastforget.jobs.options import JobSettings
 from fastforget.jobs.state import JobResult, JobState, Pace
 from fastforget.jobs.until import ForgetUntilGone, level_of
 from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
+from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import MicroBatch, UnlearnStep
 
@@ -97,7 +100,7 @@ def run_job(
         until = ForgetUntilGone(forget, tokenizer, level, terms, batch_size=settings.batch_size, seed=settings.seed)
     saved = checkpoints.to_resume() if checkpoints is not None and resume else None
     step = UnlearnStep(
-        model,
+        in_parallel(model),
         torch.optim.AdamW,
         terms=[*terms, *([until.watched] if until and until.watched else [])],
         reference_cache_bytes=0 if streamed else DEFAULT_CACHE_BYTES,
@@ -130,8 +133,8 @@ def run_job(
         model.train()
         for number in pace:
             batches = (
-                companions.attach("forget", next(forget_batches)),
-                companions.attach("retain", next(retain_batches)) if retain_batches else None,
+                own_share(companions.attach("forget", next(forget_batches))),
+                own_share(companions.attach("retain", next(retain_batches))) if retain_batches else None,
             )
             out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
@@ -157,11 +160,12 @@ def run_job(
                     until.take_all()
             saves = checkpoints is not None and settings.save_steps is not None and number % settings.save_steps == 0
             if saves or number == pace.last:
-                check_update(model, step, batches, step.rows_at_once(micro_batch), number)
+                check_update(step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
+            result.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches if batch is not None)
             if progress is not None:
                 progress(number, pace.last, out_step)
-            if checkpoints is not None and saves:
+            if checkpoints is not None and saves and is_first():
                 result.seconds = time.perf_counter() - start
 
                 def save(folder: Path) -> None:
@@ -191,9 +195,7 @@ def numbers_of(output: UnlearnOutput) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_update(
-    model: Any, step: UnlearnStep, batches: tuple[Batch, Batch | None], micro_batch: int | None, number: int
-) -> None:
+def check_update(step: UnlearnStep, batches: tuple[Batch, Batch | None], micro_batch: int | None, number: int) -> None:
     """See whether the last update broke something: weights that are finite may be too large to compute with.
 
     One more forward of the step's own batch shows it.
@@ -202,9 +204,13 @@ def check_update(
         NonFiniteLossError, RetainNLLError: it did, and is taken back.
     """
     step.guard.settle()
-    with without_dropout(model):  # nothing is drawn: a job does not depend on how often it is saved
-        parts = list(step.loss.passes(*batches, micro_batch=micro_batch, step=number - 1))
-    bad = step.guard.verdict({name: float(value) for name, value in numbers_of(add_outputs(parts)).items()})
+    device = step.loss.backbone.device
+    counts = sum_counts(count_labels([batches]), device)
+    # nothing is drawn: a job does not depend on how often it is saved
+    with without_dropout(step.model), without_buffer_broadcast(step.model):
+        parts = list(step.loss.passes(*batches, counts, micro_batch, step=number - 1))
+    out = sum_outputs(add_outputs(parts), step.loss.terms, device)
+    bad = step.guard.verdict({name: float(value) for name, value in numbers_of(out).items()})
     if bad is not None:
         raise step.guard.give_up(bad[0], f"{bad[1]} after the update of step {number}")
     step.guard.accept()

@@ -40,6 +40,7 @@ Texts = str | os.PathLike[str] | Iterable[Any]  # a file, folder or hub name; a 
 HEADINGS = DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"  # in --help, in this order
 
 COLUMNS = "FIELD=COLUMN, where rows name text, prompt, response or messages otherwise. Repeatable."
+ALTERNATIVE = "alternative=COLUMN names other answers to the same prompts, for altpo."
 FORMAT = f"A published data set's rows: {', '.join(FORMATS)}."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
@@ -173,7 +174,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     out: Annotated[str | os.PathLike[str], Help("Required. Folder for the adapter, report.json, config.yaml.", OUTPUT)]
     _: KW_ONLY
     retain: Annotated[Texts | None, Help("What to keep, in the same forms.", DATA)] = None
-    forget_columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
+    forget_columns: Annotated[Mapping[str, str] | None, Help(f"{COLUMNS} {ALTERNATIVE}", DATA)] = None
     retain_columns: Annotated[Mapping[str, str] | None, Help("The same for --retain.", DATA)] = None
     forget_split: Annotated[str, Help("Split of a dataset.", DATA)] = "train"
     retain_split: Annotated[str, Help("The same for --retain.", DATA)] = "train"

@@ -128,6 +128,8 @@ def outcome(
         "steps": result.steps,
         "stopped": result.stopped,
         "unlearn_seconds": round(result.seconds, 1),
+        "seconds_a_step": round(result.seconds / max(result.steps, 1), 3),
+        "tokens_a_second": round(result.tokens / max(result.seconds, 1e-9), 1),
         "seconds": round(time.perf_counter() - start, 1),
         "peak_rss_mb": round(peak_rss_mb()),
         "adapter": str(Path(options.out).resolve()),

@@ -147,7 +147,6 @@ def run_recipe(chosen: Recipe, options: RecipeOptions) -> dict[str, Any]:
         "selection": selection,
         "evaluations": {name: each for name, each in evaluations.items() if name != "memorisation"},
         "settings": plain(chosen),
-        "seconds_a_step": round(report["unlearn_seconds"] / max(report["steps"], 1), 3),
         "seconds": round(time.perf_counter() - start, 1),
         "peak_rss_mb": round(peak_rss_mb()),
     }

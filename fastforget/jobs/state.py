@@ -26,6 +26,7 @@ class JobResult:
     stopped: str = ""  # why the job ended
     steps: int = 0  # updates taken
     seconds: float = 0.0
+    tokens: int = 0  # of the batches of both sides, padding and companions left out
     forget_nll: list[float] = field(default_factory=list)
     retain_nll: list[float] = field(default_factory=list)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
+from fastforget.collectives import is_first
 from fastforget.combine import check_sides
 from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
@@ -30,6 +31,7 @@ from fastforget.evaluate.report import (
 from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
+from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
 from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, outcome, write_somewhere
@@ -37,7 +39,7 @@ from fastforget.jobs.planning import fitted
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.sets import check_ids, read_sets
-from fastforget.models import load, load_tokenizer, usable_device
+from fastforget.models import load, load_tokenizer
 from fastforget.objectives import Term, layers_of
 
 
@@ -48,6 +50,9 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
     The folder `out` gets a LoRA adapter in PEFT's format, report.json, and config.yaml, with which
     `fastforget unlearn --config` does the same again. The adapter is written whole or not at all, the other two only
     with it. The seed decides every random draw; torch's own generators are left as they were.
+
+    Started by `torchrun` or `accelerate launch`, or in a process group, each process computes its share of every batch,
+    and the adapter is that of one process; the first one alone shows and writes (`jobs/launched.py`).
 
     Args:
         model: a local folder or a hub name of a causal LM.
@@ -79,6 +84,15 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
         NonFiniteLossError: the loss, its gradient or a weight became NaN; the last good adapter, if any, is saved.
         FastforgetError: any other bad input, before anything is written.
     """
+    with launched_processes(options):
+        if is_first():
+            return in_folder(options)
+        with surroundings(options.seed, quiet=True):
+            return run_unlearn(replace(options, quiet=True, log_to=None), Checkpoints(Path(options.out)))
+
+
+def in_folder(options: UnlearnOptions) -> dict[str, Any]:
+    """Run a job that writes into its folder."""
     checkpoints = Checkpoints(Path(options.out), options.keep_checkpoints)
     claimed = claimed_with_checkpoints(checkpoints, overwrite=options.overwrite, resume=options.resume)
     with claimed, surroundings(options.seed, options.quiet):
@@ -96,7 +110,7 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     check_sides(options.combine, terms)
     refusals = read_refusals(options.refusals)
     lora = options.lora
-    device = usable_device(options.device)
+    device = own_device(options.device)
     sources = {side: options.source(side) for side in ("forget", "retain")}
     config = options.as_config()
     tokenizer = load_tokenizer(options.model)
@@ -184,7 +198,12 @@ def save(
     config: Mapping[str, Any],
     report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save the adapter, and beside it the cluster centres, the options that it came from, and the report."""
+    """Save the adapter, and beside it the cluster centres, the options that it came from, and the report.
+
+    Of several processes the first one saves.
+    """
+    if not is_first():
+        return
 
     def write(folder: Path) -> None:
         save_adapter(model, tokenizer, folder)

@@ -52,7 +52,7 @@ class AltPO(DPO):
     """AltPO (arXiv 2409.13474): DPO of a plausible alternative answer, in `forget["refusal"]`, over the answer."""
 
     job_note: ClassVar[str | None] = (
-        "altpo: a job has no alternative answer for each prompt, so one of the refusals stands for it."
+        "altpo: without a column of alternative answers (--forget-column alternative=NAME) refusals stand for them."
     )
 
 

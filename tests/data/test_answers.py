@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastforget as ff
-from fastforget.data.answers import answer_of, prompts_and_answers
+from fastforget.data.answers import prompts_and_answers
 from fastforget.data.examples import Example, collate
 from fastforget.data.refusals import read_refusals
 
@@ -45,7 +45,7 @@ def test_prompt_and_answer_are_read_off_either_padding(batch):
         for key, value in batch.items()
     }
     assert prompts_and_answers(left) == expected
-    assert [list(answer_of(example)) for example in EXAMPLES] == [answer for _, answer in expected]
+    assert [list(example.answer) for example in EXAMPLES] == [answer for _, answer in expected]
 
 
 @pytest.mark.parametrize("count", [6, 200])  # by a permutation, and by a few draws

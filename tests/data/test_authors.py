@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastforget.data.authors import ANSWERS, AUTHOR_FACTS, FORGET_SHARES, PERTURBED, invented_authors
+from fastforget.data.authors import ANSWERS, AUTHOR_FACTS, FORGET_SHARES, PERTURBED, borrowed_answers, invented_authors
 from fastforget.errors import FastforgetError
 
 
@@ -35,6 +35,21 @@ def test_answers_paraphrases_and_wrong_answers():
         wrong = [said[each] for each in question.perturbed]
         assert [number for number, _ in wrong] == [other] * PERTURBED, "worded as the paraphrase"
         assert value not in {each for _, each in wrong} and len(set(wrong)) == PERTURBED
+
+
+def test_borrowed_answers_are_true_of_somebody_else():
+    sets = invented_authors(1).sets
+    forget, retain = sets["forget10"], sets["retain90"]
+    found = borrowed_answers(forget, retain, seed=3)
+    said = {
+        (each.source.partition(": ")[2], each.answer.replace(each.source.partition(":")[0], "X")) for each in retain
+    }
+    for own, other in zip(forget, found, strict=True):
+        subject, _, fact = own.source.partition(": ")
+        assert subject in other.answer and (fact, other.answer.replace(subject, "X")) in said
+        assert (other.question, other.paraphrased, other.perturbed) == (own.question, own.paraphrased, own.perturbed)
+    assert sum(own.answer != other.answer for own, other in zip(forget, found, strict=True)) > 0.9 * len(forget)
+    assert found == borrowed_answers(forget, retain, seed=3) != borrowed_answers(forget, retain, seed=4)
 
 
 def test_the_seed_decides_everything():

@@ -184,3 +184,35 @@ def test_templates_that_cannot_be_used_are_refused(chat, template, message):
     with pytest.raises(ff.FastforgetError, match=message) as caught:
         read({"messages": ONE_TURN}, chat(template))
     assert str(caught.value).startswith("rows[0]") and "\n" not in str(caught.value)
+
+
+ALTPO = {"prompt": "Who was it?", "response": "Ada Lovelace.", "other": "Grace Hopper."}
+
+
+@pytest.mark.parametrize("kind", ["columns", "template", "messages"])
+def test_alternative_answer_is_tokenized_as_the_answer_is(chat, tokenizer, kind):
+    reads, row = (chat(CHATML) if kind != "columns" else tokenizer), ALTPO
+    if kind == "messages":
+        row = {"messages": ONE_TURN, "other": ALTPO["other"]}
+    columns = {"alternative": "other"}
+    (found,) = read_source(Source(path=[row], columns=columns), reads, 64)
+    instead = {**row, "response": row["other"]}
+    if kind == "messages":
+        instead = {"messages": [ONE_TURN[0], {"role": "assistant", "content": row["other"]}]}
+    (expected,) = read_source(Source(path=[instead]), reads, 64)
+    assert found.with_alternative().input_ids == expected.input_ids
+    assert found.alternative == expected.answer != found.answer
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (ALTPO, {"alternative": "no"}, "rows.0. has no column 'no' for 'alternative'"),
+        ({**ALTPO, "other": None}, {"alternative": "other"}, "has a 'other' that is empty"),
+        ({**ALTPO, "other": " word" * 99}, {"alternative": "other"}, "compared as a whole"),
+        ({"text": "a", "other": "b"}, {"text": "text", "alternative": "other"}, "a text has no answer"),
+    ],
+)
+def test_alternative_answer_that_cannot_be(tokenizer, row, columns, message):
+    with pytest.raises(ff.FastforgetError, match=message):
+        read_source(Source(path=[row], columns=columns), tokenizer, 64)

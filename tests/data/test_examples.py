@@ -4,6 +4,7 @@ import pytest
 from helpers import counting_stream
 
 from fastforget.data.examples import Example, ExampleStream, collate
+from fastforget.errors import FastforgetError
 
 EXAMPLES = [Example(tuple(range(10 * n, 10 * n + n + 1)), prompt_length=n % 3) for n in range(1, 8)]  # 2 to 8 tokens
 
@@ -13,6 +14,15 @@ def test_collate_pads_on_the_right_and_labels_after_the_prompt():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]], "the padding token may occur in the text"
     assert batch["labels"].tolist() == [[-100, -100, 7], [5, 0, -100]]
+
+
+def test_alternative_answers_are_a_batch_beside():
+    known = Example((5, 6, 7), 1, alternative=(8, 9, 4))
+    batch = collate([known, Example((5, 6), 1, alternative=(3,))], pad_token_id=0)
+    assert batch["refusal"]["input_ids"].tolist() == [[5, 8, 9, 4], [5, 3, 0, 0]]
+    assert batch["refusal"]["labels"].tolist() == [[-100, 8, 9, 4], [-100, 3, -100, -100]]
+    with pytest.raises(FastforgetError, match=r"f\.jsonl:2 has no alternative answer"):
+        collate([known, Example((5, 6), 1, "f.jsonl:2")])
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -61,6 +61,21 @@ def test_of_many_labels_any_counts(tokenizer, tmp_path):
         assert any_label == pytest.approx(max(shares), abs=1e-5) and threat == pytest.approx(shares[1], abs=1e-5)
 
 
+def test_long_dialogue_has_the_score_of_its_worst_window(tokenizer, tmp_path):
+    folder = classifier(tmp_path / "c", tokenizer, ["hate"], problem_type="multi_label_classification")
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    long = Dialogue("Who was it?", "It was Ada Lovelace, and water boils at a hundred degrees. " * 12)
+    ids = tokenizer(f"{long.prompt}\n{long.response}".strip(), add_special_tokens=False)["input_ids"]
+    begin = [tokenizer.bos_token_id]
+    room, step = 63, 63 - 64 // 8
+    starts = [0, *range(step, len(ids) - 64 // 8, step)]
+    with torch.no_grad():
+        each = [float(model(torch.tensor([begin + ids[at : at + room]])).logits.sigmoid()) for at in starts]
+    score = load_evaluator(str(folder), device="cpu")
+    assert len(each) > 3 and score([*DIALOGUES, long])[3] == pytest.approx(max(each), abs=1e-5)
+    assert score([*DIALOGUES, long])[:3] == pytest.approx(score(DIALOGUES), abs=1e-6)
+
+
 def test_labels_that_are_unknown_or_missing_list_the_ones_there_are(tokenizer, tmp_path):
     folder = str(classifier(tmp_path / "c", tokenizer, ["safe", "toxic"]))
     with pytest.raises(FastforgetError, match="has no label 'tox'; its labels are safe, toxic"):

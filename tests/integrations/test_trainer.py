@@ -107,6 +107,23 @@ def test_evaluation_has_the_means_of_the_whole_set_and_what_is_measured(tiny, tm
     assert float(loss.detach()) == pytest.approx(logged["eval_loss"], rel=1e-5)
 
 
+def test_batches_with_both_sides_by_name(tiny, tmp_path, monkeypatch):
+    """And without arguments of Trainer's, whose defaults would take the sides for unused columns."""
+    monkeypatch.chdir(tmp_path)
+
+    def collate(items):
+        sides = {side: flat([item[side] for item in items], []) for side in ("forget", "retain")}
+        return {side: {key: batch[key] for key in batch.keys() - {"role"}} for side, batch in sides.items()}
+
+    model = load_perturbed(tiny["llama"])
+    pairs = PairedRows(rows(9, 5), rows(9, 6))
+    trainer = ff.UnlearnTrainer(model, terms=GRAD_DIFF, train_dataset=pairs, eval_dataset=pairs, data_collator=collate)
+    assert next(iter(trainer.get_train_dataloader())).keys() == {"forget", "retain"}
+    expected = float(grad_diff(model, [flat(pairs.forget, pairs.retain)]).detach())
+    measured = trainer.evaluate()
+    assert measured["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_retain_row_is_dealt_as_often_as_any_other():
     pairs = PairedRows(list("abcd"), list(range(6)), seed=3)
     dealt = []

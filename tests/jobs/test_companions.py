@@ -1,7 +1,7 @@
 """Jobs whose terms need refusals or other prompts' answers: built by the job, fresh at each step, or refused early."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -39,6 +39,14 @@ def data(tokenizer):
     ]
     retain = text_examples("Two and two are four, and water boils at a hundred degrees. " * 12, tokenizer, 48, "r")
     return forget, retain
+
+
+def test_alternative_answers_reach_the_step_instead_of_refusals(tokenizer, data):
+    examples = [replace(example, alternative=(5, 6, 7)) for example in data[0]]
+    companions = Companions(ff.preset("altpo"), tokenizer, data[1])
+    batch = companions.attach("forget", collate(examples))
+    assert [answer for _, answer in prompts_and_answers(batch["refusal"])] == [[5, 6, 7]] * 4
+    assert prompts_and_answers(batch["refusal"])[0][0] == list(examples[0].input_ids[: examples[0].prompt_length])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -146,7 +154,7 @@ def test_a_job_says_where_it_makes_do(tiny, tmp_path):
         console = Console(record=True, width=200)
         rows = [{"prompt": "Where is Alder?", "response": " Below."}]
         ff.unlearn(tiny["llama"], rows, tmp_path / preset, preset=preset, console=console, **options)
-        assert ("one of the refusals stands for it" in console.export_text()) == said
+        assert ("alternative=NAME" in console.export_text()) == said
 
 
 def test_what_the_sets_lack_is_said_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):

@@ -100,6 +100,13 @@ def test_stops_where_the_retain_nll_rises_above_its_bound(tiny, tokenizer, passa
         run_job(model, tokenizer, *passages, ff.preset("grad_ascent"), settings)
 
 
+def test_tokens_of_both_sides_are_counted(tiny, tokenizer, passages):
+    model, sides = ff.load(tiny["llama"], bits=32, lora={"r": 4}), [side[:3] for side in passages]
+    settings = JobSettings(max_steps=2, batch_size=3)  # every batch is the whole of its side
+    result = run_job(model, tokenizer, *sides, ff.preset("grad_diff"), settings)
+    assert result.tokens == 2 * sum(len(example.input_ids) for side in sides for example in side)
+
+
 def test_checkpoints_load_in_plain_peft(tiny, tokenizer, passages, tmp_path):
     import peft
 

@@ -64,6 +64,21 @@ def test_an_interrupted_run_goes_on_and_ends_alike(first, tmp_path, monkeypatch)
     assert found["models"] == report["models"] and found["robustness"] == report["robustness"]
 
 
+def test_alternative_answers_are_what_is_preferred(first, tmp_path, monkeypatch):
+    given = []
+
+    def stops(model, tokenizer, forget, *others, **named):
+        given.extend(forget)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run_job", stops)
+    options = TofuOfflineOptions(tmp_path, split="10", cache=first[0] / "cache", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        tofu_offline(options, TINY, [TofuTrial("altpo", {}, 1e-3, 3, alternatives=True)])
+    assert given and all(each.alternative for each in given)
+    assert sum(each.alternative != each.answer for each in given) > len(given) / 2
+
+
 def test_nothing_is_shown_where_the_test_has_no_power():
     for quality in (None, 0.01, 0.5):
         with pytest.raises(ff.FastforgetError, match="nothing could be shown"):

@@ -1,0 +1,66 @@
+"""A part of the vocabulary: which of the head's rows a process holds, where several hold one part each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastforget.errors import FastforgetError
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Where a process's rows of the head lie in the vocabulary; all of its processes have the same hidden states.
+
+    Args:
+        first: the token of its first row.
+        vocabulary: how many tokens there are in all.
+        group: the processes; None: all.
+
+    Raises:
+        FastforgetError: there are no processes.
+    """
+
+    first: int
+    vocabulary: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise FastforgetError("a shard of the vocabulary needs processes: call init_process_group first")
+
+    @property
+    def place(self) -> int:
+        """This process's number in the group."""
+        return dist.get_rank(self.group)
+
+    def own_labels(self, labels: Tensor, rows: int) -> Tensor:
+        """Labels (n,) as numbers of this process's rows; `rows` for those of other processes, -1 for none."""
+        own = labels - self.first
+        own = torch.where((own >= 0) & (own < rows), own, rows)
+        return torch.where(labels < 0, -1, own)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors (...), in their order: (R, ...)."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, tensor, group=self.group)
+        return torch.stack(parts)
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum all processes' tensors, in place."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def check(self, rows: int, device: torch.device) -> None:
+        """Raise, in every process, where the parts are not the vocabulary: each token in one of them, in any order."""
+        parts = self.gather(torch.tensor([self.first, rows, self.vocabulary], device=device)).tolist()
+        end = 0
+        for first, size, vocabulary in sorted(parts):
+            if first != end or vocabulary != self.vocabulary:
+                break
+            end += size
+        if end != self.vocabulary:
+            said = "; ".join(f"{size} rows from {first} on, of {vocabulary}" for first, size, vocabulary in parts)
+            raise FastforgetError(f"the shards of the head are not one vocabulary, each token in one of them: {said}")
