@@ -122,7 +122,7 @@ def test_a_disk_that_holds_no_checkpoint_holds_the_result(tiny, tmp_path, monkey
     disk_that_is_full(monkeypatch, lambda path: "checkpoint" in str(path))
     with pytest.warns(UserWarning, match="checkpoint-1 could not be written"):
         report = ff.unlearn(tiny["llama"], FORGET, tmp_path / "out", save_steps=1, **QUICK)
-    assert report["steps"] == 3 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert report["steps"] == QUICK["max_steps"] and (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("*checkpoint*"))
 
 
