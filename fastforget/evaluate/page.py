@@ -22,7 +22,7 @@ from fastforget.files import written_whole
 PAGE, CARD = "report.html", "README.md"
 SAMPLES_OF_A_SET = 3
 PACKAGES = ("fastforget", "torch", "transformers", "peft", "bitsandbytes")
-NOT_SETTINGS = ("samples", "robustness", "before", "after", "compared", "curves", "models", "forget_truth_ratio")
+NOT_SETTINGS = "samples robustness before after compared curves models forget_truth_ratio ability".split()
 Table = tuple[list[str], list[list[str]]]  # headings, rows
 
 STYLE = """
@@ -135,6 +135,8 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
         headings = ["measure", *(f"{name} ({report.get(f'{name}_passages', '-')})" for name in names)]
         tables.append(("What the model still knows, before → after", (headings, rows)))
     tables += [(f"Suite {suite}", suite_table(found)) for suite, found in suites_of(report).items()]
+    if report.get("ability"):
+        tables.append(("General ability (lm-eval)", suite_table(report["ability"])))
     models = report.get("models")
     if models:
         rows = [
@@ -193,6 +195,8 @@ def not_checked(report: Mapping[str, Any]) -> list[str]:
     lines = []
     if not robust_of(report):
         lines.append("Whether it lasts: after merging, quantising, or training on part of what was forgotten.")
+    if not report.get("ability"):
+        lines.append("What else the model can still do, by public benchmarks.")
     if "unseen_nll_before" not in report and not report.get("models"):
         lines.append("How the forget set compares with text that the model never saw (give an unseen set).")
     if "retain_nll_before" not in report and not report.get("models"):

@@ -13,6 +13,7 @@ import torch
 
 from fastforget.data.examples import Example
 from fastforget.data.sources import read_source
+from fastforget.evaluate.ability import ability, task_manager
 from fastforget.evaluate.evaluators import name_of
 from fastforget.evaluate.leakage import leakage_from
 from fastforget.evaluate.page import PAGE, samples_of, write_page
@@ -79,6 +80,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model)
     suite = None if options.suite == MEMORISATION else SUITES[options.suite](options, tokenizer)
     sets = read_examples(options, tokenizer) if suite is None else {}
+    manager = task_manager(options.task_names, options.task_folder) if options.task_names else None
     stages = Stages(Path(options.out), stage_settings(options))
     model: Any = load(
         options.model,
@@ -99,6 +101,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         report |= run_memorisation(options, model, tokenizer, sets, stages)
     else:
         report |= run_suite(options, suite, model, stages)
+    if manager is not None:
+        report["ability"] = run_tasks(options, model, tokenizer, manager, stages)
     report["seconds"] = round(time.perf_counter() - start, 1)
     report["peak_rss_mb"] = round(peak_rss_mb())
     report = write_json(Path(options.out) / REPORT, report)
@@ -138,6 +142,23 @@ def run_suite(options: EvaluateOptions, suite: Suite, model: Any, stages: Stages
     if after["log"]:
         write_json(Path(options.out) / LOG, after["log"])
     return {"before": before, "after": after, "compared": suite.compare(before, after)}
+
+
+def run_tasks(options: EvaluateOptions, model: Any, tokenizer: Any, manager: Any, stages: Stages) -> dict[str, Any]:
+    """Measure the general ability of both models; return its part of the report, in the form of a suite's."""
+
+    def measured() -> Any:
+        names, most = options.task_names, options.task_questions
+        return {"figures": ability(model, tokenizer, names, manager, limit=most, seed=options.seed)}
+
+    def untouched() -> Any:
+        with model.disable_adapter():
+            return measured()
+
+    before = stages.once("untouched-tasks", untouched)
+    after = before if options.adapter is None else stages.once("adapter-tasks", measured)
+    print_figures(console_of(options.quiet, options.console), "general ability", before["figures"], after["figures"])
+    return {"before": before, "after": after}
 
 
 def run_memorisation(

@@ -148,6 +148,13 @@ class EvaluateOptions:
     reference: Annotated[
         str | os.PathLike[str] | None, Help("A model that saw none of the texts, for the suite membership.", MODEL)
     ] = None
+    tasks: Annotated[
+        str | Sequence[str] | None, Help("Tasks of lm-eval too, comma-separated: general ability.", TRAINING)
+    ] = None
+    task_folder: Annotated[
+        str | os.PathLike[str] | None, Help("YAML files of further tasks; what they name is run.", TRAINING)
+    ] = None
+    task_questions: Annotated[int | None, Help("Of each task at most.", TRAINING)] = None
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
     bits: Annotated[int, Help("Precision of the frozen base: 8, 4, 16 or 32.", MODEL)] = 8
     allow_missing_weights: Annotated[bool, Help(ALLOW, MODEL)] = False
@@ -163,6 +170,7 @@ class EvaluateOptions:
         check_range(self, "measured_passages", 1, LARGEST)
         check_range(self, "max_length", SHORTEST, LARGEST)
         check_range(self, "threshold", 0, 1)
+        check_range(self, "task_questions", 1, LARGEST)
         if self.suite not in SUITE_SETS:
             raise FastforgetError(f"unknown suite {self.suite!r}: choose one of {', '.join(SUITE_SETS)}")
         known = SUITE_SETS[self.suite]
@@ -175,6 +183,11 @@ class EvaluateOptions:
     def label_names(self) -> list[str]:
         """List the labels that count."""
         return names_of(self.labels)
+
+    @property
+    def task_names(self) -> list[str]:
+        """List the tasks of lm-eval."""
+        return names_of(self.tasks)
 
     def format_of(self, side: str) -> str | None:
         """Return the format of a side as it was given: that of --forget stands for the others' too."""
