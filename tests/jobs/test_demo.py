@@ -170,7 +170,8 @@ REPORT = {
 def test_curves_show_preset_seed_and_measured_values(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(demo_module, "plot_curves", lambda *given, **named: calls.append((given, named)) or given[0])
-    line = draw_curves(tmp_path / "curves.png", JobResult("", 2, 1.0, [0.1, 1.0, 2.0], [0.1, 0.2, 0.2]), REPORT)
+    result = JobResult(steps=2, forget_nll=[0.1, 1.0, 2.0], retain_nll=[0.1, 0.2, 0.2])
+    line = draw_curves(tmp_path / "curves.png", result, REPORT)
     assert str(tmp_path / "curves.png") in line
     (given, named) = calls[0]
     assert given == (tmp_path / "curves.png", [0.1, 1.0, 2.0], [0.1, 0.2, 0.2]) and named["steps"] == 2
