@@ -87,15 +87,7 @@ def test_every_dependency_is_named_with_its_use():
     assert len(named) > 15 and named == set(rows)
 
 
-USERS = (
-    "data",
-    "plot",
-    "cluster",
-    "evaluate",
-    "gpu",
-    "trl",
-    "real",
-)  # extras of those who use it
+USERS = ("ability", "cluster", "data", "evaluate", "gpu", "plot", "real", "trl")  # extras of those who use it
 
 
 def test_a_library_that_cannot_be_used_says_why(library, tmp_path, monkeypatch):
