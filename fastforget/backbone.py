@@ -151,13 +151,17 @@ class Backbone:
             if not self.head.is_identity:  # as a check may have left it
                 self.head = shard
 
-    def fill_in(self, layers: Collection[int | None]) -> Tensor:
-        """Take part in a forward to these layers that other processes run: 0, with a graph like theirs."""
+    def fill_in(self, layers: Collection[int | None], trains_head: bool = False) -> Tensor:
+        """Take part in a forward to these layers that other processes run: 0, with a graph like theirs.
+
+        Args:
+            trains_head: the head, if it trains, is in that graph.
+        """
         ids = torch.ones((1, 2), dtype=torch.int64, device=self.device)
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         states = self.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (nothing, nothing), layers)
         parts = [state.float().sum() for state in states.values()]
-        if None in layers and not self.head.is_identity:
+        if trains_head and not self.head.is_identity:
             parts += [each[:0].float().sum() for each in (self.head.weight, self.head.bias) if each is not None]
         return torch.stack(parts).sum()
 

@@ -204,7 +204,7 @@ class UnlearnLoss:
 
     def fill_in(self, forward: ForwardPlan) -> UnlearnOutput:
         """Take part in a forward for which this process has no label, and another one has (`shards.py`)."""
-        loss = self.backbone.fill_in(forward.layers)
+        loss = self.backbone.fill_in(forward.layers, forward.trains_head)
         if self.reference is not None:
             for plan in forward.streams.values():
                 if plan.reference:

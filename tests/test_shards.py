@@ -127,6 +127,28 @@ def test_full_fine_tuning_over_shards_with_a_head_that_trains(tmp_path):
             assert_gradients(weights, expected)
 
 
+def push_states(ranks):
+    """Gradients of a head that trains where what the second process has nothing of does not reach it."""
+    model = tiny_model("llama").train()
+    if len(ranks) == 1:
+        shard(model)
+    terms = [ff.EmbeddingDistance(anchor=torch.zeros(64), margin=1e3), ff.CE()]
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1)
+    loss = float(step.backward(batch_for(1, ranks)).loss)
+    return loss, whole_of(gradients(model))
+
+
+def push_states_over_shards(rank):
+    return push_states((rank,))
+
+
+def test_a_head_that_trains_in_one_side_alone(tmp_path):
+    expected_loss, expected = push_states((0, 1))
+    for loss, found in in_processes(tmp_path, 2, push_states_over_shards):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_gradients(found, expected)
+
+
 def left_padded(batch):
     """The same rows with padding on the left, where the first tokens then have places of their own."""
     padded = {key: torch.cat([value[:, :1] * 0, value], 1) for key, value in batch.items() if key != "role"}
