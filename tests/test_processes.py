@@ -37,6 +37,21 @@ def test_five_steps_of_processes_are_those_of_one(count, tiny, tmp_path):
         assert same(other, weights), "the processes' weights are the same to the bit"
 
 
+def clip_all(rank, folder):
+    model = load_perturbed(folder)
+    trained, *others = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    step = ff.UnlearnStep(
+        DistributedDataParallel(model), torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1, params=[trained]
+    )
+    step.backward(make_batch(2, 1 + rank))
+    return float(torch.nn.utils.clip_grad_norm_([trained, *others], 0.01)), trained.grad
+
+
+def test_weights_that_no_optimizer_holds_have_gradients_that_are_averaged_too(tiny, tmp_path):
+    (norm, gradient), (other_norm, other) = in_processes(tmp_path, 2, clip_all, tiny["llama"])
+    assert norm == other_norm and torch.equal(gradient, other), "clipping gives all processes the same gradient"
+
+
 def train_to_a_layer(rank, folder):
     model = load_perturbed(folder)
     terms = ff.preset("rmu", layer=0, alpha=3.0)

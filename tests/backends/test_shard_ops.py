@@ -157,6 +157,40 @@ def refused(rank, folder):
     return messages
 
 
+def differ(rank, folder):
+    """What is said where processes that share a vocabulary have other rows, labels or weights, or halve their rows."""
+
+    def step_of(**options):
+        model = load_perturbed(folder, seed=options.pop("seed", 1))
+        sharded_head(model, Shard(-1))
+        return ff.UnlearnStep(model, torch.optim.SGD, lr=0.1, **{"terms": [ff.NegatedCE()], **options})
+
+    attempts = {
+        "labels": lambda: step_of().backward(make_batch(2, 1 + rank)),
+        "rows": lambda: step_of().backward(make_batch(2 + rank, 1)),
+        "parts": lambda: step_of().backward(make_batch(2, 1), micro_batch=2 - rank),
+        "weights": lambda: step_of(seed=1 + rank, terms=[ff.KL(on="forget")]).backward(make_batch(2, 1)),
+        "auto": lambda: step_of().backward(make_batch(2, 1), micro_batch="auto"),
+        "cache": lambda: step_of(terms="npo", reference_cache_folder=folder / "cache"),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(ff.FastforgetError) as error:
+            attempt()
+        messages[name] = str(error.value)
+    return messages
+
+
+def test_processes_that_share_a_vocabulary_must_not_differ(tiny, tmp_path):
+    for messages in in_processes(tmp_path, 2, differ, tiny["llama"]):
+        for name in ("labels", "weights"):
+            assert "differ in their hidden states or labels" in messages[name]
+        for name in ("rows", "parts"):
+            assert "share a vocabulary, and this one's batch is another one" in messages[name]
+        assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
+        assert messages["cache"].startswith("reference_cache_folder:")
+
+
 def fail(rank, folder):
     model = load_perturbed(folder)
     sharded_head(model, Shard(-1))
