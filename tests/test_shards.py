@@ -32,6 +32,8 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget.collectives import ProcessFailedError, attempt
+from fastforget.data.examples import Example
+from fastforget.evaluate.leakage import mean_nll
 from fastforget.memory import checkpoint_layers
 from fastforget.shards import local, reshard, whole
 
@@ -213,6 +215,19 @@ def test_gradients_with_caches_checkpointing_and_padding_of_their_own(tiny, tmp_
     for found in in_processes(tmp_path, 2, gradients_over_shards, tiny["llama"]):
         # FSDP2 gives weights of layers that a forward does not reach no gradient, as one process does
         assert_gradients(found, expected)
+
+
+def nll_of(model):
+    return mean_nll(model, [Example(tuple(range(first, first + 9)), 3) for first in (1, 20, 40)], batch_size=2)
+
+
+def measured(rank, folder):
+    return nll_of(shard(load_perturbed(folder)))
+
+
+def test_evaluation_over_shards(tiny, tmp_path):
+    expected = nll_of(load_perturbed(tiny["llama"]))
+    assert in_processes(tmp_path, 2, measured, tiny["llama"]) == pytest.approx([expected] * 2, rel=1e-6)
 
 
 def guarded(rank, folder):

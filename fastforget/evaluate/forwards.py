@@ -28,7 +28,7 @@ def measured(
 ) -> list[Result | None]:
     """Measure each example that has a label, in batches of like length; results in the examples' order, None without.
 
-    The model is in evaluation mode meanwhile.
+    The model is in evaluation mode meanwhile. Where FSDP2 shards it all processes measure the same.
 
     Args:
         measure: given a batch, and which of the examples its labelled rows are, returns a result of each of these.
@@ -50,7 +50,8 @@ def measured(
             if prepared is not None:
                 labelled = [places[row] for row in prepared.rows]
                 try:
-                    results = list(measure(backbone, prepared, labelled))
+                    with backbone.whole_head():
+                        results = list(measure(backbone, prepared, labelled))
                 except NonFiniteLossError:  # the head's own check, on the first batch
                     results = [broken(place) for place in labelled]
                 for place, result in zip(labelled, results, strict=True):
