@@ -100,7 +100,7 @@ def failures_told() -> Iterator[None]:
                 told = store.get(key).decode()
             else:
                 store.set(key, f"{dist.get_rank()} {type(error).__name__}: {error}")
-        if told is None:
+        if told is None or not isinstance(error, RuntimeError):  # what a lost connection raises is one
             raise
         rank, message = told.split(" ", 1)
         raise ProcessFailedError(int(rank), message) from error

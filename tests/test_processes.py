@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
 from processes import five_steps, in_processes, micro_batches
 from torch.nn.parallel import DistributedDataParallel
 
 import fastforget as ff
+from fastforget.collectives import failures_told
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
 
@@ -95,6 +97,20 @@ def test_an_error_of_one_process_ends_all_with_its_message(tiny, tmp_path):
     )
     assert "it has no 'labels'" in first[1] and second[1].startswith("ProcessFailedError: process 0 failed")
     assert all(torch.equal(weights[name], other[name]) for name in weights), "and a step after it is one again"
+
+
+def fail_alike(rank):
+    if rank == 1:
+        dist.barrier()  # the other one has failed by now
+    with pytest.raises(ff.NonFiniteLossError) as error, failures_told():
+        raise ff.NonFiniteLossError(f"found by {rank}")
+    if rank == 0:
+        dist.barrier()
+    return str(error.value)
+
+
+def test_an_error_that_all_have_is_the_own_one_of_each(tmp_path):
+    assert in_processes(tmp_path, 2, fail_alike) == ["found by 0", "found by 1"]
 
 
 def refused(rank, folder):
