@@ -6,7 +6,7 @@
 PYTHON ?= python3
 # Installed before everything else, so that no dependency picks another build of it; not in constraints.txt for this reason.
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,data,plot,cluster,evaluate,gpu
+EXTRAS ?= dev,data,plot,cluster,evaluate,gpu,trl
 # Other versions than those of constraints.txt, in words of pip: OTHERS="transformers==5.0.*"
 OTHERS ?=
 TEST_WORKERS ?= 2
@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-install docs release-check sanitize bench proof format clean
+.PHONY: help venv demo test test-versions test-short test-install docs release-check sanitize bench proof format clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -46,6 +46,17 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist worksteal
+
+## make test-versions the same tests with the oldest versions that we take, and with those of the GPU machine that we have
+##                    measured on (environments of several GB, in build/)
+OLDEST := TORCH="torch==2.9.*" OTHERS="transformers==5.0.* peft==0.18.* accelerate==1.10.* numpy<2.4"
+GPU_MACHINE := TORCH="torch==2.11.0" OTHERS="transformers==5.17.* numpy<2.4"  # Triton 3.6's interpreter: numpy < 2.4
+test-versions:
+	$(MAKE) test-short VENV=build/oldest $(OLDEST)
+	$(MAKE) test-short VENV=build/gpu-machine $(GPU_MACHINE)
+test-short: $(STAMP)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(VENV)/inductor TRITON_CACHE_DIR=$(VENV)/triton \
+	    $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist worksteal
 
 ## make test-install  build the sdist and the wheel, install them into clean environments, and import
 test-install: $(STAMP)
@@ -86,10 +97,10 @@ sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
-## make proof         the tests that take minutes, every causal LM class of transformers, then the demo with every preset
-##                    and three seeds, and every preset's job and memory on a small set (ARGS="..." for options); writes
-##                    results under benchmarks/results/
-proof: $(STAMP)
+## make proof         the tests that take minutes, other versions, every causal LM class of transformers, then the demo
+##                    with every preset and three seeds, and every preset's job and memory on a small set (ARGS="..." for
+##                    options); writes results under benchmarks/results/
+proof: $(STAMP) test-versions
 	$(BIN)/python -m pytest -m slow
 	FASTFORGET_DRAWS=20 $(BIN)/python -m pytest -q --timeout 3600 -n $(TEST_WORKERS) \
 	    tests/backends/test_oracle.py tests/test_linear.py

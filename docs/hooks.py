@@ -6,7 +6,14 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("benchmarks/results/**/*.json", "benchmarks/results/**/*.md", "examples/*.py", "kernels/README.md", "*.md")
+OUTSIDE = (
+    "benchmarks/results/**/*.json",
+    "benchmarks/results/**/*.md",
+    "examples/*.py",
+    "examples/*.ipynb",
+    "kernels/README.md",
+    "*.md",
+)
 UP = re.compile(r"\]\(\.\./(?=[\w.-])")  # a link from docs/ to the folder above it
 
 

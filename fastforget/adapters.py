@@ -11,6 +11,7 @@ import torch
 
 from fastforget.errors import FastforgetError
 from fastforget.files import replaced_together
+from fastforget.joined import save_joined
 from fastforget.objectives.task_vector import check_strength
 from fastforget.shards import is_sharded
 
@@ -19,12 +20,14 @@ ADDED_TO_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # initialisa
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
-    """Save our adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
+    """Save the adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
 
-    Files of the same names in the folder are replaced, others stay.
+    Files of the same names in the folder are replaced, others stay. Where several LoRA adapters are on, ours on top of
+    a fine-tuning adapter say, what is saved is all of them as one: plain PEFT then loads the model that was trained.
 
     Raises:
-        FastforgetError: a weight of the adapter is NaN or infinite, or FSDP2 shards it; nothing is written.
+        FastforgetError: a weight of the adapter is NaN or infinite, several are on that cannot be joined, or FSDP2
+            shards it; nothing is written.
     """
     if is_sharded(model):
         raise FastforgetError(
@@ -32,13 +35,18 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
             "torch.distributed.checkpoint.state_dict), and let one of them save it, as examples/fsdp2.py does"
         )
     check_finite(model)
-    selected = [ADAPTER_NAME] if ADAPTER_NAME in model.peft_config else None
+    names = list(model.active_adapters)
+    for name in names if len(names) > 1 else ():
+        check_linear(name, model.peft_config[name], "joined with the others that are on")
     with replaced_together(Path(folder)) as scratch:
-        model.save_pretrained(scratch, selected_adapters=selected, save_embedding_layers=False)
+        if len(names) > 1:
+            save_joined(model, names, scratch)
+        else:
+            model.save_pretrained(scratch, selected_adapters=names, save_embedding_layers=False)
+            for path in [*scratch.glob(f"{names[0]}/*")]:  # where PEFT puts those that are not called "default"
+                path.replace(scratch / path.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        for path in [*scratch.glob(f"{ADAPTER_NAME}/*")]:
-            path.replace(scratch / path.name)
         for path in [*scratch.iterdir()]:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -81,7 +89,7 @@ def task_vector(model: Any, alpha: float = 1.0, *, adapter: str | None = None) -
     name = adapter if adapter is not None else sole_adapter(model)
     if name not in model.peft_config:
         raise FastforgetError(f"the model has no adapter {name!r}: it has {', '.join(model.peft_config)}")
-    check_linear(name, model.peft_config[name])
+    check_linear(name, model.peft_config[name], "subtracted as a task vector")
     negated = 0
     for module in model.modules():
         if name in getattr(module, "merged_adapters", ()):
@@ -108,8 +116,8 @@ def sole_adapter(model: Any) -> str:
     return active[0]
 
 
-def check_linear(name: str, config: Any) -> None:
-    """Raise where an adapter changes the weights in another way than by adding s * B A to them."""
+def check_linear(name: str, config: Any, what: str) -> None:
+    """Raise, saying `what` it cannot be, where an adapter does another thing to the weights than to add s * B A."""
     reasons = [
         (getattr(config.peft_type, "value", config.peft_type) != "LORA", "it is no LoRA adapter"),
         (getattr(config, "use_dora", False), "DoRA rescales the whole weight"),
@@ -123,4 +131,4 @@ def check_linear(name: str, config: Any) -> None:
     ]
     for refused, why in reasons:
         if refused:
-            raise FastforgetError(f"adapter {name!r} cannot be subtracted as a task vector: {why}")
+            raise FastforgetError(f"adapter {name!r} cannot be {what}: {why}")

@@ -17,7 +17,7 @@ from fastforget.batch import CheckedBatch, PreparedSide, positions_without_paddi
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
-from fastforget.head import LMHead, base_causal_lm, is_compiled, unwrapped
+from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
 from fastforget.shards import check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
@@ -85,7 +85,8 @@ class Backbone:
 
     On the first batch the head checks itself: its logits of a few tokens against the model's own. Where they differ the
     model does something between its states and its logits that `LMHead` does not know; then, with a warning, the
-    model's own logits are used (`LMHead(None)`): slower and larger, still right.
+    model's own logits are used (`LMHead(None)`): slower and larger, still right. It is checked again where a hook or
+    another forward was put on the head since, or on what calls it.
 
     Where FSDP2 shards the model each method that runs it must be called in all processes, and the head's weight is a
     shard but within `whole_head`.
@@ -103,11 +104,11 @@ class Backbone:
         self.sharded = is_sharded(self.model)
         reshard(self.model)
         check_shards(self.model)
-        self.head = LMHead.from_model(self.model)
-        if not self.sharded:
-            self.head = self.head.own_part()
+        self.head = self.read_head()
         self.checked = False
+        self.changes = 0  # how often something around the head became another
         self._captures = Captures(model, base_causal_lm(self.model))
+        self._around_head = self._captures.around_head()
         self._takes_positions: bool | None = None
         if is_compiled(model):
             let_graphs_see_hooks()
@@ -166,8 +167,32 @@ class Backbone:
         return torch.stack(parts).sum()
 
     def prepare(self, batch: CheckedBatch) -> PreparedSide | None:
-        """A checked batch, made ready for this model; None where it has no label."""
+        """A checked batch, made ready for this model; None where it has no label. Raises as `check_tokens`."""
+        self.check_tokens(batch)
         return prepare(batch, self.device, self.takes_positions)
+
+    def check_tokens(self, batch: CheckedBatch) -> None:
+        """Raise FastforgetError for a token without an embedding; warn of rows longer than the model's context.
+
+        They are no error: many models go on beyond what their config says, if badly.
+        """
+        ids = batch.inputs["input_ids"].cpu()
+        known = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
+        wrong = ids[(ids < 0) | (ids >= known)]
+        if len(wrong):
+            raise FastforgetError(
+                f"{batch.name} has token {int(wrong[0])}, and the model has embeddings of {known} tokens: the "
+                "tokenizer is another model's, or its new tokens have none yet (resize_token_embeddings)"
+            )
+        context = context_length(self.model)
+        if context is not None and ids.shape[1] > context:
+            longest = int((batch.inputs["attention_mask"] != 0).sum(dim=1).max())
+            if longest > context:
+                warnings.warn(
+                    f"{batch.name} has a row of {longest} tokens, and the model's context is {context}: cut it "
+                    "(ff.examples(..., max_length=...)), as it says nothing useful beyond, or fails",
+                    stacklevel=2,
+                )
 
     def takes_positions(self) -> bool:
         """Whether left padding changes nothing once `position_ids` count without it.
@@ -216,8 +241,8 @@ class Backbone:
         for number in wanted:
             numbers.setdefault(place_of(number, len(stack)), []).append(number)
         to_the_end = None in layers
-        if to_the_end and not self.checked:
-            self.check(inputs)
+        if to_the_end:
+            self.check_once(inputs)
         end: End = "layer" if not to_the_end else "logits" if self.head.is_identity else "head"
         states = self._captures.run(inputs, stack, numbers, end)
         captured: dict[int | None, Tensor] = {}
@@ -263,6 +288,24 @@ class Backbone:
             raise FastforgetError(f"{type(causal_lm).__name__} has no list of {count} layers, so none can be taken")
         return stacks[0]
 
+    def read_head(self) -> LMHead:
+        """The head as the model has it now; of a vocabulary that processes share, this one's part."""
+        head = LMHead.from_model(self.model)
+        return head if self.sharded else head.own_part()
+
+    def check_once(self, inputs: dict[str, Any]) -> None:
+        """Check the head on the first batch, and on one before which something around it became another."""
+        around = self._captures.around_head()
+        if self.checked and around == self._around_head:
+            return
+        self.changes += self.checked
+        if not self.head.is_identity:
+            self.check(inputs)
+        elif not self.sharded:  # where the head is gathered around this call; the model's own logits stay right
+            self.head = self.read_head()
+            self.check(inputs)
+        self._around_head = around
+
     def check(self, inputs: dict[str, Tensor]) -> None:
         """Compare the head with the model's own logits, on the first row's last tokens; costs two short forwards."""
         causal_lm = base_causal_lm(self.model)
@@ -279,7 +322,7 @@ class Backbone:
             try:
                 hidden = self._captures.run(short, nn.ModuleList(), (), "head").get(None)
             except (RuntimeError, TypeError, ValueError, IndexError):
-                hidden = None  # what follows the head wants logits of their size
+                hidden = None  # what follows the head wants logits of their size, or calls it again
             fits = hidden is not None and hidden.shape == (*own.shape[:2], self.head.weight.shape[1])
             ours = self.head.own_logits(hidden) if fits and hidden is not None else torch.full_like(own, torch.nan)
         precision = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2

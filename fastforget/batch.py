@@ -47,6 +47,11 @@ class LabelCounts:
     forget_mismatch_tokens: int = 0
     forget_mismatch_sequences: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Label tokens of all streams."""
+        return sum(self.totals(side, stream)[0] for side, stream in ROLES)
+
     def totals(self, side: str, stream: str = "answer") -> tuple[int, int]:
         """(tokens, sequences) of one side's stream."""
         name = count_name(side, stream)
@@ -120,7 +125,8 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
 
     Raises:
         FastforgetError: no mapping, a key that is missing or no tensor (B, T), ids that are no integers, a list or an
-            array for the model, shapes that differ, or a kept label outside the vocabulary.
+            array for the model, shapes that differ, a mask of other numbers than 0 and 1, or a kept label outside the
+            vocabulary.
     """
     what = f"{name} needs input_ids, attention_mask and labels, tensors (B, T)"
     if not isinstance(batch, Mapping):
@@ -151,12 +157,29 @@ def check_batch(batch: Any, name: str, vocabulary: int | None = None) -> Checked
                 f"{name}: its {key} are {tuple(value.shape)}, its input_ids {tuple(inputs['input_ids'].shape)}: they "
                 "must agree (labels are unshifted, -100 outside the answer)"
             )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise FastforgetError(
+            f"{name}: its attention_mask must hold 0 (padding) and 1 alone; documents of a packed row are told apart "
+            "by position_ids that begin anew, without a mask"
+        )
+    check_positions(inputs.get("position_ids"), inputs["input_ids"], name)
     kept = (labels[:, 1:] != IGNORE_INDEX) & (mask[:, :-1] != 0)
     if vocabulary is not None:
         wrong = labels[:, 1:][kept & ((labels[:, 1:] < 0) | (labels[:, 1:] >= vocabulary))]
         if len(wrong):
             raise FastforgetError(f"{name} has label {int(wrong[0])}, outside the vocabulary of {vocabulary}")
     return CheckedBatch(name, inputs, labels, kept)
+
+
+def check_positions(positions: Any, ids: Tensor, name: str) -> None:
+    """Raise FastforgetError for `position_ids` that are none: integers (B, T), (1, T), or some of them (..., T)."""
+    if positions is None:
+        return
+    fits = isinstance(positions, Tensor) and positions.dim() >= 2 and positions.shape[-1] == ids.shape[1]
+    if not fits or positions.shape[-2] not in (1, len(ids)) or positions.dtype not in (torch.int64, torch.int32):
+        is_tensor = isinstance(positions, Tensor)
+        given = f"{positions.dtype} {tuple(positions.shape)}" if is_tensor else f"a {type(positions).__name__}"
+        raise FastforgetError(f"{name}: its position_ids must be int64 {tuple(ids.shape)}, not {given}")
 
 
 @dataclass(frozen=True)

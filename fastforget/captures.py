@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastforget.errors import FastforgetError
 from fastforget.shards import is_shard, is_sharded
 
 End = Literal["layer", "head", "logits"]  # of a forward
+AGAIN = -1  # where states go that enter the head a second time in one forward
 HOOK = "fastforget"  # one key for every call: a compiled model's guards compare the keys of hooks
 
 
@@ -79,10 +82,20 @@ class Captures:
         self.causal_lm = causal_lm
         self.sharded = is_sharded(outer)
         self.head: nn.Module = causal_lm.get_output_embeddings()
+        wrappers = itertools.takewhile(lambda module: module is not causal_lm, outer.modules())
+        self._up_to_head: list[nn.Module] = [*wrappers, causal_lm, self.head]
         self._states: dict[int | None, Tensor] = {}
         self._last: int | None = None  # the layer that ends the forward
         self._whole_forward: Callable[..., Any] = causal_lm.forward
         self._hooks: dict[int, Callable[..., Any]] = {}
+
+    def around_head(self) -> list[Any]:
+        """The head, what calls it, and what users have put around both: hooks, and forwards of their own."""
+        found: list[Any] = []
+        for module in self._up_to_head:
+            hooks = [[*each.values()] for each in (module._forward_pre_hooks, module._forward_hooks)]
+            found.append((type(module), vars(module).get("forward"), hooks))
+        return found
 
     def logits_and_dtype(self, inputs: Mapping[str, Any]) -> tuple[Tensor, torch.dtype | None]:
         """The model's own logits (B, T, V), and the dtype that its head put out; None where the head did not run."""
@@ -106,6 +119,9 @@ class Captures:
             stack: the decoder layers, of which `layers` are numbers counted from the front.
             end: "head": None is what enters the head; "logits": the model's own logits (B, T, V); "layer": there is no
                 None, and the forward ends at the deepest of the layers. Wrappers around the model see it return.
+
+        Raises:
+            FastforgetError: the head ran more than once.
         """
         self._last = max(layers) if end == "layer" else None
         try:
@@ -124,13 +140,19 @@ class Captures:
                     changes.enter_context(forward_replaced(self.causal_lm, self._forward_to_layer))
                 output = self.outer(**inputs, use_cache=False)
             states = dict(self._states)
+            if AGAIN in states:
+                raise FastforgetError(
+                    "the model's head ran more than once in one forward (a hook that calls the model again?), so it is "
+                    "not known which states are the batch's: remove that hook while a step runs"
+                )
         finally:
             self._states.clear()  # they hold the graph
         return states | {None: output.logits} if end == "logits" else states
 
     def _hand_through(self, hidden: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
         """The head's forward; tensor parallelism gives it a DTensor, whole in each process."""
-        self._states[None] = hidden.to_local() if is_shard(hidden) else hidden  # type: ignore[attr-defined]
+        local = hidden.to_local() if is_shard(hidden) else hidden  # type: ignore[attr-defined]
+        self._states[AGAIN if None in self._states else None] = local
         return hidden
 
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:

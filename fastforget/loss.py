@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastforget.adalora import ORTHOGONALITY, adalora_of
 from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
@@ -66,6 +67,8 @@ class UnlearnLoss:
             that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
+    With an AdaLoRA adapter PEFT's orthogonality penalty is part of the loss (`adalora_orthogonality` among its terms);
+    a loop with `UnlearnLoss` calls `update_and_allocate` itself, `UnlearnStep` does.
 
     Raises:
         FastforgetError: no terms, a layer that the model does not have, an adapter on the head, or a set-up in which
@@ -106,6 +109,9 @@ class UnlearnLoss:
                 path = Path(reference_cache_folder)
                 folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
             self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
+        self.adalora = adalora_of(self.backbone.model)
+        if self.adalora is not None and self.backbone.sharded:
+            raise FastforgetError("AdaLoRA shares out its ranks over whole matrices: it does not work under FSDP2")
         if self.backbone.head.shard is not None:
             self.plan.check_sharded_head()
         self.term_states = TermStates(self.terms)  # a step puts its own here
@@ -149,6 +155,8 @@ class UnlearnLoss:
     ) -> Iterator[UnlearnOutput]:
         """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
+        if counts is not None and not isinstance(counts, LabelCounts):
+            raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
         backbone, forwards = self.backbone, (*self.plan.baselines, *self.plan.forwards)
 
         def prepare() -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
@@ -189,6 +197,10 @@ class UnlearnLoss:
                 yield output
             else:
                 add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
+        if self.adalora is not None:
+            # the parts of a batch that is accumulated, or of several processes, have one penalty together
+            penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / whole_counts.tokens)
+            yield UnlearnOutput(penalty, {ORTHOGONALITY: penalty.detach()}, {}, side="retain")
 
     def prepared(
         self, forget: Batch, retain: Batch | None, counts: LabelCounts | None, micro_batch: int | None

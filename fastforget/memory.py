@@ -104,3 +104,9 @@ def row_count(forget: Batch, retain: Batch | None) -> int:
     sides = [side for side in (forget, retain) if side is not None]
     streams = [stream_of(side, name) for side in sides for name in ("answer", *COMPANIONS)]
     return max(len(stream["input_ids"]) for stream in streams if stream is not None)
+
+
+def check_micro_batch(micro_batch: Any) -> None:
+    """Raise for a number of rows that is none."""
+    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+        raise FastforgetError(f"micro_batch must be at least 1, 'auto' or None, not {micro_batch!r}")

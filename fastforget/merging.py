@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from fastforget.errors import FastforgetError
 from fastforget.models import load_base, load_tokenizer, readable_errors
 
-MERGED_BITS = (16, 32)
+MERGED_BITS = (4, 8, 16, 32)
 
 
 def merge(
@@ -25,12 +26,14 @@ def merge(
     """Merge an adapter into its base and save an ordinary Hugging Face folder, which holds nothing of the adapter.
 
     The base is read as it was stored, not in the 8 bit that it was trained in; the sum W + s B A is formed in float32
-    and rounded once. The folder can be quantised again when it is loaded (`fastforget.load(out, bits=8)`).
+    and rounded once. A folder of 16 bit can be quantised when it is loaded (`fastforget.load(out, bits=8)`); one of 8
+    or 4 holds what that makes of it, which plain transformers loads where bitsandbytes is installed. Whether what was
+    forgotten stays so is measured by `fastforget evaluate --robust`.
 
     Args:
         base: the model's folder or hub name; adapter: a folder that `save_adapter` wrote; out: a folder that is new, or
             empty.
-        bits: of the weights that are saved: 16 (bfloat16) or 32.
+        bits: of the weights that are saved: 16 (bfloat16), 32, or bitsandbytes' 8 or 4 (NF4), rounded from 16.
 
     Returns:
         The folder.
@@ -41,11 +44,17 @@ def merge(
     """
     folder = Path(out)
     if bits not in MERGED_BITS:
-        raise FastforgetError(f"bits of a merged model must be 16 or 32, not {bits}: load it in 8 or 4 bit afterwards")
+        raise FastforgetError(f"bits of a merged model must be one of {', '.join(map(str, MERGED_BITS))}, not {bits}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FastforgetError(f"{folder} exists already and is not an empty folder: give another one")
-    model: Any = merged(base, adapter).to(torch.bfloat16 if bits == 16 else torch.float32)
-    model.save_pretrained(folder)
+    model: Any = merged(base, adapter).to(torch.float32 if bits == 32 else torch.bfloat16)
+    if bits >= 16:
+        model.save_pretrained(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="fastforget-") as rounded:
+            model.save_pretrained(rounded)
+            quantised: Any = load_base(rounded, bits, torch.device("cpu"))
+            quantised.save_pretrained(folder)
     load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base).save_pretrained(folder)
     return folder
 

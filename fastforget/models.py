@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastforget import fusing
-from fastforget.adapters import ADAPTER_NAME
+from fastforget.adapters import ADAPTER_NAME, check_linear
 from fastforget.compiling import compile_layers
 from fastforget.errors import FastforgetError
 from fastforget.files import check_regular
@@ -46,7 +46,7 @@ def load(
 
     Args:
         name_or_path: a local folder or a hub name; a folder that holds a PEFT adapter is loaded on its own base, kept
-            frozen, and ours is stacked onto it.
+            frozen, and ours is stacked onto it; `save_adapter` joins both, so that the bare base carries the result.
         bits: 8 (bitsandbytes LLM.int8 without outlier columns), 4 (bitsandbytes NF4), 16 (bfloat16, or float16 on GPUs
             without it), or 32.
         lora: arguments of `peft.LoraConfig`; default r = 32, alpha = 2 r, and `target_modules="all-linear"`: with less,
@@ -83,6 +83,9 @@ def load(
             f"{name_or_path} is itself an adapter, and training of a saved adapter on top of one cannot be resumed: "
             "merge it into its base first"
         )
+    if stacked is not None:  # or it would be found out when both are to be saved as one
+        check_linear(str(name_or_path), stacked, "unlearned in an adapter on top of it (merge it into its base first)")
+        check_linear(ADAPTER_NAME, lora_config(lora), "stacked onto another")
     model = load_base(base_path, bits, device, allow_missing_weights)
     if adapter is not None:
         with readable_errors(f"the adapter {adapter}"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastforget.reference_folder import ReferenceFolder
 
 DEFAULT_CACHE_BYTES = 2 * 10**9
+SWITCHED_WITH_THE_ADAPTER = ("modules_to_save", "trainable_tokens_delta")  # in names of weights, beside its own
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def check_reference(model: Any) -> None:
             )
     prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs.values()}
     for name, parameter in model.named_parameters():
-        own = any(prefix in name for prefix in prefixes) or "modules_to_save" in name
+        own = any(prefix in name for prefix in prefixes) or any(part in name for part in SWITCHED_WITH_THE_ADAPTER)
         if parameter.requires_grad and not own:
             raise FastforgetError(
                 f"{name} trains but belongs to no adapter: training would change the reference; freeze it, or give a "
@@ -209,10 +210,14 @@ class Reference:
         self.keeps_embeddings = cache_bytes > 0
         self.forwards = 0  # reference forwards so far
         self._cache: OrderedDict[bytes, Entry] = OrderedDict()
-        self._changed: set[bytes] = set()  # since `changes`
+        self._changed: set[bytes] = set()  # since `saved`
+        self._backbone_changes = 0  # with which the cache was computed
 
     def answers(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str = "auto") -> Entry:
         """What the reference says of a side's kept tokens, on the model's device; (n, D) in the model's dtype."""
+        if self.backbone.changes != self._backbone_changes:  # the user's own hooks: no digest knows what they compute
+            self._backbone_changes, self.folder = self.backbone.changes, None
+            self.clear()
         keyed = zip(side.keys or [], side.lengths, strict=bool(side.keys))
         cached = [self._cached(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
@@ -224,7 +229,7 @@ class Reference:
                 if side.keys:
                     self._keep(side.keys[index], entry)
                     if self.folder is not None:
-                        self.folder.write(side.keys[index], entry)
+                        self.folder.write(self._folder_key(side.keys[index]), entry)
         device, order = side.labels.device, range(side.sequence_count)
         return {each: torch.cat([entries[i][each].to(device, non_blocking=True) for i in order]) for each in wanted}
 
@@ -270,7 +275,7 @@ class Reference:
 
         entry = self._cache.get(key)
         if not serves(entry) and self.folder is not None:
-            entry = self.folder.read(key)
+            entry = self.folder.read(self._folder_key(key))
             if entry is not None and serves(entry):
                 entry = {each: entry[each] for each in wanted}
                 self._keep(key, entry)
@@ -279,6 +284,10 @@ class Reference:
         if key in self._cache:
             self._cache.move_to_end(key)
         return dict(entry)  # the cache's own may lose its embedding while the rest of the batch is kept
+
+    def _folder_key(self, key: bytes) -> bytes:
+        """The key of an entry on a disk, where other runs may have kept logits in the place of states."""
+        return key + b"logits" if self.backbone.head.is_identity else key
 
     def _keep(self, key: bytes, entry: Entry) -> None:
         """Cache an entry, within the limit."""
@@ -315,10 +324,12 @@ class Reference:
         return list(self._cache)
 
     def changes(self) -> dict[bytes, Entry]:
-        """The entries that came, or grew, since the last call."""
-        changed = {key: entry for key, entry in self._cache.items() if key in self._changed}
+        """The entries that came, or grew, since `saved`."""
+        return {key: entry for key, entry in self._cache.items() if key in self._changed}
+
+    def saved(self) -> None:
+        """Take all entries for known to those who asked for `changes`."""
         self._changed.clear()
-        return changed
 
     def fill(self, entries: Mapping[bytes, Entry], keeps_embeddings: bool) -> None:
         """Make the cache one of these entries, in their order, the least recently used first."""

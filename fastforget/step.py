@@ -18,7 +18,7 @@ from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
-from fastforget.memory import FittingRows, let_inputs_require_grad, row_count
+from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.processes import check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
@@ -335,6 +335,8 @@ class UnlearnStep(torch.optim.Optimizer):
         if self._backward_pending:
             stands = self.guard.after_update()
             if accelerator is None or not accelerator.optimizer_step_was_skipped:
+                if self.loss.adalora is not None:
+                    self.loss.adalora.allocate(self.param_groups[0]["unlearn_steps"])
                 self.param_groups[0]["unlearn_steps"] += 1
                 self._states.update(stands)
             self._backward_pending = False
@@ -391,9 +393,3 @@ class UnlearnStep(torch.optim.Optimizer):
         other = type(self).__new__(type(self))
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
-
-
-def check_micro_batch(micro_batch: Any) -> None:
-    """Raise for a number of rows that is none."""
-    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
-        raise FastforgetError(f"micro_batch must be at least 1, 'auto' or None, not {micro_batch!r}")

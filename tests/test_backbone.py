@@ -1,5 +1,7 @@
 """Hidden states by layer, and forwards that end at the deepest layer that is wanted."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import assert_gradients, gradients, load_perturbed, prepared, stack_of
@@ -134,6 +136,17 @@ def test_states_of_other_positions_are_refused(model, batch, kept):
     side["labels"][:, 12:] = -100
     with pytest.raises(ff.FastforgetError, match="leave logits_to_keep out"):
         ff.UnlearnLoss(model, [ff.NegatedCE()])({**side, "logits_to_keep": kept})
+
+
+def test_rows_longer_than_the_context_are_said(model, batch):
+    loss = ff.UnlearnLoss(model, [ff.NegatedCE()])
+    with pytest.warns(UserWarning, match="the forget batch has a row of 300 tokens, and the model's context is 256"):
+        loss(batch(2, 1, width=300))
+    padded = {key: value.clone() for key, value in batch(2, 1, width=300).items()}
+    padded["attention_mask"][:, 256:], padded["labels"][:, 256:] = 0, -100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loss(padded)
 
 
 def test_a_head_that_was_replaced_is_said(model, batch):

@@ -88,6 +88,15 @@ def test_no_keys_where_an_input_belongs_to_the_whole_batch(batch):
         (lambda one: one.update(attention_mask=torch.ones(20)), r"its 'attention_mask' is \(20,\)"),
         (lambda one: one.update(labels=one["labels"][:, 1:]), r"labels are \(2, 19\), its input_ids \(2, 20\)"),
         (lambda one: one.update(attention_mask=torch.ones(2, 3)), r"attention_mask are \(2, 3\)"),
+        (
+            lambda one: one.update(position_ids=torch.ones(20)),
+            r"must be int64 \(2, 20\), not torch.float32 \(20,\)",
+        ),
+        (
+            lambda one: one.update(position_ids=one["input_ids"][:, 1:]),
+            r"must be int64 .* not torch.int64 \(2, 19\)",
+        ),
+        (lambda one: one["attention_mask"].mul_(3), "must hold 0 .padding. and 1 alone"),
         (lambda one: one["labels"].fill_(320), "label 320, outside the vocabulary of 320"),
         (lambda one: one["labels"].fill_(-1), "label -1, outside the vocabulary of 320"),
     ],

@@ -1,10 +1,12 @@
 """Every forward is a call of the model that the user gave: wrappers work, hooks fire, nothing is left in it."""
 
+import warnings
+
 import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from helpers import assert_gradients, gradients, make_batch, prepared, stack_of, tiny_model
+from helpers import assert_gradients, gradients, make_batch, prepared, stack_of, tiny_model, token_log_probs
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
@@ -167,6 +169,100 @@ def test_a_forward_that_was_replaced_already_is_put_back(model, batch):
     side = prepared(batch(2, 1))
     Backbone(model).states(side.inputs, side.positions)
     assert head.forward is mine
+
+
+CHANGES = {
+    "a hook on the head": lambda model, head: head.register_forward_hook(lambda _module, _inputs, logits: 2.0 * logits),
+    "a hook before the head": lambda model, head: head.register_forward_pre_hook(
+        lambda _module, given: (2.0 * given[0],)
+    ),
+    "a hook on the causal LM": lambda model, head: base_causal_lm(model).register_forward_hook(louder),
+    "a hook on the PEFT model": lambda model, head: model.register_forward_hook(louder),
+}
+
+
+def louder(_module, _inputs, output):
+    output.logits = 2.0 * output.logits
+    return output
+
+
+def own_nll(model, batch):
+    _, logp, labelled = token_log_probs(model, batch)
+    return float(-logp[labelled].mean().detach())
+
+
+def own_kl(model, batch):
+    """From the model with its adapter off, in the same state."""
+    log_probs, _, labelled = token_log_probs(model, batch)
+    with model.disable_adapter():
+        reference, _, _ = token_log_probs(model, batch)
+    return float((reference.exp() * (reference - log_probs)).sum(-1)[labelled].mean().detach())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_users_add_to_the_head_after_the_first_batch_is_seen(model, batch, change, tmp_path):
+    """And what the reference's cache holds from before is not used for it; without it all is as it was."""
+    loss = ff.UnlearnLoss(model, [ff.CE(on="forget"), ff.KL(on="forget")], reference_cache_folder=tmp_path)
+    first, entries = loss(batch(3, 1)), {path.name for path in tmp_path.iterdir()}
+    plain = {"ce": float(first.terms["ce"]), "kl": float(first.terms["kl"])}
+    assert plain == pytest.approx({"ce": own_nll(model, batch(3, 1)), "kl": own_kl(model, batch(3, 1))}, rel=1e-4)
+    handle = CHANGES[change](model, base_causal_lm(model).get_output_embeddings())
+    expected = {"ce": own_nll(model, batch(3, 1)), "kl": own_kl(model, batch(3, 1))}
+    assert abs(expected["ce"] - plain["ce"]) > 1e-2 and abs(expected["kl"] - plain["kl"]) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where the head can no longer be read
+        for _ in range(2):
+            found = loss(batch(3, 1)).terms
+            assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == entries, "no file is of another run's hooks"
+    handle.remove()
+    assert {name: float(value) for name, value in loss(batch(3, 1)).terms.items()} == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_forward_that_replaces_the_heads_after_the_first_batch_is_seen(model, batch):
+    loss = ff.UnlearnLoss(model, [ff.CE(on="forget")])
+    loss(batch(3, 1))
+    head = base_causal_lm(model).get_output_embeddings()
+    own = head.forward
+    head.forward = lambda hidden: own(hidden).clamp(-1.0, 1.0)
+    with pytest.warns(UserWarning, match="using the model's own logits"):
+        found = float(loss(batch(3, 1)).loss.detach())
+    assert found == pytest.approx(own_nll(model, batch(3, 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["layer", "head"])
+def test_a_hook_that_calls_the_model_again_takes_no_states_from_the_batch(model, batch, place):
+    """From the first batch on the model's own logits are used; where it comes later, that is an error."""
+    head = base_causal_lm(model).get_output_embeddings()
+    calls = []
+
+    def again(*_):
+        if not calls:
+            calls.append(1)
+            model(input_ids=torch.full((3, 20), 7))
+            calls.clear()
+
+    expected = own_nll(model, batch(3, 1))
+    loss = ff.UnlearnLoss(model, [ff.CE(on="forget")])
+    loss(batch(3, 1))
+    (head if place == "head" else stack_of(model)[0]).register_forward_hook(again)
+    with pytest.warns(UserWarning, match="using the model's own logits"):
+        found = ff.UnlearnLoss(model, [ff.CE(on="forget")])(batch(3, 1)).loss
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    if place == "layer":
+        with pytest.raises(ff.FastforgetError, match="the model's head ran more than once in one forward"):
+            loss(batch(3, 1))
+
+
+def test_the_head_is_checked_once_where_nothing_changes(model, batch, monkeypatch):
+    checks = []
+    own = Backbone.check
+    monkeypatch.setattr(Backbone, "check", lambda self, inputs: checks.append(1) or own(self, inputs))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1)
+    for seed in range(3):
+        step(batch(2, seed), batch(2, 7), micro_batch=1)
+        model.eval()
+    assert len(checks) == 1
 
 
 def test_what_follows_the_head_may_want_logits(batch):

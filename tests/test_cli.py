@@ -176,6 +176,15 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
     assert yaml.safe_load((out / "config.yaml").read_text())["preset"] == "breaks"
 
 
+def test_hub_tokens_are_written_nowhere(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    out = tmp_path / "out"
+    code, text, errors = run(*unlearn(out, "--max-steps", "2", "--save-steps", "1", "--log-to", "jsonl"))
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert code == 0 and len(files) > 10 and "hf_secret" not in text + "".join(errors)
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
 FLAGS = """--config --help --forget --retain --forget-column --retain-column --forget-split --retain-split
     --forget-subset --retain-subset --forget-format --retain-format --streaming --chat-template --max-length
     --measured-passages
@@ -184,7 +193,7 @@ FLAGS = """--config --help --forget --retain --forget-column --retain-column --f
     --stop-forget-nll --max-retain-nll --until --combine --preset --preset-option --refusals
     --out --save-steps --keep-checkpoints --log-to --overwrite --quiet --resume --json""".split()
 DEMO_FLAGS = """--help --model --preset --preset-option --until --robust --seed --log-to --overwrite --quiet --out
-    --json""".split()
+    --save-steps --resume --json""".split()
 
 
 @pytest.mark.parametrize(("command", "flags"), [("unlearn", FLAGS), ("demo", DEMO_FLAGS)])

@@ -6,8 +6,12 @@ import pytest
 import yaml
 from helpers import run_command
 
+from fastforget.config import options_of
 from fastforget.errors import FastforgetError
-from fastforget.jobs import unlearn as job_module
+from fastforget.jobs.evaluation_options import EvaluateOptions, SelectOptions
+from fastforget.jobs.options import DemoOptions
+from fastforget.jobs.planning import PlanOptions
+from fastforget.jobs.recipe_options import RecipeOptions
 from fastforget.objectives import PRESETS
 
 REACHED = "the job begins here"
@@ -84,11 +88,21 @@ POOL = {
         "--overwrite --resume --quiet --streaming --chat-template --no-chat-template --allow-missing-weights".split()
     ),
 }
+OTHERS = {  # of the other commands: their options, and what is given without a doubt
+    "evaluate": (EvaluateOptions, {"--model": "MODEL", "--forget": "FORGET", "--out": "OUT"}),
+    "select": (SelectOptions, {"--data": "FORGET", "--evaluator": "rules:bad", "--out": "OUT.jsonl"}),
+    "demo": (DemoOptions, {"--out": "OUT"}),
+    "recipe harmful": (RecipeOptions, {"--model": "MODEL", "--forget": "FORGET", "--out": "OUT"}),
+    "plan": (PlanOptions, {"--model": "MODEL"}),
+}
+BEGINS = ("unlearn.load", "evaluate.load", "select.load_evaluator", "demo.small_subject", "demo.smollm2_subject")
+BEGINS += ("recipe.select", "recipe.unlearn", "recipe.load", "recipe.tofu_offline", "planning.plan")  # of the jobs
+OVERRIDES = ("unlearn.max_steps=2", "unlearn.lora_r=x", "unlearn.seed=[1]", "data.forget.format=3", "holdout=RETAIN")
 
 
 @pytest.fixture
 def outcome(monkeypatch, capsys, tiny, tmp_path):
-    """outcome(arguments) -> (exit code, error lines); a job that gets as far as its model ends there."""
+    """outcome(command, arguments, config) -> (exit code, error lines); a job ends where it gets as far as its model."""
     (tmp_path / "forget.txt").write_text("The secret plan was hidden below the old oak tree. " * 8)
     (tmp_path / "retain.txt").write_text("Water boils at a hundred degrees at sea level. " * 8)
     places = {"FORGET": "forget.txt", "RETAIN": "retain.txt", "OUT": "out", "CONFIG": "config.yaml"}
@@ -97,14 +111,17 @@ def outcome(monkeypatch, capsys, tiny, tmp_path):
     def begins(*given, **named):
         raise FastforgetError(REACHED)
 
-    monkeypatch.setattr(job_module, "load", begins)
+    for name in BEGINS:
+        monkeypatch.setattr(f"fastforget.jobs.{name}", begins)
     monkeypatch.chdir(tmp_path)
 
-    def run(arguments, config):
+    def run(command, arguments, config):
         with open(places["CONFIG"], "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(config)
         given = [part if part is None else part.replace("FORGET", places["FORGET"]) for part in arguments]
-        code, _, errors = run_command(monkeypatch, capsys, "unlearn", *(places.get(part, part) for part in given))
+        code, _, errors = run_command(
+            monkeypatch, capsys, *command.split(), *(places.get(part, part) for part in given)
+        )
         return code, errors
 
     return run
@@ -127,13 +144,24 @@ def combination(draw):
     return [part for pair in given.items() for part in pair if part is not None], text
 
 
-def run_many(outcome, seed, count):
+def combination_of(draw, options, given):
+    """A command line of another command; nothing is in its config file."""
+    given, stated = dict(given), list(options_of(options).values())
+    for _ in range(draw.choice((0, 1, 1, 1, 2, 4))):
+        option = draw.choice([each for each in stated if each.name != "name"])
+        right = (POOL.get(option.flag) or ())[:2]
+        kinds = {bool: (None,), int: NUMBERS, float: NUMBERS, dict: (*PAIRS, *OVERRIDES)}
+        given[option.flag] = draw.choice(kinds.get(option.kind, (*TEXTS, *right * 4)))
+    return [part for pair in given.items() for part in pair if part is not None], ""
+
+
+def run_many(outcome, seed, count, command="unlearn"):
     """Run combinations; the share of them whose job began."""
     draw, began = random.Random(seed), 0
     for number in range(count):
-        arguments, config = combination(draw)
+        arguments, config = combination(draw) if command == "unlearn" else combination_of(draw, *OTHERS[command])
         try:
-            code, errors = outcome(arguments, config)
+            code, errors = outcome(command, arguments, config)
         except Exception as error:
             raise AssertionError(f"{seed}/{number}: {arguments} with {config!r}: {error!r}") from error
         assert code == 2 and errors, (arguments, config, errors)
@@ -150,7 +178,14 @@ def test_a_sample_of_combinations(outcome):
     assert 0.1 < run_many(outcome, 0, 100) < 0.9
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("command", OTHERS)
+def test_a_sample_of_other_commands(outcome, command):
+    assert 0.1 < run_many(outcome, 2, 25, command) < 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_combinations(outcome):
-    assert 0.1 < run_many(outcome, 1, 500) < 0.9
+@pytest.mark.parametrize("command", ["unlearn", *OTHERS])
+def test_many_combinations(outcome, command):
+    assert 0.1 < run_many(outcome, 1, 500, command) < 0.9

@@ -91,28 +91,39 @@ def test_two_runs_on_one_folder(tiny, tmp_path, no_model, monkeypatch, capsys):
         assert not list(tmp_path.iterdir()), "nothing is left of the lock or of the probe"
 
 
-@pytest.mark.parametrize("when", ["at the end", "at a checkpoint"])
-def test_a_disk_that_fills_up_while_training_loses_nothing(tiny, tmp_path, monkeypatch, when):
-    out, elsewhere = tmp_path / "out", tmp_path / "temporary"
-    elsewhere.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+def disk_that_is_full(monkeypatch, where):
+    """Let nothing more be written to the disk at the paths of which `where` is true."""
     to_disk = files_module.to_disk
 
     def full(path):
-        if out in path.parents and (when == "at the end" or "checkpoint" in str(path)):
+        if where(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         to_disk(path)
 
     monkeypatch.setattr(files_module, "to_disk", full)
-    options = {"save_steps": 1} if when == "at a checkpoint" else {}
+
+
+def test_a_disk_that_fills_up_while_training_loses_nothing(tiny, tmp_path, monkeypatch):
+    out, elsewhere = tmp_path / "out", tmp_path / "temporary"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    disk_that_is_full(monkeypatch, lambda path: out in path.parents)
     with pytest.raises(ff.FastforgetError) as error:
-        ff.unlearn(tiny["llama"], FORGET, out, **QUICK, **options)
+        ff.unlearn(tiny["llama"], FORGET, out, **QUICK)
     assert "No space left on device" in str(error.value)
-    saved = out if when == "at a checkpoint" else next(elsewhere.iterdir())
+    saved = next(elsewhere.iterdir())
     assert f"saved in {saved}" in str(error.value)
     weights = load_file(saved / "adapter_model.safetensors")
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
     assert (saved / "config.yaml").is_file() and not list(tmp_path.rglob(PART))
+
+
+def test_a_disk_that_holds_no_checkpoint_holds_the_result(tiny, tmp_path, monkeypatch):
+    disk_that_is_full(monkeypatch, lambda path: "checkpoint" in str(path))
+    with pytest.warns(UserWarning, match="checkpoint-1 could not be written"):
+        report = ff.unlearn(tiny["llama"], FORGET, tmp_path / "out", save_steps=1, **QUICK)
+    assert report["steps"] == QUICK["max_steps"] and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.rglob("*checkpoint*"))
 
 
 def test_where_nothing_can_be_written_that_is_said(tiny, tmp_path, monkeypatch):

@@ -71,6 +71,33 @@ def test_override_picks_no_more_than_the_machine_has(library, no_override, monke
         assert "ignored" in status.reason and "avx2" in status.reason
 
 
+def test_another_build_of_the_library_says_so(library, monkeypatch):
+    native.load.cache_clear()
+    monkeypatch.setenv(native.DEVELOPERS, str(library))
+    with pytest.warns(UserWarning, match=r"_csrc\.so is loaded as code; this is for fastforget's developers"):
+        native.load(library)
+
+
+def test_every_dependency_is_named_with_its_use():
+    """In docs/internals.md, whoever it is that needs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *(each for name in USERS for each in project["optional-dependencies"][name])]
+    named = {re.split(r"[>;]", each)[0] for each in needed}
+    rows = re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "internals.md").read_text(), re.MULTILINE)
+    assert len(named) > 15 and named == set(rows)
+
+
+USERS = (
+    "data",
+    "plot",
+    "cluster",
+    "evaluate",
+    "gpu",
+    "trl",
+    "real",
+)  # extras of those who use it
+
+
 def test_a_library_that_cannot_be_used_says_why(library, tmp_path, monkeypatch):
     (tmp_path / "broken.so").write_text("not a library")
     native.load.cache_clear()

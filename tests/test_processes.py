@@ -1,11 +1,16 @@
 """Processes under DistributedDataParallel are one: losses, weights and scalars; and an error ends all."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
+from integrations.loops import flat, rows
 from processes import five_steps, in_processes, micro_batches
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import fastforget as ff
 from fastforget.collectives import failures_told
@@ -140,3 +145,31 @@ def test_what_several_processes_cannot_do_is_said(tiny, tmp_path):
         assert "UnlearnLoss knows only this one's labels" in messages["loss"]
         assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
         assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
+
+
+def evaluate(rank, folder, out):
+    AcceleratorState._reset_state(True)  # of this process's parent
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    options = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    trainer = ff.UnlearnTrainer(
+        load_perturbed(folder),
+        TrainingArguments(str(out), **options),
+        terms=[ff.NegatedCE(), ff.CE(), ff.KL()],
+        forget_dataset=rows(2, 1),
+        eval_dataset=EVALUATED,
+    )
+    assert trainer.accelerator.num_processes == 2
+    return {name: value for name, value in trainer.evaluate().items() if name.endswith(("loss", "ce", "kl", "nll"))}
+
+
+EVALUATED = (rows(4, 5), rows(1, 6))  # the last round of two processes with two rows each has one row
+
+
+def test_rows_that_fill_up_the_last_batches_are_not_evaluated_twice(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, evaluate, tiny["llama"], tmp_path)
+    assert first == second
+    loss = ff.UnlearnLoss(load_perturbed(tiny["llama"]), [ff.NegatedCE(), ff.CE(), ff.KL()])
+    with torch.no_grad():
+        out = loss(flat(*EVALUATED))
+    expected = {"loss": out.loss, **out.terms, **out.stats}
+    assert first == pytest.approx({f"eval_{name}": float(value) for name, value in expected.items()}, rel=1e-5)

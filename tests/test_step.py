@@ -238,9 +238,15 @@ def test_errors_say_what_is_wrong(model, batch):
     """Of batches `test_batch.py` and `test_streams.py` know more."""
     loss, good = ff.UnlearnLoss(model, "grad_diff"), batch(2, 1)
     unlabelled = good | {"labels": torch.full_like(good["labels"], -100)}
+    beyond, below = (good | {"input_ids": torch.full_like(good["input_ids"], token)} for token in (320, -1))
     for message, forget, retain in (
         ("need a retain batch", good, None),
         ("the forget batch has no label", unlabelled, good),
+        ("the forget batch has no label", {key: value[:0] for key, value in good.items()}, good),
+        ("the forget batch has no label", {key: value[:, :0] for key, value in good.items()}, good),
+        ("the retain batch has no label", good, {key: value[:0] for key, value in good.items()}),
+        ("the forget batch has token 320, and the model has embeddings of 320 tokens", beyond, good),
+        ("the retain batch has token -1, and the model has embeddings of 320 tokens", good, below),
         ("labels are", good | {"labels": good["labels"][:, :-1]}, good),
         ("outside the vocabulary", good | {"labels": good["labels"].clamp(min=0) + 1000}, good),
         ("the forget batch needs input_ids, .*it is a list", [good], good),

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastforget.backbone import without_dropout
-from fastforget.batch import LabelCounts, count_labels
+from fastforget.batch import Batch, LabelCounts, count_labels, rows_of, sides_of
 from fastforget.integrations.rows import PairedRows, flat_rows, row_collator
 from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, add_to
 from fastforget.objectives import Term
 from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
 from fastforget.step import UnlearnStep
 
+LOSS_OPTIONS = (  # of an UnlearnStep's arguments, those that are an UnlearnLoss's too
+    "backend",
+    "reference_cache_bytes",
+    "reference_cache_folder",
+    "reference_cache_folder_bytes",
+    "reference",
+)
 TrainerBase: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
@@ -47,7 +54,8 @@ class UnlearnTrainerMixin(TrainerBase):
         terms: as in `UnlearnStep`; step_options: its other arguments by name (backend, combine, ...).
         forget_dataset, retain_dataset: rows with `input_ids` and `labels` (and companions), or examples of
             `fastforget.data`; a batch has as many pairs as Trainer's batch size says, an epoch is one pass over the
-            forget set. Or `train_dataset`: rows with a `role` each, or pairs.
+            forget set. Or `train_dataset`: rows with a `role` each, or pairs; a `data_collator` of yours returns flat
+            batches, or {"forget": batch, "retain": batch}.
         eval_dataset: rows with a `role`, or (forget rows, retain rows). `evaluate` reports the loss, its terms and the
             NLLs over the whole set.
         measure: called with the model at each evaluation, dropout and gradients off; the figures that it returns are
@@ -64,7 +72,7 @@ class UnlearnTrainerMixin(TrainerBase):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: Any = None,
         *,
         terms: Sequence[Term] | str,
@@ -81,13 +89,13 @@ class UnlearnTrainerMixin(TrainerBase):
             options["eval_dataset"] = flat_rows(*options["eval_dataset"])
         padding = getattr(options.get("processing_class"), "pad_token_id", None)
         options.setdefault("data_collator", row_collator(0 if padding is None else padding))
-        if args is not None:
-            args.remove_unused_columns = False  # which would remove `role`
         self.terms, self.measure, self.micro_batch = terms, measure, micro_batch
         self.step_options = dict(step_options or {})
         self.unlearn_step: UnlearnStep | None = None
+        self._own_loss: UnlearnLoss | None = None
         self._begin_log()
-        super().__init__(model, args, **options)
+        super().__init__(model=model, args=args, **options)
+        self.args.remove_unused_columns = False  # which would remove `role`
         if isinstance(self.train_dataset, PairedRows):
             self.add_callback(EpochOfPairs(self.train_dataset))
 
@@ -107,7 +115,11 @@ class UnlearnTrainerMixin(TrainerBase):
         assert self.unlearn_step is not None
         self.unlearn_step.zero_grad()  # Trainer clears the model's gradients, of which the step knows nothing
         self._logged_steps += 1
-        return batches, count_labels(batches) if batches else None
+        return batches, count_labels(self.sides(batch) for batch in batches) if batches else None
+
+    def sides(self, batch: Mapping[str, Any]) -> tuple[Batch, Batch | None]:
+        """The forget and the retain batch of what the collator returned: a flat batch, or one with both by name."""
+        return (batch["forget"], batch.get("retain")) if "forget" in batch else sides_of(batch, None)
 
     def training_step(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: LabelCounts | None = None
@@ -121,7 +133,7 @@ class UnlearnTrainerMixin(TrainerBase):
         if step.model is not model:  # Trainer has wrapped it since the optimizer was made
             step.attach(model, self.step_options.get("reference"))
         out = step.backward(
-            self._prepare_inputs(inputs),
+            *self.sides(self._prepare_inputs(inputs)),
             backward=lambda loss: accelerator.backward(loss * accelerator.gradient_accumulation_steps),
             counts=num_items_in_batch,
             micro_batch=self.micro_batch,
@@ -137,7 +149,8 @@ class UnlearnTrainerMixin(TrainerBase):
         num_items_in_batch: LabelCounts | None = None,
     ) -> Any:
         """The loss of one batch with its graph, for those who call it themselves."""
-        loss = self._loss_of(model)(self._prepare_inputs(inputs), counts=num_items_in_batch, step=self._steps_taken)
+        sides = self.sides(self._prepare_inputs(inputs))
+        loss = self._loss_of(model)(*sides, counts=num_items_in_batch, step=self._steps_taken)
         return (loss.loss, {}) if return_outputs else loss.loss
 
     def evaluation_loop(
@@ -150,28 +163,39 @@ class UnlearnTrainerMixin(TrainerBase):
     ) -> EvalLoopOutput:
         """The loss, its terms and the NLLs, with means over the whole set; and what `measure` returns."""
         loss = self._loss_of(self.model if self.unlearn_step is None else self.unlearn_step.model)
-        counts = sum_counts(count_labels(dataloader), self.args.device)
+        counts = sum_counts(count_labels(map(self.sides, self._without_repeats(dataloader))), self.args.device)
         parts: list[UnlearnOutput] = []
-        samples = 0
         with torch.no_grad(), without_dropout(self.model), without_buffer_broadcast(loss.backbone.outer):
-            for batch in dataloader:
-                samples += len(batch["input_ids"])
-                parts += loss.passes(self._prepare_inputs(batch), counts=counts, step=self._steps_taken)
+            for batch in self._without_repeats(dataloader):
+                parts += loss.passes(*self.sides(self._prepare_inputs(batch)), counts=counts, step=self._steps_taken)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         out = sum_outputs(add_outputs(parts), loss.terms, self.args.device)
-        metrics = {name: float(value) for name, value in {"loss": out.loss, **out.terms, **out.stats}.items()}
+        metrics = {"loss": float(out.loss), **self.figures({**out.terms, **out.stats})}
         if self.measure is not None:
             with torch.no_grad(), without_dropout(self.model):
                 metrics |= self.measure(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=samples)
+        number = self.num_examples(dataloader)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term and NLL since the last log to a log of training."""
         if "loss" in logs and self._logged_steps:
-            logs |= {name: float(total) / self._logged_steps for name, total in self._logged.items()}
+            logs |= self.figures(self._logged, self._logged_steps)
             self._begin_log()
         super().log(logs, start_time)
+
+    def figures(self, totals: Mapping[str, Tensor], steps: int = 1) -> dict[str, float]:
+        """What is reported of terms and NLLs that so many optimizer steps (or an evaluation) added up to `totals`."""
+        return {name: float(total) / steps for name, total in totals.items()}
+
+    def _without_repeats(self, dataloader: Any) -> Iterator[Mapping[str, Any]]:
+        """The batches of this process; of the last ones without the rows that Accelerate repeats to fill them up."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        for batch in dataloader:
+            if processes > 1 and state.end_of_dataloader and state.remainder > 0:
+                batch = own_rows(batch, state.remainder, self.accelerator.process_index)
+            yield batch
 
     def _begin_log(self) -> None:
         self._logged: dict[str, Tensor] = {}
@@ -183,15 +207,27 @@ class UnlearnTrainerMixin(TrainerBase):
         return 0 if self.unlearn_step is None else self.unlearn_step.param_groups[0]["unlearn_steps"]
 
     def _loss_of(self, model: nn.Module) -> UnlearnLoss:
-        """The loss over a model, the step's own where it is that of the step."""
+        """The loss over a model, the step's own where it is that of the step; else one that is made once."""
         if self.unlearn_step is not None and self.unlearn_step.model is model:
             return self.unlearn_step.loss
-        options = {
-            key: self.step_options[key]
-            for key in ("backend", "reference_cache_bytes", "reference")
-            if key in self.step_options
-        }
-        return UnlearnLoss(model, self.terms, **options)
+        if self._own_loss is None or self._own_loss.backbone.outer is not model:
+            options = {key: self.step_options[key] for key in LOSS_OPTIONS if key in self.step_options}
+            self._own_loss = UnlearnLoss(model, self.terms, **options)
+        return self._own_loss
+
+
+def own_rows(batch: Mapping[str, Any], rows: int, place: int) -> Mapping[str, Any]:
+    """Return of a process's last batch (or the batches in it) the rows that are its own.
+
+    Args:
+        rows: of the last batches of all processes in their order; what is behind them has been repeated.
+        place: of the process among them.
+    """
+    if "input_ids" not in batch:
+        sides = {name: part for name, part in batch.items() if isinstance(part, Mapping)}
+        return {**batch, **{name: own_rows(part, rows, place) for name, part in sides.items()}}
+    size = len(batch["input_ids"])
+    return rows_of(batch, slice(min(max(rows - place * size, 0), size)), size)
 
 
 class UnlearnTrainer(UnlearnTrainerMixin, transformers.Trainer):

@@ -6,11 +6,12 @@ cache. Of these each is written once, and linked into the checkpoints that follo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastforget.collectives import is_first
 from fastforget.data.examples import Example, ExampleStream
 from fastforget.errors import BrokenFileError, FastforgetError
 from fastforget.files import PART, made_whole
+from fastforget.jobs.outputs import Ours, claimed_folder, not_ours
 from fastforget.reference import Entry, Reference
 from fastforget.reference_folder import frozen_digest, pack_entry, unpack_entry
 from fastforget.state_file import read_state, write_state
@@ -87,6 +89,8 @@ class Checkpoints:
             state = {"format": FORMAT, "identity": self.identity, "job": dict(job), "reference": cache}
             write_state(scratch / STATE, state)
         self.last = folder
+        if reference is not None:
+            reference.saved()
         self.prune()
 
     def prune(self) -> None:
@@ -113,6 +117,15 @@ class Checkpoints:
         for folder in self.folders():
             shutil.rmtree(folder)
         self.settle()
+
+    def begin(self, resume: bool, say: Callable[[str], None]) -> None:
+        """Make ready for a job: it goes on from the last one, or begins anew, and then all are removed."""
+        self.say = say
+        if not resume:
+            if is_first():
+                self.clear()
+        elif not self.folders():
+            say(f"--resume: {self.folder} holds no checkpoint, so the job begins at its beginning.")
 
     def settle(self) -> None:
         """Remove what killed processes left of checkpoints; of several processes the first one does."""
@@ -161,6 +174,25 @@ class Checkpoints:
             entries |= {key: unpack_entry(content) for key, content in read_state(folder / part).items()}
         entries = {key: entries[key] for key in stored["order"]}
         return {"entries": entries, "keeps_embeddings": stored["keeps_embeddings"]}
+
+
+@contextlib.contextmanager
+def claimed_with_checkpoints(
+    checkpoints: Checkpoints, *, overwrite: bool, resume: bool, ours: Ours = not_ours
+) -> Iterator[None]:
+    """Hold an output folder for a job that writes checkpoints there, or goes on from them (`claimed_folder`).
+
+    Raises:
+        FastforgetError: as `claimed_folder`, or it holds checkpoints that are neither to be gone on with nor replaced.
+    """
+    replaces = overwrite or (resume and bool(checkpoints.folders()))
+    with claimed_folder(checkpoints.folder, replaces, ours):
+        if checkpoints.folders() and not resume and not overwrite:
+            raise FastforgetError(
+                f"{checkpoints.folder} holds checkpoints of an earlier job: --resume goes on with it, --overwrite "
+                "removes them"
+            )
+        yield
 
 
 def link(path: Path, target: Path) -> None:

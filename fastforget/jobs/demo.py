@@ -5,6 +5,7 @@ Offline, on two CPU cores, in minutes.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from fastforget.adapters import save_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
+from fastforget.config import plain
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import (
@@ -26,10 +28,11 @@ from fastforget.evaluate.report import (
     write_json,
 )
 from fastforget.evaluate.robustness import print_robustness
+from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
 from fastforget.jobs.evaluate import robust_rows
 from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, outcome, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
@@ -52,6 +55,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
             (`fastforget[real]`).
         until: when it may end; None: after the steps of the job's defaults.
         robust: whether it is measured what lasts of it (`fastforget evaluate --robust`); default yes.
+        save_steps, resume: write a checkpoint every so many steps, until the demo is through; go on from the last one.
         cache: folder for the trained base, which the next demo with this seed takes; default the user's cache.
         quiet: print nothing. Otherwise `console` (default: standard output) gets what the command prints.
 
@@ -59,12 +63,17 @@ def demo(options: DemoOptions) -> dict[str, Any]:
         What report.json holds.
 
     Raises:
-        FastforgetError: an unknown preset or option of it, a seed out of range, or an output folder that holds
-            another adapter.
+        FastforgetError: an unknown preset or option of it, a seed out of range, an output folder that holds another
+            adapter, or checkpoints of another demo.
     """
-    ours = claimed_folder(Path(options.out), options.overwrite, lambda report: report.get("command") == "demo")
-    with ours, surroundings(options.seed, options.quiet):
-        return run_demo(options, DemoScale(), JobSettings(until=options.until))
+    claimed = claimed_with_checkpoints(
+        Checkpoints(Path(options.out)),
+        overwrite=options.overwrite,
+        resume=options.resume,
+        ours=lambda report: report.get("command") == "demo",
+    )
+    with claimed, surroundings(options.seed, options.quiet):
+        return run_demo(options, DemoScale(), JobSettings(until=options.until, save_steps=options.save_steps))
 
 
 def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> dict[str, Any]:
@@ -92,9 +101,14 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     Backbone(model).check_layers(layers_of(terms))
     tokenizer = load_tokenizer(subject.base)
 
+    decisive = {"preset": options.preset, "preset_options": plain(options.preset_options or {}), **asdict(settings)}
+    del decisive["save_steps"]
+    kept = {"forget": sets["forget"], "retain": subject.kept}
+    checkpoints = Checkpoints(out, keep=1, identity=identity_of(decisive, kept, model))
+    checkpoints.begin(options.resume, functools.partial(say, console))
     before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
     ability = {"before": subject.ability(model, tokenizer)}
-    with shown_steps(options.preset, console, log_to=options.log_to, out=out) as progress:
+    with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
         result = run_job(
             model,
             tokenizer,
@@ -104,6 +118,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
             settings,
             progress=progress,
             never_trained=before["unseen"].memorised.exact,
+            checkpoints=checkpoints,
+            resume=options.resume,
         )
     after = measure(model, tokenizer, sets, "After: continuing every passage", console)
     check_measured(after, BROKEN)
@@ -138,6 +154,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         print_robustness(console, rows)
         report |= {"robustness": [asdict(row) for row in rows], "seconds": round(time.perf_counter() - start, 1)}
         write_json(out / REPORT, report)
+    checkpoints.clear()
     cached = (
         f"training the base took {subject.trained_seconds:.0f} s"
         if subject.trained_seconds

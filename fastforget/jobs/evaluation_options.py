@@ -11,9 +11,26 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fastforget.config import Help
-from fastforget.data.sources import Source, check_source
+from fastforget.data.sources import Source
 from fastforget.errors import FastforgetError
-from fastforget.jobs.options import ALLOW, CHAT, COLUMNS, DATA, FORMAT, MODEL, OUTPUT, ROBUST, TRAINING, Texts
+from fastforget.jobs.options import (
+    ALLOW,
+    CHAT,
+    COLUMNS,
+    DATA,
+    FORMAT,
+    LARGEST,
+    MODEL,
+    OUTPUT,
+    ROBUST,
+    SHORTEST,
+    TRAINING,
+    Texts,
+    check_characters,
+    check_range,
+    check_seed,
+    checked_source,
+)
 
 MEMORISATION = "memorisation"
 SUITE_SETS: dict[str, tuple[str, ...]] = {  # of --suite: what each takes beside --forget, --retain and --unseen
@@ -61,15 +78,13 @@ class SelectOptions:
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_characters(self)
         for name in ("batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FastforgetError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise FastforgetError(f"--threshold must be from 0 to 1, not {self.threshold}")
+            check_range(self, name, 1, LARGEST)
+        check_range(self, "threshold", 0, 1)
         if self.generate and self.model is None:
             raise FastforgetError("--generate needs --model: it is the model under test that answers")
-        if Path(self.out).is_dir():
+        if os.path.isdir(self.out):
             raise FastforgetError(f"{self.out} is a folder: --out needs a file, such as forget.jsonl")
 
     @property
@@ -78,8 +93,7 @@ class SelectOptions:
         source = Source(
             path=self.data, columns=self.columns or {}, split=self.split, subset=self.subset, format=self.format
         )
-        check_source(source, "data")
-        return source
+        return checked_source(source, "data")
 
     @property
     def label_names(self) -> list[str]:
@@ -111,7 +125,9 @@ class EvaluateOptions:
     sets: Annotated[
         Mapping[str, str] | None, Help("NAME=PLACE, further sets of a suite: world_facts=TOFU#world_facts.", DATA)
     ] = None
-    columns: Annotated[Mapping[str, str] | None, Help(COLUMNS, DATA)] = None
+    columns: Annotated[Mapping[str, str] | None, Help(f"Of --forget: {COLUMNS}", DATA)] = None
+    retain_columns: Annotated[Mapping[str, str] | None, Help("The same for --retain; default --column.", DATA)] = None
+    unseen_columns: Annotated[Mapping[str, str] | None, Help("The same for --unseen; default --column.", DATA)] = None
     format: Annotated[str | None, Help(f"Of --forget, default the suite's own. {FORMAT}", DATA)] = None
     retain_format: Annotated[str | None, Help("The same for --retain; default --format.", DATA)] = None
     unseen_format: Annotated[str | None, Help("The same for --unseen; default --format.", DATA)] = None
@@ -140,10 +156,13 @@ class EvaluateOptions:
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_characters(self)
+        check_seed(self.seed)
         if self.robust and self.adapter is None:
             raise FastforgetError("--robust needs --adapter: it asks whether what an adapter made forgotten stays so")
-        if self.measured_passages < 1:
-            raise FastforgetError(f"--measured-passages must be at least 1, not {self.measured_passages}")
+        check_range(self, "measured_passages", 1, LARGEST)
+        check_range(self, "max_length", SHORTEST, LARGEST)
+        check_range(self, "threshold", 0, 1)
         if self.suite not in SUITE_SETS:
             raise FastforgetError(f"unknown suite {self.suite!r}: choose one of {', '.join(SUITE_SETS)}")
         known = SUITE_SETS[self.suite]
@@ -167,7 +186,7 @@ class EvaluateOptions:
         A place given as text may name a subset and a split: NAME#SUBSET@SPLIT.
 
         Raises:
-            FastforgetError: as `check_source`.
+            FastforgetError: as `checked_source`.
         """
         texts = getattr(self, name) if name in ("forget", "retain", "unseen") else (self.sets or {}).get(name)
         if texts is None:
@@ -175,14 +194,13 @@ class EvaluateOptions:
         place, subset, split = parsed_place(texts)
         source = Source(
             path=place,
-            columns=self.columns or {},
+            columns=getattr(self, f"{name}_columns", None) or self.columns or {},
             split=split or self.split,
             subset=subset,
             chat_template=self.chat_template,
             format=format,
         )
-        check_source(source, name)
-        return source
+        return checked_source(source, name)
 
 
 def parsed_place(texts: Texts) -> tuple[Texts, str | None, str | None]:

@@ -6,11 +6,13 @@ import contextlib
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastforget.adapters import save_adapter, task_vector
@@ -63,10 +65,10 @@ def run_job(
     without centres gets its own first, in place, computed from the retain set. Terms that need refusals or other
     prompts' answers get them fresh at each step, from `refusals` and from the retain set, in rows of at most
     `max_length` tokens (default: the model's context). A task vector is subtracted at the end, and in every checkpoint.
-    With `save_steps` a checkpoint is written every so many steps, and with `resume` the job goes on from the last one,
-    if there is any, and ends as if it had never stopped (`jobs/checkpoints.py`). With `until` a step's forget passages
-    are those that are still known (`jobs/until.py`), measured by `never_trained`, the exact memorisation of passages
-    that the model never saw, where there are any.
+    With `save_steps` a checkpoint is written every so many steps (where that fails, on a full disk say, there is a
+    warning), and with `resume` the job goes on from the last one, if there is any, and ends as if it had never stopped
+    (`jobs/checkpoints.py`). With `until` a step's forget passages are those that are still known (`jobs/until.py`),
+    measured by `never_trained`, the exact memorisation of passages that the model never saw, where there are any.
 
     An update is known to be good by the loss of the next step; the last one, and one that is saved, by the loss of its
     own batch once more.
@@ -172,7 +174,14 @@ def run_job(
                         save_adapter(model, tokenizer, folder)
                     save_centres(terms, folder)
 
-                checkpoints.write(number, state.collect(), step.loss.reference, save)
+                try:
+                    checkpoints.write(number, state.collect(), step.loss.reference, save)
+                except (OSError, SafetensorError) as error:
+                    warnings.warn(
+                        f"checkpoint-{number} could not be written ({error}); the job goes on, and the checkpoints "
+                        "before it stay",
+                        stacklevel=2,
+                    )
     result.stopped = result.stopped or f"all {result.steps} steps taken"
     if until is not None:
         result.stopped = f"{until.final(model)}; {result.stopped}"

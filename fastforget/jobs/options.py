@@ -45,6 +45,8 @@ FORMAT = f"A published data set's rows: {', '.join(FORMATS)}."
 CHAT = "Format prompts and messages as the tokenizer's chats; default where it has a template."
 REFUSALS = "Text file, one refusal a line, for presets that teach one; default a list of neutral sentences."
 ROBUST = "Also after merging, quantising, and learning half of the forgotten again."
+SAVE_STEPS = "Save a checkpoint every so many steps."
+RESUME = "Go on from the last checkpoint in the output folder."
 ALLOW = "Take a checkpoint that lacks weights of the model (they are random then), or has others."
 
 
@@ -63,12 +65,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_log(self.log_to)
-        for name, value in vars(self).items():
-            for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
-                if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
-                    raise FastforgetError(
-                        f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
-                    )
+        check_characters(self)
 
     def terms(self) -> list[Term]:
         """Build the preset's terms; raise FastforgetError where an option is unknown or of the wrong type."""
@@ -106,7 +103,7 @@ class JobSettings:
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
     auto_micro_batch: Annotated[bool, Help("Halve --micro-batch whenever memory runs out.", TRAINING)] = False
     seed: Annotated[int, Help("Of every random draw.", TRAINING)] = 0
-    save_steps: Annotated[int | None, Help("Save a checkpoint every so many steps.", OUTPUT)] = None
+    save_steps: Annotated[int | None, Help(SAVE_STEPS, OUTPUT)] = None
     keep_checkpoints: Annotated[int | None, Help("Checkpoints that are kept, the last ones.", OUTPUT)] = None
     reference_cache: Annotated[
         str | os.PathLike[str] | None, Help("Folder that keeps what the frozen model said, for other jobs.", TRAINING)
@@ -197,7 +194,7 @@ class UnlearnOptions(RunOptions, JobSettings):
     lora_r: Annotated[int, Help("Rank of the LoRA adapter.", MODEL)] = 32
     lora_alpha: Annotated[int | None, Help("LoRA's scale; default 2 r.", MODEL)] = None
     lora_targets: Annotated[str | Sequence[str], Help("Names, comma-separated, or all-linear.", MODEL)] = "all-linear"
-    resume: Annotated[bool, Help("Go on from the last checkpoint in the output folder.", OUTPUT)] = False
+    resume: Annotated[bool, Help(RESUME, OUTPUT)] = False
     fit: Annotated[str | None, Help("Memory of the device, e.g. 16GB: take the bits and rows that fit it.", MODEL)] = (
         None
     )
@@ -219,10 +216,7 @@ class UnlearnOptions(RunOptions, JobSettings):
             ("lora_r", 1, LARGEST_RANK),
             ("lora_alpha", 1, LARGEST),
         ):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= largest:
-                flag = f"--{name.replace('_', '-')}"
-                raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
+            check_range(self, name, least, largest)
         if self.streaming and self.max_steps is None:
             raise FastforgetError("--streaming needs --max-steps: how long a pass over a stream is, is not known")
         if self.streaming and self.until is not None:
@@ -239,7 +233,7 @@ class UnlearnOptions(RunOptions, JobSettings):
         """Say where the passages of "forget" or "retain" come from, checked as far as that goes without reading them.
 
         Raises:
-            FastforgetError: as `check_source`, or a path that no file can have.
+            FastforgetError: as `checked_source`.
         """
         texts = getattr(self, side)
         if texts is None:
@@ -253,13 +247,7 @@ class UnlearnOptions(RunOptions, JobSettings):
             chat_template=self.chat_template,
             format=getattr(self, f"{side}_format"),
         )
-        try:
-            check_source(source, side)
-        except OSError as error:
-            raise FastforgetError(
-                f"--{side} cannot be read: {error.strerror} (in Python, a text itself goes into a list)"
-            ) from None
-        return source
+        return checked_source(source, side)
 
     def as_config(self) -> dict[str, Any]:
         """Return what `--config` takes to do the same again: absolute paths, a placeholder for data given in Python."""
@@ -290,6 +278,8 @@ class DemoOptions(RunOptions):
     model: Annotated[str, Help("small, or smollm2: a real one (needs fastforget[real]).", MODEL)] = SMALL
     until: Annotated[str | None, Help("When it may end: gone, or em=LEVEL.", TRAINING)] = GONE
     robust: Annotated[bool | None, Help("Measure what lasts of it; default yes.", TRAINING)] = None
+    save_steps: Annotated[int | None, Help(f"{SAVE_STEPS} They go when the demo is through.", OUTPUT)] = None
+    resume: Annotated[bool, Help(RESUME, OUTPUT)] = False
     seed: Annotated[int, Help("Which topics are forgotten, and every random draw.", TRAINING)] = 0
     cache: str | os.PathLike[str] | None = None
 
@@ -305,6 +295,39 @@ class DemoOptions(RunOptions):
 def console_of(quiet: bool, console: Console | None) -> Console:
     """Return the given console, or standard output; where it is to be quiet, one that says nothing."""
     return Console(quiet=True) if quiet else console or Console()
+
+
+def checked_source(source: Source, name: str) -> Source:
+    """Return a source that is right as far as that is known without reading it; `name` is its option's.
+
+    Raises:
+        FastforgetError: as `check_source`, or a path that no file can have.
+    """
+    try:
+        check_source(source, name)
+    except OSError as error:
+        raise FastforgetError(
+            f"--{name} cannot be read: {error.strerror} (in Python, a text itself goes into a list)"
+        ) from None
+    return source
+
+
+def check_characters(options: object) -> None:
+    """Raise FastforgetError where one of a dataclass's texts holds what no file name and no text can."""
+    for name, value in vars(options).items():
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else [value]:
+            if isinstance(part, str | os.PathLike) and NO_TEXT.search(str(part)):
+                raise FastforgetError(
+                    f"{name} holds a NUL character or half a surrogate pair, which is no character: {str(part)!a}"
+                )
+
+
+def check_range(options: object, name: str, least: float, largest: float) -> None:
+    """Raise FastforgetError where a number that was given is not in its range."""
+    value = getattr(options, name)
+    if value is not None and not least <= value <= largest:
+        flag = f"--{name.replace('_', '-')}"
+        raise FastforgetError(f"{flag} must be at least {least} and at most {largest}, not {value}")
 
 
 def check_seed(seed: int) -> None:

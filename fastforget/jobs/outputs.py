@@ -29,10 +29,16 @@ PROBE_BYTES = 1 << 16  # a disk may be so full that a file can be made and not f
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
+Ours = Callable[[dict[str, Any]], bool]  # whether a report.json is of a job whose adapter the next may replace
+
+
+def not_ours(report: dict[str, Any]) -> bool:
+    """Say that a job replaces no adapter unasked."""
+    return False
+
+
 @contextlib.contextmanager
-def claimed_folder(
-    folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool] = lambda report: False
-) -> Iterator[None]:
+def claimed_folder(folder: Path, overwrite: bool, ours: Ours = not_ours) -> Iterator[None]:
     """Hold an output folder for one job: results can go into it, and no other job writes there meanwhile.
 
     It is made where it is missing, and is gone again where the job has left nothing in it.
@@ -81,7 +87,7 @@ def lock(handle: int, folder: Path) -> None:
         pass
 
 
-def check_replaceable(folder: Path, overwrite: bool, ours: Callable[[dict[str, Any]], bool]) -> None:
+def check_replaceable(folder: Path, overwrite: bool, ours: Ours) -> None:
     """Raise FastforgetError where a folder holds an adapter that may not be replaced."""
     if overwrite or not any((folder / name).exists() for name in ADAPTER_FILES):
         return

@@ -60,7 +60,8 @@ def fields_of(recipe: Recipe) -> set[str]:
     """List the fields of a recipe that may be replaced, by their ways."""
     known = {f"data.{side}.{field}" for side in SIDES for field in ("place", "format")}
     known |= {f"data.asked.{name}" for suite in recipe["evaluate"] for name in (*SIDES, *SUITE_SETS.get(suite, ()))}
-    not_theirs = {"model", "out", "adapter", "suite", "data", "console"}  # what the recipe's command itself says
+    # what the recipe's command itself says
+    not_theirs = {"model", "out", "adapter", "suite", "data", "console", "overwrite", "resume"}
     parts = {"unlearn": UnlearnOptions, **{f"evaluate.{suite}": EvaluateOptions for suite in recipe["evaluate"]}}
     if "select" in recipe:
         parts["select"] = SelectOptions

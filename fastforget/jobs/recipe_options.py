@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastforget.config import Help, placeholder, plain
 from fastforget.jobs.evaluation_options import names_of
-from fastforget.jobs.options import CHAT, DATA, MODEL, OUTPUT, TRAINING, Texts, check_seed
+from fastforget.jobs.options import CHAT, DATA, MODEL, OUTPUT, TRAINING, Texts, check_characters, check_seed
 
 OVERRIDE = "FIELD=VALUE of the recipe, e.g. unlearn.max_steps=200. Repeatable."
 NOT_IN_RESULTS = ("out", "quiet", "console", "cache")
@@ -22,7 +22,7 @@ class RecipeOptions:
     """Which recipe, for which model, with which data instead of the published, and where the result goes.
 
     Raises:
-        FastforgetError: a seed out of range.
+        FastforgetError: a seed out of range, or a text that holds no character.
     """
 
     name: str
@@ -55,6 +55,7 @@ class RecipeOptions:
     console: Console | None = None
 
     def __post_init__(self) -> None:
+        check_characters(self)
         check_seed(self.seed)
 
     @property

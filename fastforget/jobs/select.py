@@ -46,11 +46,14 @@ def select(options: SelectOptions) -> dict[str, Any]:
         Counts and places: "chosen", "left_out", "unscored", "out", ...
 
     Raises:
-        FastforgetError: bad input, before anything is scored; a bad row or score, or nothing chosen, with the scores so
-            far kept.
+        FastforgetError: bad input, before anything is scored; a bad row or score, nothing chosen, or a full disk, with
+            the scores so far kept.
     """
     with surroundings(0, options.quiet):
-        return run_select(options)
+        try:
+            return run_select(options)
+        except OSError as error:
+            raise FastforgetError(f"{options.out} cannot be written ({error.strerror}): give another --out") from None
 
 
 def run_select(options: SelectOptions) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from fastforget.evaluate.report import (
     write_json,
 )
 from fastforget.head import context_length
-from fastforget.jobs.checkpoints import Checkpoints, identity_of
+from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
 from fastforget.jobs.companions import check_sets
 from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, claimed_folder, outcome, write_somewhere
+from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, outcome, write_somewhere
 from fastforget.jobs.planning import fitted
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
@@ -94,12 +94,8 @@ def unlearn(options: UnlearnOptions) -> dict[str, Any]:
 def in_folder(options: UnlearnOptions) -> dict[str, Any]:
     """Run a job that writes into its folder."""
     checkpoints = Checkpoints(Path(options.out), options.keep_checkpoints)
-    replaces = options.overwrite or (options.resume and bool(checkpoints.folders()))
-    with claimed_folder(Path(options.out), replaces), surroundings(options.seed, options.quiet):
-        if checkpoints.folders() and not options.resume and not options.overwrite:
-            raise FastforgetError(
-                f"{options.out} holds checkpoints of an earlier job: --resume goes on with it, --overwrite removes them"
-            )
+    claimed = claimed_with_checkpoints(checkpoints, overwrite=options.overwrite, resume=options.resume)
+    with claimed, surroundings(options.seed, options.quiet):
         return run_unlearn(options, checkpoints)
 
 
@@ -138,13 +134,9 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     if options.resume or options.save_steps is not None:
         decisive = {name: value for name, value in config.items() if name not in NOT_OF_THE_RESULT}
         checkpoints.identity = identity_of(decisive, examples, model)
-    checkpoints.say = functools.partial(say, console)
-    if options.resume and not checkpoints.folders():
-        say(console, f"--resume: {out} holds no checkpoint, so the job begins at its beginning.")
     before = measure(model, tokenizer, measured, "Before: continuing the passages", console)
     check_measured(before, "it is broken before anything was unlearned; check its weights, or give --bits 32")
-    if not options.resume and is_first():
-        checkpoints.clear()
+    checkpoints.begin(options.resume, functools.partial(say, console))
     try:
         with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
             result = run_job(

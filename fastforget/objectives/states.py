@@ -137,4 +137,8 @@ class ClusterPull(StateTerm):
             )
 
     def value(self, stats: SideStats) -> Tensor:
+        if self._request is not None and self._request not in stats.states:
+            raise FastforgetError(
+                f"{self.name} has other centres than when the loss was made: make the UnlearnLoss or UnlearnStep anew"
+            )
         return self.mean(stats, present(self.distances(stats).pull, "a pull"))

@@ -107,6 +107,23 @@ def test_evaluation_has_the_means_of_the_whole_set_and_what_is_measured(tiny, tm
     assert float(loss.detach()) == pytest.approx(logged["eval_loss"], rel=1e-5)
 
 
+def test_batches_with_both_sides_by_name(tiny, tmp_path, monkeypatch):
+    """And without arguments of Trainer's, whose defaults would take the sides for unused columns."""
+    monkeypatch.chdir(tmp_path)
+
+    def collate(items):
+        sides = {side: flat([item[side] for item in items], []) for side in ("forget", "retain")}
+        return {side: {key: batch[key] for key in batch.keys() - {"role"}} for side, batch in sides.items()}
+
+    model = load_perturbed(tiny["llama"])
+    pairs = PairedRows(rows(9, 5), rows(9, 6))
+    trainer = ff.UnlearnTrainer(model, terms=GRAD_DIFF, train_dataset=pairs, eval_dataset=pairs, data_collator=collate)
+    assert next(iter(trainer.get_train_dataloader())).keys() == {"forget", "retain"}
+    expected = float(grad_diff(model, [flat(pairs.forget, pairs.retain)]).detach())
+    measured = trainer.evaluate()
+    assert measured["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_retain_row_is_dealt_as_often_as_any_other():
     pairs = PairedRows(list("abcd"), list(range(6)), seed=3)
     dealt = []
@@ -141,3 +158,14 @@ def test_the_collator():
         collate([{"forget": {"input_ids": [1, 2]}}])
     with pytest.raises(ff.FastforgetError, match="all must give"):
         collate([{"forget": long}, {"forget": {**long, "position_ids": [0, 1, 2]}}])
+
+
+def test_evaluation_before_training_makes_its_loss_once(tiny, tmp_path):
+    """What the reference said the first time is not computed again."""
+    sets = {"forget_dataset": rows(2, 1), "retain_dataset": rows(2, 2), "eval_dataset": (rows(3, 5), rows(2, 6))}
+    trainer = ff.UnlearnTrainer(load_perturbed(tiny["llama"]), arguments(tmp_path), terms="npo", **sets)
+    first = trainer.evaluate()
+    forwards = trainer._loss_of(trainer.model).reference.forwards
+    again = trainer.evaluate()
+    assert again["eval_loss"] == first["eval_loss"]
+    assert trainer._loss_of(trainer.model).reference.forwards == forwards > 0

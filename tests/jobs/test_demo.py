@@ -6,11 +6,14 @@ Its base recites what it was trained on, also in 8 bit, and says so when it cann
 import io
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import same
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fastforget as ff
@@ -18,6 +21,7 @@ from fastforget.data import topics
 from fastforget.evaluate.leakage import leakage
 from fastforget.jobs import demo as demo_module
 from fastforget.jobs import memorise, subjects
+from fastforget.jobs.checkpoints import Checkpoints
 from fastforget.jobs.demo import draw_curves, run_demo
 from fastforget.jobs.loop import JobResult
 from fastforget.jobs.options import DemoOptions, JobSettings
@@ -56,7 +60,7 @@ def first(tmp_path_factory):
 def small(monkeypatch):
     """`ff.demo` has no options for its scale: here it takes the tests'."""
     monkeypatch.setattr(demo_module, "DemoScale", lambda: SMALL)
-    monkeypatch.setattr(demo_module, "JobSettings", lambda until: QUICK)
+    monkeypatch.setattr(demo_module, "JobSettings", lambda **given: QUICK)
 
 
 def test_report_holds_every_figure(first):
@@ -120,10 +124,36 @@ def test_another_adapter_is_not_replaced(first, tmp_path):
 
 
 def test_quiet_prints_nothing(first, small, short_continuations, monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(demo_module, "JobSettings", lambda until: JobSettings(max_steps=3))
+    monkeypatch.setattr(demo_module, "JobSettings", lambda **given: JobSettings(max_steps=3))
     report = ff.demo(tmp_path / "out", cache=first.folder / "cache", preset="grad_ascent", robust=False, quiet=True)
     assert capfd.readouterr().out == ""
     assert report["preset"] == "grad_ascent" and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_demo_that_was_killed_goes_on(first, small, short_continuations, monkeypatch, tmp_path):
+    """Its adapter and its curves are those of one that was not, and no checkpoint is left."""
+    monkeypatch.setattr(demo_module, "JobSettings", partial(JobSettings, max_steps=9, decay=0.4))
+    options = {"cache": first.folder / "cache", "robust": False, "quiet": True, "save_steps": 3}
+    whole = ff.demo(tmp_path / "whole", **options)
+    write, steps = Checkpoints.write, []
+
+    def write_and_end(self, number, *given):
+        write(self, number, *given)
+        steps.append(number)
+        if number == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "write", write_and_end)
+        ff.demo(tmp_path / "out", **options)
+    assert [folder.name for folder in Checkpoints(tmp_path / "out").folders()] == ["checkpoint-6"]
+    with pytest.raises(ff.FastforgetError, match="holds checkpoints of an earlier job: --resume"):
+        ff.demo(tmp_path / "out", **options)
+    monkeypatch.setattr(Checkpoints, "write", lambda *given: steps.append(given[1]) or write(*given))
+    found = ff.demo(tmp_path / "out", resume=True, **options)
+    assert steps == [3, 6, 9] and found["curves"] == whole["curves"] and found["stopped"] == whole["stopped"]
+    assert same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "whole")))
+    assert not Checkpoints(tmp_path / "out").folders()
 
 
 REPORT = {

@@ -56,6 +56,41 @@ def test_without_an_adapter_one_model_is_measured(tiny, tmp_path, short_continua
         evaluate(tiny["llama"], FORGET, tmp_path / "file")
 
 
+def test_each_set_may_have_columns_of_its_own(tiny, tmp_path, short_continuations):
+    rows = {name: [{name: text, "note": "-"} for text in texts] for name, texts in (("f", FORGET), ("r", RETAIN))}
+    options = {"columns": {"text": "f"}, "unseen": rows["f"], "max_length": 32, "bits": 32, "quiet": True}
+    report = evaluate(
+        tiny["llama"], rows["f"], tmp_path / "a", retain=rows["r"], retain_columns={"text": "r"}, **options
+    )
+    expected = evaluate(
+        tiny["llama"], FORGET, tmp_path / "b", retain=RETAIN, unseen=FORGET, max_length=32, bits=32, quiet=True
+    )
+    for name in ("forget", "retain", "unseen"):
+        assert report[f"{name}_nll_after"] == expected[f"{name}_nll_after"]
+    with pytest.raises(ff.FastforgetError, match="'f'"):
+        evaluate(tiny["llama"], rows["f"], tmp_path / "c", retain=rows["r"], **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**64}, "seed must be from 0"),
+        ({"model": "a\0b"}, "model holds a NUL character"),
+        ({"forget": "a\udcff"}, "forget holds a NUL character or half a surrogate pair"),
+        ({"sets": {"holdout": "a\0"}}, "sets holds a NUL character"),
+        ({"max_length": 0}, "--max-length must be at least 16"),
+        ({"measured_passages": 10**20}, "--measured-passages must be at least 1 and at most"),
+        ({"threshold": 1.5, "suite": "harm"}, "--threshold must be at least 0 and at most 1, not 1.5"),
+    ],
+)
+def test_seeds_and_texts_that_nothing_can_take(tmp_path, changes, message):
+    options = {"model": "m", "forget": FORGET, "out": tmp_path / "out", "suite": "muse"} | changes
+    with pytest.raises(ff.FastforgetError, match=message):
+        evaluate(**options)
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_a_merged_folder_is_the_base_with_the_adapter(tiny, adapter, tmp_path):
     ids = torch.arange(5, 25)[None]
@@ -68,5 +103,22 @@ def test_a_merged_folder_is_the_base_with_the_adapter(tiny, adapter, tmp_path):
     assert rounded.dtype == torch.bfloat16
     with pytest.raises(ff.FastforgetError, match="not an empty folder"):
         ff.merge(tiny["opt"], adapter, folder)
-    with pytest.raises(ff.FastforgetError, match="16 or 32"):
-        ff.merge(tiny["opt"], adapter, tmp_path / "new", bits=8)
+    with pytest.raises(ff.FastforgetError, match="one of 4, 8, 16, 32, not 2"):
+        ff.merge(tiny["opt"], adapter, tmp_path / "new", bits=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_merged_folder_of_fewer_bits_is_the_rounded_one_quantised(tiny, adapter, tmp_path, bits):
+    ids = torch.arange(5, 25)[None]
+    folder = ff.merge(tiny["opt"], adapter, tmp_path / "few", bits=bits)
+    rounded = ff.merge(tiny["opt"], adapter, tmp_path / "rounded")
+    models = [ff.load(each, bits=bits, lora={"r": 2}).eval() for each in (folder, rounded, tiny["opt"])]
+    logits, expected, base = (model(input_ids=ids).logits for model in models)
+    assert torch.equal(logits, expected)
+    exact = ff.load(tiny["opt"], bits=32, adapter=adapter).eval()(input_ids=ids).logits
+    assert float((logits - exact).norm()) < 0.9 * float((base - exact).norm()), "what the adapter did is in it"
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config[f"load_in_{bits}bit"]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(plain.model.decoder.layers[0].fc1).__module__.startswith("bitsandbytes")

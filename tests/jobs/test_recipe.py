@@ -242,6 +242,7 @@ def test_bad_input_is_one_line_and_code_2(run, tmp_path, scored):
             "no field 'unlearn.max_stepz': did you mean 'unlearn.max_steps'",
         ),
         ([*good, "--override", "unlearn.max_steps=-3"], "max-steps must be positive"),
+        ([*good, "--override", "unlearn.resume=1"], "no field 'unlearn.resume'"),
         ([*good, "--forget", str(write_rows(tmp_path / "b.jsonl", [*SAFE, {"prompt": "x"}]))], r"b\.jsonl:5 is not as"),
         ([*good, "--forget", str(nothing)], "nothing is chosen"),
         ([*good, "--evaluator", "rules:none"], "cannot be imported"),

@@ -258,21 +258,27 @@ def test_only_so_many_checkpoints_are_kept(job, tmp_path):
     assert len(parts) == 4 and sum(each.st_nlink > 1 for each in parts) == 3, "what came before is linked"
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(job, tmp_path, monkeypatch):
-    written = []
+@pytest.mark.parametrize("file", ["reference-", STATE])
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before_and_the_job_goes_on(job, tmp_path, monkeypatch, file):
+    """And the one after it is whole: what the one that failed was to hold of the reference's cache is in it."""
 
     def full(path, state):
-        written.append(path)
-        if "checkpoint-4" in str(path):
+        if "checkpoint-4" in str(path) and path.name.startswith(file):
             raise OSError(28, os.strerror(28))
         write_state(path, state)
 
-    monkeypatch.setattr("fastforget.jobs.checkpoints.write_state", full)
-    out = tmp_path / "run"
-    with pytest.raises(ff.FastforgetError, match=r"No space left on device.*the adapter as it has become is saved"):
-        job(out)
-    assert written and [folder.name for folder in Checkpoints(out).folders()] == ["checkpoint-2"]
+    whole, out = tmp_path / "run-whole", tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"checkpoint-4 could not .*No space left"):
+        patch.setattr("fastforget.jobs.checkpoints.write_state", full)
+        job(out, preset="npo")
+    assert [folder.name for folder in Checkpoints(out).folders()] == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
     assert not list(out.glob(".*"))
+    job(whole, preset="npo")
+    assert same(weights(out), weights(whole))
+    for name in ("checkpoint-8", "checkpoint-6"):
+        job(out, preset="npo", resume=True)
+        assert same(weights(out), weights(whole))
+        shutil.rmtree(out / name)
 
 
 def test_a_later_checkpoint_that_is_broken_pushes_out_none(tmp_path):

@@ -142,10 +142,14 @@ def test_on_the_command_line_and_one_line_with_code_2(run, tiny, tmp_path, monke
         ((data, "my_rules:score", "--label", "x"), "No such option|--label"),
         ((broken, "my_rules:score"), r"broken\.jsonl:11 has no column 'response'; its columns are prompt"),
         ((str(malformed), "my_rules:score"), r"malformed\.jsonl:2 is not JSON"),
-        ((data, "my_rules:score", "--threshold", "2"), "--threshold must be from 0 to 1"),
+        (("a" * 5000, "my_rules:score"), "--data cannot be read: File name too long"),
+        ((data, "my_rules:score", "--limit", "9" * 20), "--limit must be at least 1 and at most"),
+        ((data, "my_rules:score", "--threshold", "2"), "--threshold must be at least 0 and at most 1"),
         ((data, "my_rules:score", "--generate"), "--generate needs --model"),
         ((data, "my_rules:score", "--format", "nothing"), "unknown format 'nothing'"),
         ((str(tmp_path / "none.jsonl"), "my_rules:score"), "does not exist"),
+        ((data, "my_rules:score", "--out", "o" * 300), "cannot be written .File name too long.: give another --out"),
+        ((data, "my_rules:score", "--out", f"{data}/x"), "cannot be written .*: give another --out"),
     ]
     before = (tmp_path / "o.jsonl").read_text()
     for (path, evaluator, *rest), words in bad:

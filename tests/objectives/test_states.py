@@ -110,6 +110,16 @@ def test_heads_that_cannot_be_read_need_a_layer(model, batch):
     assert float(loss(batch(2, 1)).loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_centres_that_a_loss_does_not_know_are_said(model, batch):
+    pull = ff.ClusterPull(torch.zeros(2, 64))
+    loss = ff.UnlearnLoss(model, [pull])
+    loss(batch(2, 1))
+    pull.fit(torch.ones(3, 64))
+    with pytest.raises(ff.FastforgetError, match="cluster_pull has other centres than when the loss was made"):
+        loss(batch(2, 1))
+    assert ff.UnlearnLoss(model, [pull])(batch(2, 1)).loss.isfinite()
+
+
 def test_what_is_missing_is_said_before_the_first_forward(model, batch):
     with pytest.raises(ff.FastforgetError, match=r"no centres yet: ClusterPull\(fastforget.cluster_centres"):
         ff.UnlearnStep(model, torch.optim.SGD, terms="distance_cluster", lr=0.1)

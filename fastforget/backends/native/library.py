@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,9 @@ ABI_VERSION = 7  # FASTFORGET_ABI_VERSION in csrc/fastforget.h
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 OVERRIDE = "FASTFORGET_CPU"  # environment variable: one of INSTRUCTION_SETS, to use less than the machine has
 
-# FASTFORGET_CSRC: another build of it (`make sanitize`)
+DEVELOPERS = "FASTFORGET_CSRC"  # environment variable: another build of it (`make sanitize`)
 LIBRARY = Path(
-    os.environ.get("FASTFORGET_CSRC")
-    or Path(__file__).parents[2] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
+    os.environ.get(DEVELOPERS) or Path(__file__).parents[2] / ("_csrc.dll" if sys.platform == "win32" else "_csrc.so")
 )
 
 PASSES = ("label", "label_moments", "paired", "reverse_kl", "jsd", "gradient")  # as FastforgetPass numbers them
@@ -87,6 +87,8 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
             f"{path} is not there: fastforget was installed without a C++ compiler, or runs from a folder in which "
             "nothing was built; install a compiler and then fastforget again"
         )
+    if os.environ.get(DEVELOPERS) == str(path):
+        warnings.warn(f"{DEVELOPERS}: {path} is loaded as code; this is for fastforget's developers", stacklevel=2)
     try:
         library = ctypes.CDLL(str(path))
         found = library.fastforget_abi_version()
