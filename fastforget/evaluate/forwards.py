@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +46,8 @@ def measured(
         model.eval()
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            batch = collate([examples[place] for place in places], pad_token_id=0)  # the mask hides the padding
+            chosen = [replace(examples[place], alternative=()) for place in places]
+            batch = collate(chosen, pad_token_id=0)  # the mask hides the padding
             prepared = backbone.prepare(check_batch(batch, "the examples"))
             if prepared is not None:
                 labelled = [places[row] for row in prepared.rows]
