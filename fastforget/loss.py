@@ -162,6 +162,9 @@ class UnlearnLoss:
         def prepare() -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
             return self.prepared(forget, retain, counts, micro_batch)
 
+        if backbone.sharded or backbone.shares_batches:
+            for each in dict.fromkeys((backbone, backbone if self.reference is None else self.reference.backbone)):
+                each.check_again()
         if backbone.sharded:
             reshard(backbone.model)
             backbone.takes_positions()  # two forwards, the first time

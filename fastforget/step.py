@@ -262,7 +262,7 @@ class UnlearnStep(torch.optim.Optimizer):
             for refused, what in (
                 (micro_batch == "auto", "micro_batch='auto'"),
                 (not together and self._combine != "sum", f"combine={self._combine!r}"),
-                (not together and bool(self.loss.plan.baselines), "a term that takes a mean over one call's batch (KTO)"),
+                (not together and self.loss.plan.baselines, "a term that takes a mean over one call's batch (KTO)"),
             ):
                 if refused:
                     raise FastforgetError(f"{what} does not work over several processes yet: run one process")

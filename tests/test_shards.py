@@ -230,6 +230,23 @@ def test_evaluation_over_shards(tiny, tmp_path):
     assert in_processes(tmp_path, 2, measured, tiny["llama"]) == pytest.approx([expected] * 2, rel=1e-6)
 
 
+def hooked(rank, folder):
+    """The losses of steps before which one process puts a hook on its head."""
+    model = shard(load_perturbed(folder))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.KL(on="forget"), ff.CE()], lr=0.1)
+    losses = []
+    for number in range(2):
+        losses.append(float(step(batch_for(number, (rank,))).loss))
+        if rank == 0:
+            model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    return losses
+
+
+def test_a_hook_on_the_head_of_one_process(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, hooked, tiny["llama"])
+    assert first == second
+
+
 def guarded(rank, folder):
     """A step that is skipped, an error that both have, and one in the middle of a forward, which ends both."""
     model = shard(load_perturbed(folder))

@@ -191,6 +191,27 @@ def test_processes_that_share_a_vocabulary_must_not_differ(tiny, tmp_path):
         assert messages["cache"].startswith("reference_cache_folder:")
 
 
+def hook(rank, folder):
+    """A loss after one process has put a hook on its head, and what is said where the hook changes logits."""
+    model = load_perturbed(folder)
+    head = sharded_head(model, Shard(-1))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1)
+    step(make_batch(2, 1))
+    if rank == 1:
+        head.register_forward_hook(lambda *_: None)
+    loss = float(step(make_batch(2, 2)).loss)
+    head.register_forward_hook(lambda _module, _inputs, logits: 2.0 * logits)
+    with pytest.raises(ff.FastforgetError) as error:
+        step.backward(make_batch(2, 1))
+    return loss, str(error.value)
+
+
+def test_hooks_on_a_sharded_head(tiny, tmp_path):
+    (loss, message), (other, other_message) = in_processes(tmp_path, 2, hook, tiny["llama"])
+    assert loss == other
+    assert all("and of these each process may hold a part" in each for each in (message, other_message))
+
+
 def fail(rank, folder):
     model = load_perturbed(folder)
     sharded_head(model, Shard(-1))
