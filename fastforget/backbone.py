@@ -152,13 +152,17 @@ class Backbone:
             if not self.head.is_identity:  # as a check may have left it
                 self.head = shard
 
-    def fill_in(self, layers: Collection[int | None]) -> Tensor:
-        """Take part in a forward to these layers that other processes run: 0, with a graph like theirs."""
+    def fill_in(self, layers: Collection[int | None], trains_head: bool = False) -> Tensor:
+        """Take part in a forward to these layers that other processes run: 0, with a graph like theirs.
+
+        Args:
+            trains_head: the head, if it trains, is in that graph.
+        """
         ids = torch.ones((1, 2), dtype=torch.int64, device=self.device)
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         states = self.states({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (nothing, nothing), layers)
         parts = [state.float().sum() for state in states.values()]
-        if None in layers and not self.head.is_identity:
+        if trains_head and not self.head.is_identity:
             parts += [each[:0].float().sum() for each in (self.head.weight, self.head.bias) if each is not None]
         return torch.stack(parts).sum()
 
@@ -289,10 +293,17 @@ class Backbone:
         head = LMHead.from_model(self.model)
         return head if self.sharded else head.own_part()
 
+    def check_again(self) -> None:
+        """Let the next forward check the head where something around it became another in any process; all must ask."""
+        if any_process(self.checked and self._captures.around_head() != self._around_head, self.device):
+            self.checked = False
+            self.changes += 1
+
     def check_once(self, inputs: dict[str, Any]) -> None:
         """Check the head on the first batch, and on one before which something around it became another."""
         around = self._captures.around_head()
-        if self.checked and around == self._around_head:
+        together = self.sharded or self.head.shard is not None
+        if self.checked and (together or around == self._around_head):
             return
         self.changes += self.checked
         if not self.head.is_identity:
@@ -329,10 +340,14 @@ class Backbone:
         difference = float((ours - own).abs().max())
         differs = not difference <= precision * max(1.0, float(own.abs().max()))
         if any_process(differs, self.device) if self.sharded or self.head.shard is not None else differs:
+            found = f"{type(causal_lm).__name__}: logits from its head differ from its own by {difference:.3g}"
+            if self.head.shard is not None:
+                raise FastforgetError(
+                    f"{found}, and of these each process may hold a part: remove what changes them (a hook, another "
+                    "forward), or do not shard the head"
+                )
             warnings.warn(
-                f"{type(causal_lm).__name__}: logits from its head differ from its own by {difference:.3g}; using the "
-                "model's own logits instead (slower and larger, still right)",
-                stacklevel=2,
+                f"{found}; using the model's own logits instead (slower and larger, still right)", stacklevel=2
             )
             self.head = LMHead(None)
         self.checked = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,19 @@ def any_process(flag: bool, device: torch.device) -> bool:
     shared = torch.tensor(int(flag), device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return bool(shared)
+
+
+def check_alike(numbers: Sequence[int], device: torch.device, what: str) -> None:
+    """Raise, in every process, where they do not have the same numbers, of which each has as many.
+
+    Raises:
+        FastforgetError: with `what`, which says what they are of.
+    """
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    found = torch.stack([own, -own])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if bool((found[0] != -found[1]).any()):
+        raise FastforgetError(f"process {dist.get_rank()}: {what}")
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
@@ -87,7 +100,7 @@ def failures_told() -> Iterator[None]:
                 told = store.get(key).decode()
             else:
                 store.set(key, f"{dist.get_rank()} {type(error).__name__}: {error}")
-        if told is None:
+        if told is None or not isinstance(error, RuntimeError):  # what a lost connection raises is one
             raise
         rank, message = told.split(" ", 1)
         raise ProcessFailedError(int(rank), message) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, sides_of, total_counts
-from fastforget.collectives import agreed, process_count
+from fastforget.collectives import agreed, check_alike, process_count
 from fastforget.errors import FastforgetError
 from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, plan_loss
 from fastforget.objectives import (
@@ -100,10 +100,10 @@ class UnlearnLoss:
             if reference is not None:
                 check_separate(self.backbone, frozen, self.plan)
             folder = None
-            if reference_cache_folder is not None and frozen.sharded:
+            if reference_cache_folder is not None and (frozen.sharded or frozen.head.shard is not None):
                 raise FastforgetError(
                     "reference_cache_folder: its entries are named by a digest of the frozen weights, of which each "
-                    "process holds a part under FSDP2: leave it out, the cache in memory works"
+                    "process here holds a part: leave it out, the cache in memory works"
                 )
             if reference_cache_folder is not None:
                 path = Path(reference_cache_folder)
@@ -162,11 +162,18 @@ class UnlearnLoss:
         def prepare() -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
             return self.prepared(forget, retain, counts, micro_batch)
 
+        if backbone.sharded or backbone.shares_batches:
+            for each in dict.fromkeys((backbone, backbone if self.reference is None else self.reference.backbone)):
+                each.check_again()
         if backbone.sharded:
             reshard(backbone.model)
             backbone.takes_positions()  # two forwards, the first time
             own_counts, parts_of = agreed(prepare, backbone.device)
             parts_of = fill_up(parts_of, {}, backbone.device)
+        elif backbone.shares_batches:
+            own_counts, parts_of = agreed(prepare, backbone.device)
+            own = [*astuple(own_counts), *map(len, parts_of)]
+            check_alike(own, backbone.device, "all processes share a vocabulary, and this one's batch is another one")
         else:
             own_counts, parts_of = prepare()
         whole_counts = counts or own_counts
@@ -216,7 +223,7 @@ class UnlearnLoss:
 
     def fill_in(self, forward: ForwardPlan) -> UnlearnOutput:
         """Take part in a forward for which this process has no label, and another one has (`shards.py`)."""
-        loss = self.backbone.fill_in(forward.layers)
+        loss = self.backbone.fill_in(forward.layers, forward.trains_head)
         if self.reference is not None:
             for plan in forward.streams.values():
                 if plan.reference:

@@ -63,6 +63,11 @@ class ForwardPlan:
         return None in self.layers or any(each.from_label for plan in self.streams.values() for each in plan.states)
 
     @property
+    def trains_head(self) -> bool:
+        """Whether a head that trains gets a gradient."""
+        return any(plan.learns for plan in self.streams.values())
+
+    @property
     def names(self) -> str:
         """The terms' names, for messages."""
         return ", ".join(self.terms)

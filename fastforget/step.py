@@ -234,7 +234,8 @@ class UnlearnStep(torch.optim.Optimizer):
                     parts.append(part)
             return add_outputs(parts)
 
-        with gradients_as_before([*self._parameters, *(each for each in held if id(each) not in self._own)]):
+        parameters = [*self._parameters, *(each for each in held if id(each) not in self._own)]
+        with gradients_as_before(parameters):
             if processes == 1:
                 with self.loss.backbone.failures_told():
                     out = run(counts)
@@ -242,7 +243,7 @@ class UnlearnStep(torch.optim.Optimizer):
                 out = run_together(
                     self.model,
                     self.loss.terms,
-                    held,
+                    parameters,
                     lambda: counts or count_labels([sides_of(forget, retain)]),
                     run,
                     self.loss.backbone.device,
@@ -254,19 +255,18 @@ class UnlearnStep(torch.optim.Optimizer):
 
     def _check_processes(self, micro_batch: MicroBatch) -> int:
         """How many processes train together; raises for what they cannot do."""
-        if self.loss.backbone.shares_batches:
-            return 1
-        check_parallel(self.model, self.loss.backbone.sharded)
-        processes = process_count()
-        if processes > 1:
+        together = self.loss.backbone.shares_batches  # they compute one batch, as one process does
+        if not together:
+            check_parallel(self.model, self.loss.backbone.sharded)
+        if process_count() > 1:
             for refused, what in (
                 (micro_batch == "auto", "micro_batch='auto'"),
-                (self._combine != "sum", f"combine={self._combine!r}"),
-                (bool(self.loss.plan.baselines), "a term that takes a mean over one call's batch (KTO)"),
+                (not together and self._combine != "sum", f"combine={self._combine!r}"),
+                (not together and self.loss.plan.baselines, "a term that takes a mean over one call's batch (KTO)"),
             ):
                 if refused:
                     raise FastforgetError(f"{what} does not work over several processes yet: run one process")
-        return processes
+        return 1 if together else process_count()
 
     def prepare(self, accelerator: Any) -> None:
         """Hand the model and the optimizer over to an `accelerate.Accelerator`; the step itself stays what is called.

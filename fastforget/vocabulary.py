@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastforget.errors import FastforgetError
+
+COMPARED = 4  # elements of a state
+DIFFERENT = (
+    "processes that share a vocabulary differ in their hidden states or labels: each of them needs the same batches, "
+    "the same weights (seed them alike before the adapter is made) and the same random numbers for dropout"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,23 @@ class VocabularyShard:
     def add_up(self, tensor: Tensor) -> None:
         """Sum all processes' tensors, in place."""
         dist.all_reduce(tensor, group=self.group)
+
+    def check_alike(self, states: Sequence[Tensor], labels: Tensor) -> None:
+        """Raise, in every process, where not all have the same states, each (n, D), and labels (n,).
+
+        Of each state a few elements are compared, as loosely as devices may round. On a device nothing is looked at
+        from the host: there a difference ends the next launches with the message.
+        """
+        compared = torch.cat([each.detach()[:, :COMPARED].float() for each in states], dim=1)
+        parts = self.gather(torch.cat([compared, labels[:, None].float()], dim=1))
+        apart = parts.amax(dim=0) - parts.amin(dim=0)
+        bound = (1e-3 if states[0].element_size() > 2 else 3e-2) * parts[..., :-1].abs().amax()
+        # numbers that are not finite are not compared
+        differ = (apart[:, :-1] > bound).any() | (apart[:, -1] > 0).any()
+        if not differ.is_cpu:
+            torch._assert_async(~differ, DIFFERENT)
+        elif bool(differ):
+            raise FastforgetError(DIFFERENT)
 
     def check(self, rows: int, device: torch.device) -> None:
         """Raise, in every process, where the parts are not the vocabulary: each token in one of them, in any order."""

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
 from integrations.loops import flat, rows
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import fastforget as ff
+from fastforget.collectives import failures_told
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
 
@@ -40,6 +42,21 @@ def test_five_steps_of_processes_are_those_of_one(count, tiny, tmp_path):
     for other, other_losses, other_scalars in others:
         assert other_losses == losses and other_scalars == scalars
         assert same(other, weights), "the processes' weights are the same to the bit"
+
+
+def clip_all(rank, folder):
+    model = load_perturbed(folder)
+    trained, *others = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    step = ff.UnlearnStep(
+        DistributedDataParallel(model), torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1, params=[trained]
+    )
+    step.backward(make_batch(2, 1 + rank))
+    return float(torch.nn.utils.clip_grad_norm_([trained, *others], 0.01)), trained.grad
+
+
+def test_weights_that_no_optimizer_holds_have_gradients_that_are_averaged_too(tiny, tmp_path):
+    (norm, gradient), (other_norm, other) = in_processes(tmp_path, 2, clip_all, tiny["llama"])
+    assert norm == other_norm and torch.equal(gradient, other), "clipping gives all processes the same gradient"
 
 
 def train_to_a_layer(rank, folder):
@@ -85,6 +102,20 @@ def test_an_error_of_one_process_ends_all_with_its_message(tiny, tmp_path):
     )
     assert "it has no 'labels'" in first[1] and second[1].startswith("ProcessFailedError: process 0 failed")
     assert all(torch.equal(weights[name], other[name]) for name in weights), "and a step after it is one again"
+
+
+def fail_alike(rank):
+    if rank == 1:
+        dist.barrier()  # the other one has failed by now
+    with pytest.raises(ff.NonFiniteLossError) as error, failures_told():
+        raise ff.NonFiniteLossError(f"found by {rank}")
+    if rank == 0:
+        dist.barrier()
+    return str(error.value)
+
+
+def test_an_error_that_all_have_is_the_own_one_of_each(tmp_path):
+    assert in_processes(tmp_path, 2, fail_alike) == ["found by 0", "found by 1"]
 
 
 def refused(rank, folder):

@@ -32,6 +32,8 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget.collectives import ProcessFailedError, attempt
+from fastforget.data.examples import Example
+from fastforget.evaluate.leakage import mean_nll
 from fastforget.memory import checkpoint_layers
 from fastforget.shards import local, reshard, whole
 
@@ -127,6 +129,28 @@ def test_full_fine_tuning_over_shards_with_a_head_that_trains(tmp_path):
             assert_gradients(weights, expected)
 
 
+def push_states(ranks):
+    """Gradients of a head that trains where what the second process has nothing of does not reach it."""
+    model = tiny_model("llama").train()
+    if len(ranks) == 1:
+        shard(model)
+    terms = [ff.EmbeddingDistance(anchor=torch.zeros(64), margin=1e3), ff.CE()]
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, lr=0.1)
+    loss = float(step.backward(batch_for(1, ranks)).loss)
+    return loss, whole_of(gradients(model))
+
+
+def push_states_over_shards(rank):
+    return push_states((rank,))
+
+
+def test_a_head_that_trains_in_one_side_alone(tmp_path):
+    expected_loss, expected = push_states((0, 1))
+    for loss, found in in_processes(tmp_path, 2, push_states_over_shards):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_gradients(found, expected)
+
+
 def left_padded(batch):
     """The same rows with padding on the left, where the first tokens then have places of their own."""
     padded = {key: torch.cat([value[:, :1] * 0, value], 1) for key, value in batch.items() if key != "role"}
@@ -191,6 +215,36 @@ def test_gradients_with_caches_checkpointing_and_padding_of_their_own(tiny, tmp_
     for found in in_processes(tmp_path, 2, gradients_over_shards, tiny["llama"]):
         # FSDP2 gives weights of layers that a forward does not reach no gradient, as one process does
         assert_gradients(found, expected)
+
+
+def nll_of(model):
+    return mean_nll(model, [Example(tuple(range(first, first + 9)), 3) for first in (1, 20, 40)], batch_size=2)
+
+
+def measured(rank, folder):
+    return nll_of(shard(load_perturbed(folder)))
+
+
+def test_evaluation_over_shards(tiny, tmp_path):
+    expected = nll_of(load_perturbed(tiny["llama"]))
+    assert in_processes(tmp_path, 2, measured, tiny["llama"]) == pytest.approx([expected] * 2, rel=1e-6)
+
+
+def hooked(rank, folder):
+    """The losses of steps before which one process puts a hook on its head."""
+    model = shard(load_perturbed(folder))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.KL(on="forget"), ff.CE()], lr=0.1)
+    losses = []
+    for number in range(2):
+        losses.append(float(step(batch_for(number, (rank,))).loss))
+        if rank == 0:
+            model.get_base_model().lm_head.register_forward_hook(lambda *_: None)
+    return losses
+
+
+def test_a_hook_on_the_head_of_one_process(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, hooked, tiny["llama"])
+    assert first == second
 
 
 def guarded(rank, folder):

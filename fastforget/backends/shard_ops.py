@@ -6,7 +6,7 @@ any head; only where the label's logit itself is differentiated the head's rows 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastforget.backends.protocol import Targets
 from fastforget.backends.sweep import add_label_rows, label_sweep, paired_sweep
 from fastforget.errors import FastforgetError
 from fastforget.head import LMHead
+from fastforget.vocabulary import COMPARED
 
 LEARNED = ("logp", "lse", "label_logit", "log_not_label")  # what has a gradient
 
@@ -68,14 +69,12 @@ class ShardedDivergence(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         ref_hidden: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         positions: Tensor | None,
         head: LMHead,
         label_shift: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        if labels is None:
-            labels = torch.full((len(hidden if positions is None else positions),), -1, device=hidden.device)
         given = SweepInput(passes_of(backend, hidden.dtype), hidden.detach(), labels, positions, head)
         found = paired_sweep(given, ref_hidden.detach(), ctx.needs_input_grad[0], label_shift)
         ctx.save_for_backward(hidden, positions, found.grad)
@@ -104,6 +103,7 @@ def sharded_stats(
     if hidden.requires_grad and torch.is_grad_enabled():
         check_learned(names)
     head.check_frozen_shard()
+    check_rows_alike([hidden], labels, positions, head)
     return dict(zip(names, ShardedStats.apply(hidden, labels, positions, head, names, backend), strict=True))
 
 
@@ -120,7 +120,16 @@ def sharded_divergence(
     """As `Backend.divergence`; raises FastforgetError for what is not served, and for a head that trains."""
     check_served([], [kind])
     head.check_frozen_shard()
+    if labels is None:
+        labels = torch.full((len(hidden if positions is None else positions),), -1, device=hidden.device)
+    check_rows_alike([hidden, ref_hidden], labels, positions, head)
     return ShardedDivergence.apply(hidden, ref_hidden, labels, positions, head, label_shift, backend)
+
+
+def check_rows_alike(states: Sequence[Tensor], labels: Tensor, positions: Tensor | None, head: LMHead) -> None:
+    """As `VocabularyShard.check_alike`, of the kept rows."""
+    assert head.shard is not None
+    head.shard.check_alike([each if positions is None else each[:, :COMPARED][positions] for each in states], labels)
 
 
 def check_served(statistics: Collection[str], divergences: Collection[str] = ()) -> None:

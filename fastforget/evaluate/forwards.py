@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ def measured(
 ) -> list[Result | None]:
     """Measure each example that has a label, in batches of like length; results in the examples' order, None without.
 
-    The model is in evaluation mode meanwhile.
+    The model is in evaluation mode meanwhile. Where FSDP2 shards it all processes measure the same.
 
     Args:
         measure: given a batch, and which of the examples its labelled rows are, returns a result of each of these.
@@ -45,12 +46,14 @@ def measured(
         model.eval()
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            batch = collate([examples[place] for place in places], pad_token_id=0)  # the mask hides the padding
+            chosen = [replace(examples[place], alternative=()) for place in places]
+            batch = collate(chosen, pad_token_id=0)  # the mask hides the padding
             prepared = backbone.prepare(check_batch(batch, "the examples"))
             if prepared is not None:
                 labelled = [places[row] for row in prepared.rows]
                 try:
-                    results = list(measure(backbone, prepared, labelled))
+                    with backbone.whole_head():
+                        results = list(measure(backbone, prepared, labelled))
                 except NonFiniteLossError:  # the head's own check, on the first batch
                     results = [broken(place) for place in labelled]
                 for place, result in zip(labelled, results, strict=True):

@@ -132,10 +132,11 @@ def run_job(
         afterwards.enter_context(stopped_at_the_bound(result))
         model.train()
         for number in pace:
-            batches = (
-                own_share(companions.attach("forget", next(forget_batches))),
-                own_share(companions.attach("retain", next(retain_batches))) if retain_batches else None,
+            whole = (
+                companions.attach("forget", next(forget_batches)),
+                companions.attach("retain", next(retain_batches)) if retain_batches else None,
             )
+            batches = own_share(whole[0]), None if whole[1] is None else own_share(whole[1])
             out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
                 until.note()
@@ -162,7 +163,7 @@ def run_job(
             if saves or number == pace.last:
                 check_update(step, batches, step.rows_at_once(micro_batch), number)
             result.steps = number
-            result.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches if batch is not None)
+            result.tokens += sum(int(batch["attention_mask"].sum()) for batch in whole if batch is not None)
             if progress is not None:
                 progress(number, pace.last, out_step)
             if checkpoints is not None and saves and is_first():

@@ -157,6 +157,61 @@ def refused(rank, folder):
     return messages
 
 
+def differ(rank, folder):
+    """What is said where processes that share a vocabulary have other rows, labels or weights, or halve their rows."""
+
+    def step_of(**options):
+        model = load_perturbed(folder, seed=options.pop("seed", 1))
+        sharded_head(model, Shard(-1))
+        return ff.UnlearnStep(model, torch.optim.SGD, lr=0.1, **{"terms": [ff.NegatedCE()], **options})
+
+    attempts = {
+        "labels": lambda: step_of().backward(make_batch(2, 1 + rank)),
+        "rows": lambda: step_of().backward(make_batch(2 + rank, 1)),
+        "parts": lambda: step_of().backward(make_batch(2, 1), micro_batch=2 - rank),
+        "weights": lambda: step_of(seed=1 + rank, terms=[ff.KL(on="forget")]).backward(make_batch(2, 1)),
+        "auto": lambda: step_of().backward(make_batch(2, 1), micro_batch="auto"),
+        "cache": lambda: step_of(terms="npo", reference_cache_folder=folder / "cache"),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(ff.FastforgetError) as error:
+            attempt()
+        messages[name] = str(error.value)
+    return messages
+
+
+def test_processes_that_share_a_vocabulary_must_not_differ(tiny, tmp_path):
+    for messages in in_processes(tmp_path, 2, differ, tiny["llama"]):
+        for name in ("labels", "weights"):
+            assert "differ in their hidden states or labels" in messages[name]
+        for name in ("rows", "parts"):
+            assert "share a vocabulary, and this one's batch is another one" in messages[name]
+        assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
+        assert messages["cache"].startswith("reference_cache_folder:")
+
+
+def hook(rank, folder):
+    """A loss after one process has put a hook on its head, and what is said where the hook changes logits."""
+    model = load_perturbed(folder)
+    head = sharded_head(model, Shard(-1))
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1)
+    step(make_batch(2, 1))
+    if rank == 1:
+        head.register_forward_hook(lambda *_: None)
+    loss = float(step(make_batch(2, 2)).loss)
+    head.register_forward_hook(lambda _module, _inputs, logits: 2.0 * logits)
+    with pytest.raises(ff.FastforgetError) as error:
+        step.backward(make_batch(2, 1))
+    return loss, str(error.value)
+
+
+def test_hooks_on_a_sharded_head(tiny, tmp_path):
+    (loss, message), (other, other_message) = in_processes(tmp_path, 2, hook, tiny["llama"])
+    assert loss == other
+    assert all("and of these each process may hold a part" in each for each in (message, other_message))
+
+
 def fail(rank, folder):
     model = load_perturbed(folder)
     sharded_head(model, Shard(-1))

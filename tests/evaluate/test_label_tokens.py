@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,3 +92,9 @@ def test_a_missing_library_is_named():
     assert doctest.testmod(libraries).failed == 0
     with pytest.raises(libraries.FastforgetError, match=r"a thing needs no_such_thing: pip install"):
         libraries.library("no_such_thing.part", "a thing")
+
+
+def test_an_alternative_answer_is_not_measured():
+    plain = tiny_model("llama")
+    first, *others = EXAMPLES
+    assert label_tokens(plain, [replace(first, alternative=(1, 2)), *others]) == label_tokens(plain, EXAMPLES)

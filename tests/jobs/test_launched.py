@@ -50,6 +50,10 @@ def test_two_processes_end_with_the_adapter_of_one(tiny, tmp_path, short_continu
         saved = load_file(tmp_path / name / "adapter_model.safetensors")
         assert saved and {value.shape for value in saved.values()} == {value.shape for value in adapter.values()}
         assert_gradients(adapter, weights)
+        tokens, expected_tokens = (
+            each["tokens_a_second"] * each["seconds_a_step"] * each["steps"] for each in (report, expected)
+        )
+        assert tokens == pytest.approx(expected_tokens, rel=0.1), "those of all processes"
 
 
 def stop_and_go_on(rank, out, model):
