@@ -68,7 +68,7 @@ class SweepBackend:
             keeps,
             self.name,
         )
-        fields = dict(zip(names, values, strict=False))
+        fields = dict(zip(names, values[: len(names)], strict=True))  # Dynamo of torch 2.9 knows no other zip
         return {
             name: value.detach() if name in closing.EMPTY and name not in closing.DIFFERENTIABLE else value
             for name, value in fields.items()
@@ -179,7 +179,7 @@ def save_token_stats(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) 
     """Save what the backward takes."""
     tensors, (metric, scale, softcap, names, _, backend) = inputs[:8], inputs[8:]
     ctx.names = split(names)
-    fields = dict(zip(ctx.names, output, strict=False))
+    fields = dict(zip(ctx.names, output[: len(ctx.names)], strict=True))
     kept = [fields.get(name) for name in ("argmax", "expected_embedding", "logp", "log_not_label")]
     ctx.save_for_backward(*tensors, *kept, *output[-3:])
     ctx.scalars = (metric, scale, softcap, backend)
@@ -190,7 +190,7 @@ def token_stats_grad(ctx: Any, grads: Sequence[Tensor | None], compute: Callable
     """Gradients over hidden, weight, bias and states."""
     given = {
         name: grad
-        for name, grad in zip(ctx.names, grads, strict=False)
+        for name, grad in zip(ctx.names, grads[: len(ctx.names)], strict=True)
         if grad is not None and (name in closing.DIFFERENTIABLE or name in MEASURES)
     }
     needs = [ctx.needs_input_grad[index] for index in (0, 3, 4, 5)]
