@@ -276,7 +276,7 @@ class DemoOptions(RunOptions):
     )
     _: KW_ONLY
     model: Annotated[str, Help("small, or smollm2: a real one (needs fastforget[real]).", MODEL)] = SMALL
-    until: Annotated[str | None, Help("When it may end: gone, or em=LEVEL.", TRAINING)] = GONE
+    until: Annotated[str | None, Help("When the small one may end: gone, or em=LEVEL.", TRAINING)] = GONE
     robust: Annotated[bool | None, Help("Measure what lasts of it; default yes.", TRAINING)] = None
     save_steps: Annotated[int | None, Help(f"{SAVE_STEPS} They go when the demo is through.", OUTPUT)] = None
     resume: Annotated[bool, Help(RESUME, OUTPUT)] = False
