@@ -151,7 +151,7 @@ class ForgetUntilGone(Iterator[Batch]):
         """Measure all passages; say how many are not gone."""
         self.look_at(model, range(len(self.examples)))
         total, left = len(self.measured), len(self.known)
-        verb, rule = "is" if left == 1 else "are", f"exact memorisation at most {self.level:.2f}"
+        verb, rule = "is" if left == 1 else "are", f"exact memorisation of each at most {self.level:.2f}"
         if left:
             return f"{left} of {total} {verb} not gone yet ({rule})"
         return f"{'the passage is' if total == 1 else f'all {total} passages are'} gone ({rule})"

@@ -80,7 +80,7 @@ def test_report_holds_every_figure(first):
 def test_it_forgets_and_keeps(first):
     report = first.report
     assert report["forget_memorisation_before"] == report["forget_extraction_before"] == 1.0
-    assert report["forget_memorisation_after"] < 0.5 and "exact memorisation at most" in report["stopped"]
+    assert report["forget_memorisation_after"] < 0.5 and "exact memorisation of each at most" in report["stopped"]
     assert report["retain_leak_after"] >= 0.75
 
 

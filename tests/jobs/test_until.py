@@ -66,11 +66,11 @@ def test_what_recovers_comes_back(tokenizer, monkeypatch):
     shares.update({0: 0.0, 4: 0.0})
     forget.known = set()
     assert forget.finished(model, step=8)
-    assert forget.final(model) == "all 5 passages are gone (exact memorisation at most 0.50)"
+    assert forget.final(model) == "all 5 passages are gone (exact memorisation of each at most 0.50)"
     shares[3] = 1.0
     assert forget.final(model).startswith("1 of 5 is not gone yet")
     alone = ForgetUntilGone(EXAMPLES[1:2], tokenizer, 0.5, [ff.NegatedCE()], batch_size=2, seed=0)
-    assert alone.final(model) == "the passage is gone (exact memorisation at most 0.50)"
+    assert alone.final(model) == "the passage is gone (exact memorisation of each at most 0.50)"
 
 
 def test_levels(tokenizer):
