@@ -23,9 +23,14 @@ class ProcessFailedError(FastforgetError):
         super().__init__(f"process {rank} failed, so this one stops too: {message}")
 
 
+def has_group() -> bool:
+    """Tell whether this process belongs to a group of processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def process_count() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if has_group() else 1
 
 
 def is_first() -> bool:

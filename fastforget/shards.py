@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastforget.collectives import process_count
+from fastforget.collectives import has_group, process_count
 from fastforget.errors import FastforgetError
 
 Part = TypeVar("Part")
@@ -22,7 +22,7 @@ Part = TypeVar("Part")
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether FSDP2 shards the model, or a module of it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -31,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_shard(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor, of which this process may hold a part."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -82,7 +82,7 @@ def check_shards(model: nn.Module) -> None:
         FastforgetError: FSDP1; a quantised weight; a weight that trains and is not sharded over all processes by FSDP2
             alone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor

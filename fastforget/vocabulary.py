@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastforget.collectives import has_group
 from fastforget.errors import FastforgetError
 
 COMPARED = 4  # elements of a state
@@ -36,7 +37,7 @@ class VocabularyShard:
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not has_group():
             raise FastforgetError("a shard of the vocabulary needs processes: call init_process_group first")
 
     @property

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 from integrations.loops import flat, rows
@@ -42,6 +43,16 @@ def in_processes(folder, count, work, *arguments):
     for _, failure in outcomes:
         assert failure is None, failure
     return [result for result, _ in outcomes]
+
+
+def messages_of(attempts):
+    """What each attempt's FastforgetError says, by name."""
+    messages = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(ff.FastforgetError) as error:
+            attempt()
+        messages[name] = str(error.value)
+    return messages
 
 
 def micro_batches(step, rank):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
 from integrations.loops import flat, rows
-from processes import five_steps, in_processes, micro_batches
+from processes import five_steps, in_processes, messages_of, micro_batches
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -131,12 +131,7 @@ def refused(rank, folder):
             make_batch(2, 1), make_batch(2, 1)
         ),
     }
-    messages = {}
-    for name, attempt in attempts.items():
-        with pytest.raises(ff.FastforgetError) as error:
-            attempt()
-        messages[name] = str(error.value)
-    return messages
+    return messages_of(attempts)
 
 
 def test_what_several_processes_cannot_do_is_said(tiny, tmp_path):

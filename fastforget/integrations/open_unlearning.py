@@ -56,53 +56,47 @@ class GradDiff(Method):
     OpenUnlearning's KL is a sum over prompt, answer and padding of a sequence, here it is the mean over label tokens.
     """
 
+    term: ClassVar[type[Term]] = objectives.NegatedCE  # on the forget set; takes the method's own arguments
     gamma: float = 1.0
     alpha: float = 1.0
     retain_loss_type: str = "NLL"
 
     def terms(self, model: nn.Module) -> list[Term]:
+        common = {each.name for each in fields(GradDiff)}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
+        return [*([self.term(weight=self.gamma, **own)] if self.gamma else []), *self.retain_terms()]
+
+    def retain_terms(self) -> list[Term]:
+        """What keeps the retain set."""
         retain: dict[str, type[Term]] = {"NLL": objectives.CE, "KL": objectives.KL}
         if self.retain_loss_type not in retain:
             raise FastforgetError(f"retain_loss_type must be NLL or KL, not {self.retain_loss_type!r}")
-        return [
-            *([self.forget_term(weight=self.gamma)] if self.gamma else []),
-            *([retain[self.retain_loss_type](weight=self.alpha)] if self.alpha else []),
-        ]
-
-    def forget_term(self, weight: float) -> Term:
-        """The term on the forget set."""
-        return objectives.NegatedCE(weight=weight)
+        return [retain[self.retain_loss_type](weight=self.alpha)] if self.alpha else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class NPO(GradDiff):
     """NPO."""
 
+    term = objectives.NPO
     beta: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.NPO(beta=self.beta, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimNPO(GradDiff):
     """SimNPO."""
 
+    term = objectives.SimNPO
     delta: float = 0.0
     beta: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.SimNPO(beta=self.beta, delta=self.delta, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPO(GradDiff):
     """DPO of the "alternate" over the "original" answer, both of which the forget batch holds."""
 
+    term = objectives.DPO
     beta: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.DPO(beta=self.beta, weight=weight)
 
     def forget(self, batch: Mapping[str, Any]) -> Batch:
         return {**super().forget(batch["original"]), "refusal": super().forget(batch["alternate"])}
@@ -112,32 +106,26 @@ class DPO(GradDiff):
 class UNDIAL(GradDiff):
     """UNDIAL; OpenUnlearning's mean is over prompt and padding too, here it is over the label tokens."""
 
+    term = objectives.UNDIAL
     beta: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.UNDIAL(beta=self.beta, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WGA(GradDiff):
     """Weighted gradient ascent."""
 
+    term = objectives.WGA
     beta: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.WGA(beta=self.beta, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SatImp(GradDiff):
     """SatImp."""
 
+    term = objectives.SatImp
     alpha: float = 0.1
     beta1: float = 5.0
     beta2: float = 1.0
-
-    def forget_term(self, weight: float) -> Term:
-        return objectives.SatImp(beta1=self.beta1, beta2=self.beta2, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +173,7 @@ class RMU(GradDiff):
         mean: dict[str, Any] = {"layer": layer, "reduction": "sequence"}  # over the width: the terms are sums over it
         forget = objectives.RMU(c=self.steering_coeff, weight=self.gamma / width, **mean)
         if self.retain_loss_type != "EMBED_DIFF":
-            retain = [term for term in super().terms(model) if term.on == "retain"]
+            retain = self.retain_terms()
         else:
             retain = [objectives.HiddenMSE(weight=self.alpha / width, **mean)] if self.alpha else []
         return [forget, *retain]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import VOCABULARY, adapter_of, assert_gradients, load_perturbed, make_batch, stack_of
-from processes import in_processes
+from processes import in_processes, messages_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -149,12 +149,7 @@ def refused(rank, folder):
         "training": lambda: ff.UnlearnStep(training, torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1),
         "term": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.MaxEntropy()], lr=0.1),
     }
-    messages = {}
-    for name, attempt in attempts.items():
-        with pytest.raises(ff.FastforgetError) as error:
-            attempt()
-        messages[name] = str(error.value)
-    return messages
+    return messages_of(attempts)
 
 
 def differ(rank, folder):
@@ -173,12 +168,7 @@ def differ(rank, folder):
         "auto": lambda: step_of().backward(make_batch(2, 1), micro_batch="auto"),
         "cache": lambda: step_of(terms="npo", reference_cache_folder=folder / "cache"),
     }
-    messages = {}
-    for name, attempt in attempts.items():
-        with pytest.raises(ff.FastforgetError) as error:
-            attempt()
-        messages[name] = str(error.value)
-    return messages
+    return messages_of(attempts)
 
 
 def test_processes_that_share_a_vocabulary_must_not_differ(tiny, tmp_path):

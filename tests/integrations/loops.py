@@ -9,6 +9,29 @@ from fastforget.integrations.rows import row_collator
 GRAD_DIFF = [ff.NegatedCE(weight=0.3), ff.CE()]
 
 
+class RecordsBatches:
+    """Of a Trainer: keeps the batches of each optimizer step."""
+
+    def get_batch_samples(self, *arguments):
+        batches, counts = super().get_batch_samples(*arguments)
+        self.groups = [*getattr(self, "groups", []), batches]
+        return batches, counts
+
+
+ARGUMENTS = {  # of a Trainer
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
 def rows(count, seed, prompt=3):
     """Rows of 8 to 20 tokens, of which the first are a prompt."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import adapter_of, load_perturbed
-from integrations.loops import GRAD_DIFF, assert_same_weights, flat, grad_diff, replay, rows
+from integrations.loops import ARGUMENTS, GRAD_DIFF, RecordsBatches, assert_same_weights, flat, grad_diff, replay, rows
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -11,24 +11,12 @@ import fastforget as ff
 from fastforget.integrations.rows import PairedRows, row_collator
 
 
-class Recording(ff.UnlearnTrainer):
-    """Keeps the batches of each optimizer step."""
-
-    def get_batch_samples(self, *arguments):
-        batches, counts = super().get_batch_samples(*arguments)
-        self.groups = [*getattr(self, "groups", []), batches]
-        return batches, counts
+class Recording(RecordsBatches, ff.UnlearnTrainer):
+    pass
 
 
 def arguments(folder, **changes):
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 5,
-        "learning_rate": 1e-3,
-    }
-    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": [], "save_strategy": "no"}
-    options |= {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 3}
+    options = {**ARGUMENTS, "max_steps": 5, "per_device_eval_batch_size": 3}
     return TrainingArguments(str(folder), **options | changes)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import load_perturbed, token_log_probs
-from integrations.loops import GRAD_DIFF, assert_same_weights, flat, replay, rows
+from integrations.loops import ARGUMENTS, GRAD_DIFF, RecordsBatches, assert_same_weights, flat, replay, rows
 
 import fastforget as ff
 from fastforget.models import load_tokenizer
@@ -15,25 +15,12 @@ from fastforget.integrations.trl import UnlearnSFTTrainer  # noqa: E402 (needs b
 
 
 def arguments(folder, **changes):
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-    }
-    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": [], "save_strategy": "no"}
-    options |= {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "bf16": False, "max_length": None}
-    options |= {"gradient_checkpointing": False, "learning_rate": 1e-3}
+    options = {**ARGUMENTS, "max_steps": 3, "bf16": False, "max_length": None, "gradient_checkpointing": False}
     return trl.SFTConfig(str(folder), **options | changes)
 
 
-class Recording(UnlearnSFTTrainer):
-    """Keeps the batches of each optimizer step."""
-
-    def get_batch_samples(self, *given):
-        batches, counts = super().get_batch_samples(*given)
-        self.groups = [*getattr(self, "groups", []), batches]
-        return batches, counts
+class Recording(RecordsBatches, UnlearnSFTTrainer):
+    pass
 
 
 def metrics_of(model, *batches):
