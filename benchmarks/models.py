@@ -56,15 +56,21 @@ class Finding:
 
     name: str
     path: str = ""
+    joint: str = ""  # how both sides go through it in one forward
     loss_error: float | None = None
     gradient_error: float | None = None
+    joint_error: float | None = None  # of the gradients, against the passes one after the other
     note: str = ""
+
+    @property
+    def errors(self) -> tuple[float | None, ...]:
+        """Those of the loss, of the gradients and of the joint pass."""
+        return self.loss_error, self.gradient_error, self.joint_error
 
     @property
     def is_right(self) -> bool:
         """Whether it was tried, and both errors are rounding."""
-        errors = (self.loss_error, self.gradient_error)
-        return all(error is not None and error <= BOUND for error in errors)
+        return all(error is not None and error <= BOUND for error in self.errors)
 
     @property
     def is_wrong(self) -> bool:
@@ -127,20 +133,34 @@ def compare(model: Any, finding: Finding) -> None:
     unlearn = ff.UnlearnLoss(model, [ff.CE()])
     ours = unlearn({**batch, "labels": torch.full_like(ids, -100)}, batch).loss
     finding.path = "own logits" if unlearn.backbone.head.is_identity else "fused"
-    ours.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
+    found = gradients(model, ours)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
     labels = batch["labels"][:, 1:]
     full = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
-    full.backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     finding.loss_error = float((ours - full).detach().abs() / full.detach().abs())
-    length = torch.stack([each.norm() for each in expected.values()]).norm()
-    differences = [
-        (found.get(name, torch.zeros(())) - expected.get(name, torch.zeros(()))).norm() for name in found | expected
-    ]
-    finding.gradient_error = float(torch.stack(differences).norm() / length)
+    finding.gradient_error = difference(found, gradients(model, full))
+    other = {**batch, "input_ids": ids.flip(0, 1), "attention_mask": mask.flip(0), "labels": ids.flip(0, 1)}
+    other["labels"] = other["labels"].masked_fill(other["attention_mask"] == 0, -100)
+    passes = {}
+    for name in ("sequential", "joint"):
+        unlearn = ff.UnlearnLoss(model, [ff.NegatedCE(weight=0.5), ff.CE()], passes=name)
+        passes[name] = gradients(model, unlearn(other, batch).loss)
+    finding.joint = "packed" if unlearn.backbone.packs() else "padded"
+    finding.joint_error = difference(passes["joint"], passes["sequential"])
+
+
+def gradients(model: Any, loss: Any) -> dict[str, Any]:
+    """Return the gradients of a loss by the names of the weights that have one."""
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Return the norm of the difference of all gradients, relative to that of the expected ones."""
+    nothing = torch.zeros(())
+    differences = [(found.get(name, nothing) - expected.get(name, nothing)).norm() for name in found | expected]
+    return float(torch.stack(differences).norm() / torch.stack([each.norm() for each in expected.values()]).norm())
 
 
 def small_config(model_type: str) -> Any:
@@ -195,10 +215,24 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:100]}"
 
 
+def written(error: float | None) -> str:
+    """Write an error to one digit; a dash where there is none."""
+    return "–" if error is None else f"{error:.0e}"
+
+
 def report(findings: list[Finding]) -> str:
     """Write the table: first what was tried, then what could not be."""
     tried = [each for each in findings if each.loss_error is not None]
-    rows = [[each.name, each.path, f"{each.loss_error:.0e}", f"{each.gradient_error:.0e}"] for each in tried]
+    rows = [
+        [
+            each.name,
+            each.path,
+            *map(written, (each.loss_error, each.gradient_error)),
+            each.joint,
+            written(each.joint_error),
+        ]
+        for each in tried
+    ]
     others = [f"* {each.name}: {each.note}" for each in findings if each.loss_error is None]
     right, fused = sum(each.is_right for each in findings), sum(each.path == "fused" for each in findings)
     parts = [
@@ -206,8 +240,9 @@ def report(findings: list[Finding]) -> str:
         f"transformers {transformers.__version__}, torch {torch.__version__}, float32, on the CPU. Random models, "
         f"{VOCABULARY} tokens; relative errors of the loss and of all gradients against full logits. {right} of "
         f"{len(findings)} are right, {len(tried) - right} wrong; {fused} on the fused path, the others by the model's "
-        "own logits.",
-        "\n".join(table(["class (model type)", "path", "loss", "gradients"], rows)),
+        "own logits. The last two columns: `passes='joint'`, and its gradients' difference from passes one after the "
+        f"other; {sum(each.joint == 'packed' for each in findings)} keep packed documents apart.",
+        "\n".join(table(["class (model type)", "path", "loss", "gradients", "joint", "difference"], rows)),
         "Not tried:",
         "\n".join(others),
     ]

@@ -49,6 +49,7 @@ LOOPS = {  # name -> what it is, its role
     "loop_selected": ("the same, label tokens selected before the KL", "peer"),
     "ours_first": ("UnlearnStep, first epoch", "ours"),
     "ours_later": ("UnlearnStep, later epochs", "ours"),
+    "ours_joint": ("the same, both sides in one forward", "ours"),
     "ours_compiled": ("the same, layers compiled", "ours"),
     "ours_checkpointed": ("the same, checkpointed, micro_batch 1", "ours"),
     "floor": ("backbone and bare products", "floor"),
@@ -202,7 +203,8 @@ class Problem:
             select = name == "loop_selected"
             return loops.materialised(model, reference, mismatch=mismatch, select=select), optimizer
         terms = ff.preset("grad_diff") if name == "full" else TERMS[self.setting.method]()
-        step = ff.UnlearnStep(model, optimizer, terms=terms)
+        passes = "joint" if name == "ours_joint" else "sequential"
+        step = ff.UnlearnStep(model, optimizer, terms=terms, passes=passes)
         rows = 1 if name == "ours_checkpointed" else None
         return loops.ours(step, cached=name != "ours_first", micro_batch=rows), step
 

@@ -17,7 +17,7 @@ from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossErr
 from fastforget.fusing import FuseReport, fuse, unfuse
 from fastforget.guard import GuardSettings
 from fastforget.head import LMHead
-from fastforget.loss import UnlearnLoss, UnlearnOutput
+from fastforget.loss import UnlearnLoss
 from fastforget.merging import merge
 from fastforget.models import load
 from fastforget.objectives import (
@@ -53,6 +53,7 @@ from fastforget.objectives import (
     Unlikelihood,
     preset,
 )
+from fastforget.output import UnlearnOutput
 from fastforget.plan import plan
 from fastforget.stats import TokenStats, divergence, hidden_stats, token_stats, token_stats_from_logits
 from fastforget.step import UnlearnStep

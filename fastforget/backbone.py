@@ -23,6 +23,7 @@ from fastforget.shards import check_shards, is_shard, is_sharded, reshard
 CHECK_TOKENS = 16
 CHECK_PADDING = 3
 MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), one position further is more
+SEEN = 1e-4  # of the states: more than that is another document that was seen, as masked ones are multiplied with 0
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -110,6 +111,7 @@ class Backbone:
         self._captures = Captures(model, base_causal_lm(self.model))
         self._around_head = self._captures.around_head()
         self._takes_positions: bool | None = None
+        self._packs: bool | None = None
         if is_compiled(model):
             let_graphs_see_hooks()
 
@@ -200,11 +202,14 @@ class Backbone:
         The model must take them, and is tried once, with and without padding: convolutions may see through a mask.
         """
         if self._takes_positions is None:
-            causal_lm = base_causal_lm(self.model)
-            forwards = (causal_lm.forward, causal_lm.base_model.forward)
-            named = all("position_ids" in inspect.signature(forward).parameters for forward in forwards)
-            self._takes_positions = named and self.moved_by_padding() < MOVED_BY_PADDING
+            self._takes_positions = self.names_positions() and self.moved_by_padding() < MOVED_BY_PADDING
         return self._takes_positions
+
+    def names_positions(self) -> bool:
+        """Whether the model has an argument `position_ids`."""
+        causal_lm = base_causal_lm(self.model)
+        forwards = (causal_lm.forward, causal_lm.base_model.forward)
+        return all("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
     def moved_by_padding(self) -> float:
         """How far left padding moves a few tokens' logits, as a share of their norm; costs two short forwards."""
@@ -218,6 +223,35 @@ class Backbone:
                 padded["position_ids"] = positions_without_padding(mask)
                 logits.append(self._captures.run(padded, nn.ModuleList(), (), "logits")[None][:, padding:].float())
         return float((logits[0] - logits[1]).norm() / logits[0].norm())
+
+    def packs(self) -> bool:
+        """Whether documents in one row, told apart by `position_ids` alone, are as in rows of their own.
+
+        That is up to the attention: transformers' eager, SDPA, FlashAttention and flex do so, convolutions and state
+        spaces do not. The model is tried once.
+        """
+        if self._packs is None:
+            self._packs = self.names_positions() and self.keeps_documents_apart()
+        return self._packs
+
+    def keeps_documents_apart(self) -> bool:
+        """Whether a few tokens' logits do not change with what stands before them; costs three short forwards."""
+        rows = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
+        document = torch.arange(1, CHECK_TOKENS + 1, device=self.device)
+        alone = {"input_ids": (document % rows)[None]}
+        forwards = [alone]
+        for before in (document + 1, document + CHECK_TOKENS):
+            ids, positions = torch.cat([before, document]) % rows, torch.cat([document, document]) - 1
+            forwards.append({"input_ids": ids[None], "position_ids": positions[None]})
+        with torch.no_grad(), without_dropout(self.model), uncompiled():
+            logits = [
+                self._captures.run(inputs, nn.ModuleList(), (), "logits")[None][:, -CHECK_TOKENS:].float()
+                for inputs in forwards
+            ]
+        norm = logits[0].norm()
+        return bool(
+            (logits[1] - logits[0]).norm() < MOVED_BY_PADDING * norm and (logits[2] - logits[1]).norm() < SEEN * norm
+        )
 
     def states(
         self, inputs: dict[str, Any], positions: tuple[Tensor, Tensor], layers: Collection[int | None] = (None,)

@@ -186,6 +186,7 @@ def check_positions(positions: Any, ids: Tensor, name: str) -> None:
 class PreparedSide:
     """One stream of a side: inputs for the model, and its n kept tokens."""
 
+    batch: CheckedBatch  # of which it was made
     inputs: dict[str, Any]  # input_ids, attention_mask, ... (B, T), on the model's device
     positions: tuple[Tensor, Tensor]  # the row and the column (n,) int64 of each kept token
     labels: Tensor  # (n,) int64, shifted
@@ -231,6 +232,7 @@ def prepare(
         on_cpu = {"labels": batch.labels, **{key: value.cpu() for key, value in batch.inputs.items()}}
         keys = content_keys(on_cpu, rows.tolist(), column.split(lengths.tolist()), trimmed)
     return PreparedSide(
+        batch=batch,
         inputs={key: move(value, device) for key, value in inputs.items()},
         positions=(move(row, device), move(column, device)),
         labels=move(batch.labels[row, column + 1], device),

@@ -88,12 +88,14 @@ def combined(how: str, forget: Gradients, retain: Gradients) -> Gradients:
     return result
 
 
-def check_sides(how: str, terms: Sequence[Term]) -> None:
-    """Raise for an unknown combination, or one of sides of which one has no term."""
+def check_sides(how: str, terms: Sequence[Term], passes: str = "sequential") -> None:
+    """Raise for an unknown combination, or one of sides of which one has no term or that share a pass."""
     if how not in COMBINE:
         raise FastforgetError(f"combine must be one of {', '.join(COMBINE)}, not {how!r}")
     if how == "sum":
         return
+    if passes == "joint":
+        raise FastforgetError(f"combine={how!r} needs a pass of its own for each side: leave passes at 'sequential'")
     for side in ("forget", "retain"):
         own = [term for term in terms if term.on == side]
         if not own:
@@ -162,8 +164,9 @@ class SideGradients:
         self._before = {}
 
     @contextlib.contextmanager
-    def side_pass(self, side: str, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """While one pass runs, `.grad` is the sum of its side."""
+    def side_pass(self, side: str | None, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """While one pass runs, which is of one side, `.grad` is the sum of that side."""
+        assert side is not None
         for parameter, kept in zip(parameters, self._sums[side], strict=True):
             parameter.grad = kept
         yield

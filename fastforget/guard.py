@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fastforget.errors import DivergenceError, FastforgetError, NonFiniteLossError, RetainNLLError
-from fastforget.loss import UnlearnOutput
 from fastforget.objectives import Term, reaches_head
+from fastforget.output import UnlearnOutput
 from fastforget.shards import local, whole
 
 SKIPPED = "unlearn_skipped"  # in an optimizer's first group, where `state_dict` carries it

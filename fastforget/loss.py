@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -30,27 +31,17 @@ from fastforget.objectives import (
     preset,
     weight_at,
 )
+from fastforget.output import UnlearnOutput, add_outputs, add_to
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
 from fastforget.shards import fill_up, reshard
 from fastforget.stats import hidden_stats, label_anchor
-from fastforget.streams import check_labelled, check_sides, check_streams, join, prepared_parts, seen_by
+from fastforget.streams import check_labelled, check_sides, check_streams, join, pack, prepared_parts, seen_by
 from fastforget.term_state import TermStates
 
-
-@dataclass
-class UnlearnOutput:
-    """What one call returns; all scalars, float32, on the model's device.
-
-    `terms` holds the unweighted value of each term by name, `stats` the positive mean NLL per label token of each side
-    that a term looked at (`forget_nll`, `retain_nll`), and of each companion (`forget_refusal_nll`, ...). Of a side
-    whose terms all look at layers its forward ends at the deepest of them, and there is no NLL of it.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    stats: dict[str, Tensor]
-    side: str | None = None  # of a part (`UnlearnLoss.passes`): which side it is of
+PASSES = ("sequential", "joint")
+Part = dict[str, PreparedSide]  # (micro-)batches of a forward's streams
+Share = tuple[ForwardPlan, Part]  # in a forward of the model
 
 
 class UnlearnLoss:
@@ -65,6 +56,9 @@ class UnlearnLoss:
             limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
         reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off. Terms
             that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
+        passes: "sequential": the forget and the retain pass one after the other, each padded; "joint": both in one
+            forward, with more in memory, as documents of one packed row where the model keeps these apart
+            (`Backbone.packs`) and as one padded batch where it does not. The loss is the same.
 
     A term's own scalars (the dual weight of `DualCE`) stay as they are: only `UnlearnStep` knows when a step is over.
     With an AdaLoRA adapter PEFT's orthogonality penalty is part of the loss (`adalora_orthogonality` among its terms);
@@ -85,7 +79,11 @@ class UnlearnLoss:
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
         reference: nn.Module | None = None,
+        passes: str = "sequential",
     ) -> None:
+        if passes not in PASSES:
+            raise FastforgetError(f"passes must be one of {', '.join(PASSES)}, not {passes!r}")
+        self.joint = passes == "joint"
         self.terms = named_terms(preset(terms) if isinstance(terms, str) else terms)
         self.backend = backend
         self.backbone = Backbone(model)
@@ -93,6 +91,8 @@ class UnlearnLoss:
             check_streams(term)
             term.check_ready()
         self.backbone.check_layers(layers_of(self.terms.values()))
+        if self.joint and self.backbone.sharded:
+            raise FastforgetError("passes='joint' does not work under FSDP2: leave it at 'sequential'")
         self.plan = plan_loss(self.terms)
         self.reference: Reference | None = None
         if self.plan.asks_reference:
@@ -157,9 +157,9 @@ class UnlearnLoss:
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
         if counts is not None and not isinstance(counts, LabelCounts):
             raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
-        backbone, forwards = self.backbone, (*self.plan.baselines, *self.plan.forwards)
+        backbone = self.backbone
 
-        def prepare() -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
+        def prepare() -> tuple[LabelCounts, list[list[Part]]]:
             return self.prepared(forget, retain, counts, micro_batch)
 
         if backbone.sharded or backbone.shares_batches:
@@ -178,28 +178,22 @@ class UnlearnLoss:
             own_counts, parts_of = prepare()
         whole_counts = counts or own_counts
         baselines: dict[str, Tensor] = {}  # the constants of terms, over all of this call's rows
-        for forward, part in ((each, part) for each, parts in zip(forwards, parts_of, strict=True) for part in parts):
-            learns = forward.learns and torch.is_grad_enabled()
-            with backbone.whole_head(forward.reads_head), torch.set_grad_enabled(learns):
-                filler = None if part else self.fill_in(forward)
-                states = self.stream_states(forward, part) if part else {}
-                stats = {
-                    stream: self.side_stats(
-                        forward.streams[stream],
-                        part[stream],
-                        states[stream],
-                        (whole_counts if forward.learns else own_counts).totals(forward.side, stream),
-                    )
-                    for stream in part
-                }
+        for shares in self.forwards_of(parts_of):
+            first, reads_head = shares[0][0], any(forward.reads_head for forward, _ in shares)
+            learns = first.learns and torch.is_grad_enabled()
+            with backbone.whole_head(reads_head), torch.set_grad_enabled(learns):
+                used = [share for share in shares if share[1]]
+                filler = None if used else self.fill_in(first)
+                stats = self.stats_of(used, whole_counts if first.learns else own_counts) if used else []
             if filler is not None:
                 yield filler
-            elif forward.learns:
-                output = self.output(forward, stats, baselines, weights)
-                del states, stats  # with its loss, the caller drops the graph before the next forward begins
+            elif first.learns:
+                seen = zip(used, stats, strict=True)
+                output = add_outputs([self.output(share[0], each, baselines, weights) for share, each in seen])
+                del stats, seen  # with its loss, the caller drops the graph before the next forward begins
                 yield output
             else:
-                add_to(baselines, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
+                add_to(baselines, {name: term.constant(*stats[0].values()) for name, term in first.terms.items()})
         if self.adalora is not None:
             # the parts of a batch that is accumulated, or of several processes, have one penalty together
             penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / whole_counts.tokens)
@@ -207,17 +201,19 @@ class UnlearnLoss:
 
     def prepared(
         self, forget: Batch, retain: Batch | None, counts: LabelCounts | None, micro_batch: int | None
-    ) -> tuple[LabelCounts, list[list[dict[str, PreparedSide]]]]:
+    ) -> tuple[LabelCounts, list[list[Part]]]:
         """Check all of a batch, and prepare it for the plan's forwards: its counts, and the parts of each forward."""
         sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
         checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
         own_counts = total_counts(checked)
         for side in SIDES:
             check_labelled(self.plan, side, counts or own_counts)
+        if self.joint and micro_batch is not None:  # rows of so many forwards are in memory at once
+            micro_batch = max(1, micro_batch // len(self.plan.forwards))
 
-        def parts_of(forward: ForwardPlan) -> list[dict[str, PreparedSide]]:
+        def parts_of(forward: ForwardPlan) -> list[Part]:
             batches = {each: checked[forward.side, each] for each in forward.streams if (forward.side, each) in checked}
-            return list(prepared_parts(batches, micro_batch, self.backbone.prepare)) if batches else []
+            return list(prepared_parts(batches, micro_batch, self.backbone.prepare, self.joint)) if batches else []
 
         return own_counts, [parts_of(forward) for forward in (*self.plan.baselines, *self.plan.forwards)]
 
@@ -252,14 +248,35 @@ class UnlearnLoss:
             side=forward.side,
         )
 
-    def stream_states(
-        self, forward: ForwardPlan, parts: Mapping[str, PreparedSide]
-    ) -> dict[str, dict[int | None, Tensor]]:
-        """One forward: the states (n, D) of each stream by layer."""
-        states = self.backbone.states(*join(list(parts.values())), forward.layers)
-        lengths = [len(part.labels) for part in parts.values()]
-        split = {layer: state.split(lengths) for layer, state in states.items()}
-        return {stream: {layer: split[layer][place] for layer in split} for place, stream in enumerate(parts)}
+    def forwards_of(self, parts_of: Sequence[Sequence[Part]]) -> Iterator[list[Share]]:
+        """Yield what goes through the model together: a part of one forward, or (`joint`) of each that learns."""
+        plan = self.plan
+        alone = plan.baselines if self.joint else (*plan.baselines, *plan.forwards)
+        for forward, parts in zip(alone, parts_of, strict=not self.joint):
+            yield from ([(forward, part)] for part in parts)
+        for together in zip_longest(*parts_of[len(alone) :], fillvalue={}):
+            yield list(zip(plan.forwards, together, strict=True))
+
+    def stats_of(self, shares: Sequence[Share], counts: LabelCounts) -> list[dict[str, SideStats]]:
+        """One forward of the model: what terms see of each share's streams, of a batch with these counts."""
+        parts = [part for _, streams in shares for part in streams.values()]
+        layers = frozenset().union(*(forward.layers for forward, _ in shares))
+        packed = pack(parts) if self.joint and self.backbone.packs() else None
+        states = self.backbone.states(*(packed or join(parts)), layers)
+        lengths = [len(part.labels) for part in parts]
+        of_parts = {layer: iter(state.split(lengths)) for layer, state in states.items()}
+        return [
+            {
+                stream: self.side_stats(
+                    forward.streams[stream],
+                    part,
+                    {layer: next(split) for layer, split in of_parts.items()},
+                    counts.totals(forward.side, stream),
+                )
+                for stream, part in streams.items()
+            }
+            for forward, streams in shares
+        ]
 
     def side_stats(
         self, plan: StreamPlan, prepared: PreparedSide, states: Mapping[int | None, Tensor], totals: tuple[int, int]
@@ -377,21 +394,3 @@ def named_terms(terms: Sequence[Term]) -> dict[str, Term]:
     if not named:
         raise FastforgetError("there are no terms: give a list of them, or a preset's name")
     return named
-
-
-def add_outputs(parts: Sequence[UnlearnOutput]) -> UnlearnOutput:
-    """The sum of parts whose denominators are those of the whole."""
-    if not parts:  # a part of a larger batch, without a label of its own
-        return UnlearnOutput(loss=torch.zeros(()), terms={}, stats={})
-    total = UnlearnOutput(loss=parts[0].loss, terms=dict(parts[0].terms), stats=dict(parts[0].stats))
-    for part in parts[1:]:
-        total.loss = total.loss + part.loss
-        add_to(total.terms, part.terms)
-        add_to(total.stats, part.stats)
-    return total
-
-
-def add_to(totals: dict[str, Tensor], shares: Mapping[str, Tensor]) -> None:
-    """Add values to those of the same name."""
-    for name, share in shares.items():
-        totals[name] = totals[name] + share if name in totals else share

@@ -22,7 +22,7 @@ from fastforget.batch import ROLES, LabelCounts, count_name
 from fastforget.collectives import attempt, failures_told, process_count, raise_together
 from fastforget.errors import FastforgetError
 from fastforget.head import wrapped_module
-from fastforget.loss import UnlearnOutput
+from fastforget.output import UnlearnOutput
 
 BUCKET_ELEMENTS = 2**24  # of gradients that go through one exchange: a second copy of so many is in memory
 

@@ -17,9 +17,10 @@ from fastforget.collectives import process_count
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
-from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, named_terms
+from fastforget.loss import UnlearnLoss, named_terms
 from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
+from fastforget.output import UnlearnOutput, add_outputs
 from fastforget.processes import check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
@@ -41,8 +42,8 @@ class UnlearnStep(torch.optim.Optimizer):
         model: a Hugging Face causal LM, with a PEFT adapter where a term needs the reference.
         optimizer: an optimizer class, made here over the trainable parameters with `optimizer_arguments`, or an
             optimizer that exists, which is taken over. Parameter groups may be given as `params`.
-        terms, backend, reference_cache_bytes, reference_cache_folder, reference_cache_folder_bytes, reference: as in
-            `UnlearnLoss`.
+        terms, backend, reference_cache_bytes, reference_cache_folder, reference_cache_folder_bytes, reference, passes:
+            as in `UnlearnLoss`. Sides that are combined need passes of their own.
         combine: how the gradient of the forget terms and that of the retain terms become one: "sum", "mgda" (the
             shortest vector between them) or "pcgrad" (each without what it has against the other); see
             `fastforget.combine`. `.grad` then holds the combination after each `backward`, also under accumulation.
@@ -72,6 +73,7 @@ class UnlearnStep(torch.optim.Optimizer):
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
         reference: nn.Module | None = None,
+        passes: str = "sequential",
         combine: str = "sum",
         fuse: bool = True,
         first_micro_batch: int | None = None,
@@ -94,9 +96,10 @@ class UnlearnStep(torch.optim.Optimizer):
             "reference_cache_bytes": reference_cache_bytes,
             "reference_cache_folder": reference_cache_folder,
             "reference_cache_folder_bytes": reference_cache_folder_bytes,
+            "passes": passes,
         }
         self._terms = preset(terms) if isinstance(terms, str) else list(terms)
-        check_sides(combine, self._terms)
+        check_sides(combine, self._terms, passes)
         warn_of_standstill(combine, self._terms)
         self._combine = combine
         self._fuse = fuse
@@ -202,7 +205,7 @@ class UnlearnStep(torch.optim.Optimizer):
         backward: Callable[[Tensor], None] | None = None,
         counts: LabelCounts | None = None,
     ) -> UnlearnOutput:
-        """Add the batch's gradients to `.grad`; the forget and the retain pass run one after the other.
+        """Add the batch's gradients to `.grad`: of both sides one after the other, or in one pass (`passes`).
 
         Where anything fails, an exception of the model or of `backward` included, every `.grad` is as it was before.
 
@@ -227,7 +230,6 @@ class UnlearnStep(torch.optim.Optimizer):
             parts = []
             with self._kept_apart(held) as pass_of:
                 for part in self.loss.passes(forget, retain, whole, micro_batch, taken):
-                    assert part.side is not None
                     with pass_of(part.side):
                         backward(part.loss * processes if processes > 1 else part.loss)
                     part.loss = part.loss.detach()
@@ -304,7 +306,7 @@ class UnlearnStep(torch.optim.Optimizer):
         return self._fitting.rows if micro_batch == "auto" else micro_batch
 
     @contextlib.contextmanager
-    def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str], contextlib.AbstractContextManager]]:
+    def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str | None], contextlib.AbstractContextManager]]:
         """The passes of one `backward`; yields what a pass of a side runs in, so that combined sides stay apart."""
         gradients = self._gradients
         if gradients is None:

@@ -23,9 +23,11 @@ from fastforget.batch import (
     PreparedSide,
     check_batch,
     is_by_row,
+    move,
     positions_without_padding,
     stream_name,
     stream_of,
+    unbroken,
 )
 from fastforget.errors import FastforgetError
 from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan
@@ -146,17 +148,18 @@ def prepared_parts(
     batches: Mapping[str, CheckedBatch],
     micro_batch: int | None,
     prepare: Callable[[CheckedBatch], PreparedSide | None],
+    whole: bool = False,
 ) -> Iterator[dict[str, PreparedSide]]:
     """Prepare a forward's streams in parts of at most `micro_batch` rows; rows that belong together stay so.
 
     Without `micro_batch` streams that share a forward come in about as many parts as they are, so that none of these
-    forwards needs the memory of more sequences than one stream has (one more, where their number is odd).
-    Nothing comes of a part without a label: there is none in this part of a larger batch.
+    forwards needs the memory of more sequences than one stream has (one more, where their number is odd); or, `whole`,
+    in one. Nothing comes of a part without a label: there is none in this part of a larger batch.
     """
     rows = None
     if micro_batch:
         rows = max(1, micro_batch // len(batches))
-    elif len(batches) > 1:
+    elif len(batches) > 1 and not whole:
         rows = -(-max(batch.row_count for batch in batches.values()) // len(batches)) or None
     for parts in zip(*(batch.split(rows) if rows else [batch] for batch in batches.values()), strict=True):
         prepared = {stream: prepare(part) for stream, part in zip(batches, parts, strict=True)}
@@ -203,6 +206,32 @@ def join(parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, T
     return inputs, (torch.cat(rows), torch.cat([part.positions[1] for part in parts]))
 
 
+def pack(parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, Tensor]] | None:
+    """Labelled rows of several streams one behind the other in one row, without padding, for `Backbone.packs`.
+
+    Returns:
+        `input_ids` and `position_ids` (1, N), which begin anew at each document, and the positions (row, column) (n,)
+        of the kept tokens; None where rows cannot stand so: holes in a mask, positions or other inputs of the user's.
+    """
+    ids, places, kept, begin = [], [], [], 0
+    for part in parts:
+        given, device = part.batch.inputs, part.labels.device
+        mask = given["attention_mask"].cpu()[part.rows] != 0
+        if given.keys() > {"input_ids", "attention_mask"} or not unbroken(mask):
+            return None
+        row, column = mask.nonzero(as_tuple=True)
+        first, lengths = mask.int().argmax(dim=1), mask.sum(dim=1)
+        shift = begin + lengths.cumsum(0) - lengths - first  # from a token's column to its place
+        kept_row, kept_column = part.batch.kept[part.rows].nonzero(as_tuple=True)
+        kept.append(move(shift[kept_row] + kept_column, device))
+        places.append(move(column - first[row], device))
+        ids.append(part.inputs["input_ids"][move(torch.tensor(part.rows)[row], device), move(column, device)])
+        begin += len(row)
+    inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(places)[None]}
+    column = torch.cat(kept)
+    return inputs, (torch.zeros_like(column), column)
+
+
 def with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs with `position_ids`: the given ones, or those that count from each row's first token."""
     return {"position_ids": positions_without_padding(inputs["attention_mask"])} | inputs
@@ -228,6 +257,6 @@ def join_input(name: str, parts: Sequence[PreparedSide], width: int) -> Any:
 def unjoinable(name: str) -> FastforgetError:
     """Return what to raise for an input that streams which share a forward do not have alike."""
     return FastforgetError(
-        "a term compares the batch with its companion row by row, so both go through the model as one batch, and their "
-        f"{name!r} do not fit together: give it in both, one row a sequence, or in neither"
+        "what a term compares row by row, and both sides with passes='joint', go through the model as one batch, and "
+        f"their {name!r} do not fit together: give it in all, one row a sequence, or in none"
     )

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which 
 TERMS = [ff.NPO(weight=0.5), ff.DualCE(), ff.KL(weight=0.7)]
 
 
-def train(rank, folder):
+def train(rank, folder, passes):
     model = load_perturbed(folder)
-    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.AdamW, terms=TERMS, lr=1e-3)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.AdamW, terms=TERMS, lr=1e-3, passes=passes)
     losses, scalars = five_steps(step, lambda number: micro_batches(number, rank))
     return adapter_of(model), losses, scalars
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_five_steps_of_processes_are_those_of_one(count, tiny, tmp_path):
-    (weights, losses, scalars), *others = in_processes(tmp_path, count, train, tiny["llama"])
+@pytest.mark.parametrize("count, passes", [(2, "sequential"), (2, "joint"), (4, "sequential")])
+def test_five_steps_of_processes_are_those_of_one(count, passes, tiny, tmp_path):
+    (weights, losses, scalars), *others = in_processes(tmp_path, count, train, tiny["llama"], passes)
     model = load_perturbed(tiny["llama"])
     step = ff.UnlearnStep(model, torch.optim.AdamW, terms=TERMS, lr=1e-3)
     expected, expected_scalars = five_steps(

@@ -13,8 +13,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastforget.backbone import without_dropout
 from fastforget.batch import Batch, LabelCounts, count_labels, rows_of, sides_of
 from fastforget.integrations.rows import PairedRows, flat_rows, row_collator
-from fastforget.loss import UnlearnLoss, UnlearnOutput, add_outputs, add_to
+from fastforget.loss import UnlearnLoss
 from fastforget.objectives import Term
+from fastforget.output import UnlearnOutput, add_outputs, add_to
 from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
 from fastforget.step import UnlearnStep
 

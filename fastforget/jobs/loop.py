@@ -32,8 +32,8 @@ from fastforget.jobs.launched import in_parallel, own_share
 from fastforget.jobs.options import JobSettings
 from fastforget.jobs.state import JobResult, JobState, Pace
 from fastforget.jobs.until import ForgetUntilGone, level_of
-from fastforget.loss import UnlearnOutput, add_outputs
 from fastforget.objectives import Term, reaches_head, subtraction
+from fastforget.output import UnlearnOutput, add_outputs
 from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.step import MicroBatch, UnlearnStep

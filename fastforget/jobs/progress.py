@@ -15,7 +15,7 @@ from fastforget.evaluate.report import peak_rss_mb
 from fastforget.jobs.loop import Progress as StepProgress
 from fastforget.jobs.step_logs import step_log
 from fastforget.jobs.until import GreedyShare
-from fastforget.loss import UnlearnOutput
+from fastforget.output import UnlearnOutput
 
 LINES = 10  # of a job that is not shown on a terminal, and one at its end
 

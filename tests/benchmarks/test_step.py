@@ -44,7 +44,7 @@ def test_the_dry_run(tmp_path, monkeypatch, bits, more):
         assert {record["status"] for record in row["contestants"].values()} == {RAN}
     for row in compared:
         peers = ("loop", "loop_selected") if bits == "32" else ()  # bitsandbytes' own products round the activations
-        for name in (*peers, "ours_first", "ours_later", "ours_checkpointed"):
+        for name in (*peers, "ours_first", "ours_later", "ours_joint", "ours_checkpointed"):
             assert row["contestants"][name]["flags"] == []
         assert 0 < row["contestants"]["ours_later"]["worst_row"] < 1e-5
 
