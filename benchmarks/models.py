@@ -128,7 +128,7 @@ def compare(model: Any, finding: Finding) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, VOCABULARY - 5, (2, TOKENS), generator=generator)
     mask = torch.ones_like(ids)
-    mask[0, -5:] = 0
+    mask[0, -10:] = 0  # so much padding that packing pays
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     unlearn = ff.UnlearnLoss(model, [ff.CE()])
     ours = unlearn({**batch, "labels": torch.full_like(ids, -100)}, batch).loss

@@ -287,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def settings_of(options: argparse.Namespace) -> list[StepSetting]:
     """List all rows: each shape with each number of bits and each method."""
     names = ("device", "sequences", "length", "labelled", "rank", "batches", "seed")
-    common = {name: getattr(options, name) for name in names} | {"ragged": options.tiny}  # padding is compared, too
+    common = {name: getattr(options, name) for name in names}
+    common["ragged"] = options.ragged or options.tiny  # padding is compared, too
     found = []
     for shape, size, method in itertools.product(options.shape, options.bits, options.methods):
         setting = StepSetting(method, shape, int(size), **common)
@@ -314,6 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, help="of each side; default 8")
     parser.add_argument("--length", type=int, help="tokens of a sequence; default 128")
     parser.add_argument("--labelled", type=float, default=0.4, help="share of the tokens; default 0.4")
+    parser.add_argument("--ragged", action="store_true", help="every second sequence is shorter, with padding")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; default 8")
     parser.add_argument("--batches", type=int, default=2, help="of an epoch; default 2")
     parser.set_defaults(rounds=7, warmup=1)

@@ -234,6 +234,18 @@ class Backbone:
             self._packs = self.names_positions() and self.keeps_documents_apart()
         return self._packs
 
+    def packing_pays(self, packed: torch.Size, padded: torch.Size) -> bool:
+        """Whether one row of N tokens (1, N) takes less than padded rows (B, T).
+
+        FlashAttention and flex attention compute each document's own pairs of tokens; others all pairs of a row, the
+        masked ones too. A pair takes 4 D operations, and a token about 24 D² in the layers' products.
+        """
+        config = base_causal_lm(self.model).config.get_text_config()
+        if any(name in str(config._attn_implementation) for name in ("flash", "flex")):
+            return True
+        (row, longer), (rows, shorter) = packed, padded
+        return row * longer * (6 * config.hidden_size + longer) < rows * shorter * (6 * config.hidden_size + shorter)
+
     def keeps_documents_apart(self) -> bool:
         """Whether a few tokens' logits do not change with what stands before them; costs three short forwards."""
         rows = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastforget.backends.protocol import KnownReference
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, sides_of, total_counts
 from fastforget.collectives import agreed, check_alike, process_count
 from fastforget.errors import FastforgetError
-from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, plan_loss
+from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, named_terms, plan_loss
 from fastforget.objectives import (
     LOGP,
     Divergence,
@@ -261,8 +262,7 @@ class UnlearnLoss:
         """One forward of the model: what terms see of each share's streams, of a batch with these counts."""
         parts = [part for _, streams in shares for part in streams.values()]
         layers = frozenset().union(*(forward.layers for forward, _ in shares))
-        packed = pack(parts) if self.joint and self.backbone.packs() else None
-        states = self.backbone.states(*(packed or join(parts)), layers)
+        states = self.backbone.states(*(self.as_packed(parts) or join(parts)), layers)
         lengths = [len(part.labels) for part in parts]
         of_parts = {layer: iter(state.split(lengths)) for layer, state in states.items()}
         return [
@@ -277,6 +277,16 @@ class UnlearnLoss:
             }
             for forward, streams in shares
         ]
+
+    def as_packed(self, parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, Tensor]] | None:
+        """One packed row for a joint forward, where the model can take it and it costs less than padded rows."""
+        if not self.joint:
+            return None
+        packed, shapes = pack(parts), [part.inputs["input_ids"].shape for part in parts]
+        padded = torch.Size([sum(rows for rows, _ in shapes), max(width for _, width in shapes)])
+        if packed is None or not self.backbone.packing_pays(packed[0]["input_ids"].shape, padded):
+            return None
+        return packed if self.backbone.packs() else None
 
     def side_stats(
         self, plan: StreamPlan, prepared: PreparedSide, states: Mapping[int | None, Tensor], totals: tuple[int, int]
@@ -381,16 +391,3 @@ def check_separate(backbone: Backbone, frozen: Backbone, plan: LossPlan) -> None
             "its reference, and here they differ or the model's trains: freeze the head (get_output_embeddings()), or "
             "use terms of the label's log-probs (npo, grad_diff)"
         )
-
-
-def named_terms(terms: Sequence[Term]) -> dict[str, Term]:
-    """Terms by name; a second term of the same kind gets a number."""
-    named: dict[str, Term] = {}
-    for term in terms:
-        if not isinstance(term, Term):
-            raise FastforgetError(f"terms must be fastforget terms, not {type(term).__name__}: {term!r}")
-        same = sum(other.name == term.name for other in named.values())
-        named[f"{term.name}_{same + 1}" if same else term.name] = term
-    if not named:
-        raise FastforgetError("there are no terms: give a list of them, or a preset's name")
-    return named

@@ -102,6 +102,19 @@ class LossPlan:
         )
 
 
+def named_terms(terms: Sequence[Term]) -> dict[str, Term]:
+    """Terms by name; a second term of the same kind gets a number."""
+    named: dict[str, Term] = {}
+    for term in terms:
+        if not isinstance(term, Term):
+            raise FastforgetError(f"terms must be fastforget terms, not {type(term).__name__}: {term!r}")
+        same = sum(other.name == term.name for other in named.values())
+        named[f"{term.name}_{same + 1}" if same else term.name] = term
+    if not named:
+        raise FastforgetError("there are no terms: give a list of them, or a preset's name")
+    return named
+
+
 def plan_loss(terms: Mapping[str, Term]) -> LossPlan:
     """Make the plan for terms by name."""
     baselines, forwards = [], []

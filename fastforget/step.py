@@ -17,7 +17,8 @@ from fastforget.collectives import process_count
 from fastforget.combine import SideGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
-from fastforget.loss import UnlearnLoss, named_terms
+from fastforget.loss import UnlearnLoss
+from fastforget.loss_plan import named_terms
 from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.output import UnlearnOutput, add_outputs

@@ -215,10 +215,10 @@ def pack(parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, T
     """
     ids, places, kept, begin = [], [], [], 0
     for part in parts:
-        given, device = part.batch.inputs, part.labels.device
-        mask = given["attention_mask"].cpu()[part.rows] != 0
-        if given.keys() > {"input_ids", "attention_mask"} or not unbroken(mask):
+        mask = part.batch.inputs["attention_mask"].cpu()[part.rows] != 0
+        if part.batch.inputs.keys() > {"input_ids", "attention_mask"} or not unbroken(mask):
             return None
+        device = part.labels.device
         row, column = mask.nonzero(as_tuple=True)
         first, lengths = mask.int().argmax(dim=1), mask.sum(dim=1)
         shift = begin + lengths.cumsum(0) - lengths - first  # from a token's column to its place
@@ -228,8 +228,8 @@ def pack(parts: Sequence[PreparedSide]) -> tuple[dict[str, Any], tuple[Tensor, T
         ids.append(part.inputs["input_ids"][move(torch.tensor(part.rows)[row], device), move(column, device)])
         begin += len(row)
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(places)[None]}
-    column = torch.cat(kept)
-    return inputs, (torch.zeros_like(column), column)
+    kept_places = torch.cat(kept)
+    return inputs, (torch.zeros_like(kept_places), kept_places)
 
 
 def with_positions(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def forwards(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def by_document(monkeypatch):
+    """Attention that computes each document's own pairs of tokens alone, so that packing always pays."""
+    monkeypatch.setattr(Backbone, "packing_pays", lambda *_: True)
+
+
 def both(model, terms, sides, **options):
     """(output, gradients) of the passes one after the other, and of the joint one."""
     results = []
@@ -68,7 +74,7 @@ def assert_alike(results, bound=1e-5):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_one_packed_forward_is_the_passes_apart(model, sides, name, forwards):
+def test_one_packed_forward_is_the_passes_apart(model, sides, name, forwards, by_document):
     sides[0]["labels"][3] = sides[0]["labels"][3] if name == "dpo" else -100  # of dpo each row is compared
     results = both(model, TERMS[name], sides)
     assert_alike(results)
@@ -81,10 +87,24 @@ def test_one_packed_forward_is_the_passes_apart(model, sides, name, forwards):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_architectures(tmp_path, kind, batch):
+def test_architectures(tmp_path, kind, batch, by_document):
     model = load_perturbed(save_architecture(kind, tmp_path))
     assert Backbone(model).packs() == (kind != "opt")  # whose mask does not look at positions
     assert_alike(both(model, TERMS["npo"], (batch(4, 1), batch(3, 4, width=13))))
+
+
+def test_it_packs_where_that_costs_less(model, batch, forwards):
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.NPO(), ff.CE(on="retain")], lr=0.1, passes="joint")
+    forget, retain = batch(4, 1), batch(3, 4)
+    step.backward(forget, retain)
+    for side in (forget, retain):
+        side["attention_mask"][1:, 7:] = 0
+        side["labels"][1:, 7:] = -100
+    step.backward(forget, retain)
+    assert [inputs["input_ids"].shape for inputs in forwards] == [(7, 20), (1, 2 * 14 + 5 * 7)]
+    config = model.get_base_model().config
+    config._attn_implementation = "flash_attention_2"
+    assert step.loss.backbone.packing_pays(torch.Size((1, 7 * 20)), torch.Size((7, 20)))
 
 
 def test_a_state_space_does_not_and_gets_one_padded_batch(batch, forwards):
@@ -119,7 +139,7 @@ def test_a_model_whose_documents_see_each_other_is_found_out():
 
 
 @pytest.mark.parametrize("change", ["hole", "positions", "another input"])
-def test_rows_that_cannot_stand_in_one_are_padded(model, batch, change, forwards):
+def test_rows_that_cannot_stand_in_one_are_padded(model, batch, change, forwards, by_document):
     forget, retain = batch(4, 1), batch(3, 4)
     if change == "hole":
         forget["attention_mask"][1, 8] = 0
@@ -134,7 +154,7 @@ def test_rows_that_cannot_stand_in_one_are_padded(model, batch, change, forwards
     assert forwards[-1]["input_ids"].shape == (7, 20)
 
 
-def test_micro_batches_share_their_rows_between_the_sides(model, sides, forwards):
+def test_micro_batches_share_their_rows_between_the_sides(model, sides, forwards, by_document):
     (_, whole), (_, expected) = both(model, TERMS["npo"], sides)
     forwards.clear()
     model.zero_grad()
@@ -145,7 +165,7 @@ def test_micro_batches_share_their_rows_between_the_sides(model, sides, forwards
     assert [int((inputs["position_ids"] == 0).sum()) for inputs in forwards] == [4, 4, 1]
 
 
-def test_accumulation_of_parts_of_one_side(model, batch):
+def test_accumulation_of_parts_of_one_side(model, batch, by_document):
     forget, retain = batch(5, 1), batch(4, 4)
     expected = both(model, TERMS["npo"], (forget, retain))[0][1]
     pieces = [(forget, None), ({key: value[:0] for key, value in forget.items()}, retain)]
