@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastforget.batch import CheckedBatch, PreparedSide, positions_without_padding, prepare, rows_of
+from fastforget.batch import CheckedBatch, PreparedSide, prepare, rows_of
 from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
+from fastforget.layouts import MOVED, documents_stay_apart, moved_by_padding, names_positions, packing_pays
 from fastforget.shards import check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
-CHECK_PADDING = 3
-MOVED_BY_PADDING = 0.05  # of the states: less is rounding (0.02 in bfloat16), one position further is more
-SEEN = 1e-4  # of the states: more than that is another document that was seen, as masked ones are multiplied with 0
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -202,68 +198,33 @@ class Backbone:
         The model must take them, and is tried once, with and without padding: convolutions may see through a mask.
         """
         if self._takes_positions is None:
-            self._takes_positions = self.names_positions() and self.moved_by_padding() < MOVED_BY_PADDING
+            causal_lm = base_causal_lm(self.model)
+            self._takes_positions = names_positions(causal_lm) and moved_by_padding(self.trial, causal_lm) < MOVED
         return self._takes_positions
-
-    def names_positions(self) -> bool:
-        """Whether the model has an argument `position_ids`."""
-        causal_lm = base_causal_lm(self.model)
-        forwards = (causal_lm.forward, causal_lm.base_model.forward)
-        return all("position_ids" in inspect.signature(forward).parameters for forward in forwards)
-
-    def moved_by_padding(self) -> float:
-        """How far left padding moves a few tokens' logits, as a share of their norm; costs two short forwards."""
-        rows = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(1, CHECK_TOKENS + 1, device=self.device) % rows)[None]
-        logits = []
-        with torch.no_grad(), without_dropout(self.model), uncompiled():
-            for padding in (0, CHECK_PADDING):
-                mask = F.pad(torch.ones_like(ids), (padding, 0))
-                padded = {"input_ids": F.pad(ids, (padding, 0)), "attention_mask": mask}
-                padded["position_ids"] = positions_without_padding(mask)
-                logits.append(self._captures.run(padded, nn.ModuleList(), (), "logits")[None][:, padding:].float())
-        return float((logits[0] - logits[1]).norm() / logits[0].norm())
 
     def packs(self) -> bool:
         """Whether documents in one row, told apart by `position_ids` alone, are as in rows of their own.
 
-        That is up to the attention: transformers' eager, SDPA, FlashAttention and flex do so, convolutions and state
-        spaces do not. The model is tried once.
+        That is up to the attention: most of transformers' classes let eager, SDPA, FlashAttention and flex do so,
+        convolutions and state spaces do not. The model is tried once.
         """
         if self._packs is None:
-            self._packs = self.names_positions() and self.keeps_documents_apart()
+            causal_lm = base_causal_lm(self.model)
+            packs = names_positions(causal_lm) and documents_stay_apart(self.trial, causal_lm)
+            if self.head.shard is not None:  # each process looks at logits of its own
+                packs = not any_process(not packs, self.device)
+            self._packs = packs
         return self._packs
 
-    def packing_pays(self, packed: torch.Size, padded: torch.Size) -> bool:
-        """Whether one row of N tokens (1, N) takes less than padded rows (B, T).
-
-        FlashAttention and flex attention compute each document's own pairs of tokens; others all pairs of a row, the
-        masked ones too. A pair takes 4 D operations, and a token about 24 D² in the layers' products.
-        """
-        config = base_causal_lm(self.model).config.get_text_config()
-        if any(name in str(config._attn_implementation) for name in ("flash", "flex")):
-            return True
-        (row, longer), (rows, shorter) = packed, padded
-        return row * longer * (6 * config.hidden_size + longer) < rows * shorter * (6 * config.hidden_size + shorter)
-
-    def keeps_documents_apart(self) -> bool:
-        """Whether a few tokens' logits do not change with what stands before them; costs three short forwards."""
-        rows = base_causal_lm(self.model).get_input_embeddings().weight.shape[0]
-        document = torch.arange(1, CHECK_TOKENS + 1, device=self.device)
-        alone = {"input_ids": (document % rows)[None]}
-        forwards = [alone]
-        for before in (document + 1, document + CHECK_TOKENS):
-            ids, positions = torch.cat([before, document]) % rows, torch.cat([document, document]) - 1
-            forwards.append({"input_ids": ids[None], "position_ids": positions[None]})
+    def trial(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (1, T, V) of a few tokens, in float32: no gradients, no dropout, nothing compiled."""
         with torch.no_grad(), without_dropout(self.model), uncompiled():
-            logits = [
-                self._captures.run(inputs, nn.ModuleList(), (), "logits")[None][:, -CHECK_TOKENS:].float()
-                for inputs in forwards
-            ]
-        norm = logits[0].norm()
-        return bool(
-            (logits[1] - logits[0]).norm() < MOVED_BY_PADDING * norm and (logits[2] - logits[1]).norm() < SEEN * norm
-        )
+            logits = self._captures.run(inputs, nn.ModuleList(), (), "logits")[None]
+        return logits.float()
+
+    def packing_pays(self, packed: torch.Size, padded: torch.Size) -> bool:
+        """Whether one row of N tokens (1, N) takes less than padded rows (B, T) in this model."""
+        return packing_pays(base_causal_lm(self.model).config.get_text_config(), packed, padded)
 
     def states(
         self, inputs: dict[str, Any], positions: tuple[Tensor, Tensor], layers: Collection[int | None] = (None,)

@@ -10,8 +10,7 @@ from typing import Any
 
 from fastforget.backends.gradients import NEEDS_SWEEP
 from fastforget.config import plain
-from fastforget.loss import named_terms
-from fastforget.loss_plan import StreamPlan, plan_loss
+from fastforget.loss_plan import StreamPlan, named_terms, plan_loss
 from fastforget.objectives import PRESETS, Divergence, Field, Term, preset
 from fastforget.reference import EMBEDDING
 from fastforget.streams import used_streams

@@ -18,8 +18,7 @@ import torch
 
 from fastforget import objectives
 from fastforget.errors import FastforgetError
-from fastforget.loss import named_terms
-from fastforget.loss_plan import ForwardPlan, plan_loss
+from fastforget.loss_plan import ForwardPlan, named_terms, plan_loss
 from fastforget.models import BITS, readable_errors
 from fastforget.objectives import Field, Term
 from fastforget.objectives.presets import DEFAULT_PRESET

@@ -7,8 +7,11 @@ from helpers import prepared
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fastforget as ff
-from fastforget.backbone import MOVED_BY_PADDING, Backbone
+from fastforget import backbone as backbones
+from fastforget.backbone import Backbone
 from fastforget.batch import check_batch, count_labels
+from fastforget.head import base_causal_lm
+from fastforget.layouts import MOVED, moved_by_padding
 from fastforget.objectives import REFERENCE_LOGP
 from fastforget.reference import LayerStates
 
@@ -137,7 +140,7 @@ def test_padding_is_in_the_key_where_the_result_depends_on_it(folders, monkeypat
 
     torch.manual_seed(0)
     without_positions = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=1, n_head=4))
-    monkeypatch.setattr(Backbone, "moved_by_padding", lambda self: 0.5)  # as a convolution over padding would
+    monkeypatch.setattr(backbones, "moved_by_padding", lambda *_: 0.5)  # as a convolution over padding would
     for model in (without_positions, gpt2):
         keys = [keys_of(batch, model)[0] for batch in (plain, padded, other, more)]
         assert len(set(keys)) == 4
@@ -179,11 +182,11 @@ def test_equal_inputs_that_stand_elsewhere_have_other_keys(folders):
 def test_one_position_counts_as_moved_and_rounding_does_not(folders):
     for kind, bits in (("opt", 32), ("llama", 32), ("gpt2", 32), ("opt", 8), ("llama", 16)):
         backbone = Backbone(ff.load(folders[kind], bits=bits, device="cpu"))
-        assert backbone.moved_by_padding() < MOVED_BY_PADDING / 2, (kind, bits)
+        assert moved_by_padding(backbone.trial, base_causal_lm(backbone.model)) < MOVED / 2, (kind, bits)
     ids = torch.arange(1, 17)[None]
     with torch.no_grad():
         states = [backbone_states(folders["gpt2"], ids, torch.arange(16) + shift) for shift in (0, 1)]
-    assert float((states[0] - states[1]).norm() / states[0].norm()) > MOVED_BY_PADDING
+    assert float((states[0] - states[1]).norm() / states[0].norm()) > MOVED
 
 
 def backbone_states(folder, ids, positions):

@@ -26,8 +26,7 @@ from fastforget.batch import IGNORE_INDEX, Batch
 from fastforget.errors import FastforgetError
 from fastforget.head import base_causal_lm
 from fastforget.integrations.trainer import UnlearnTrainerMixin
-from fastforget.loss import named_terms
-from fastforget.loss_plan import plan_loss
+from fastforget.loss_plan import named_terms, plan_loss
 from fastforget.objectives import Term
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels")  # what OpenUnlearning's trainers take of a batch

@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fastforget as ff
+from fastforget.backbone import Backbone
 from fastforget.backends import protocol, tiling
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
@@ -106,18 +107,19 @@ def sharded_head(model, layout):
     return parallelize_module(head, mesh, ColwiseParallel(output_layouts=layout))
 
 
-def train(folder, layout):
+def train(folder, layout, passes="sequential"):
     model = load_perturbed(folder)
     if layout is not None:
         sharded_head(model, layout)
     terms = [ff.NPO(weight=0.5), ff.UNDIAL(), ff.Unlikelihood(), ff.KL(weight=0.7)]
-    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3)
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3, passes=passes)
     losses = [float(step(make_batch(3, 3 + number), make_batch(2, 50 + number)).loss) for number in range(3)]
     return adapter_of(model), losses, step.loss.backbone.head.shard is not None
 
 
 def train_shards(rank, folder):
-    return [train(folder, layout) for layout in (Replicate(), Shard(-1))]
+    Backbone.packing_pays = lambda *_: True
+    return [train(folder, Replicate()), train(folder, Shard(-1)), train(folder, Shard(-1), "joint")]
 
 
 def test_a_step_over_a_head_that_tensor_parallelism_shards(tiny, tmp_path):
