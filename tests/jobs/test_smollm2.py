@@ -42,7 +42,8 @@ def stand_in(monkeypatch, tokenizer, short_continuations):
     monkeypatch.setattr(smollm2, "invented_people", partial(invented_people, counts=(1, 1, 1)))
     monkeypatch.setattr(smollm2, "TEACHING", replace(smollm2.TEACHING, epochs=2.0))
     monkeypatch.setattr(smollm2, "continue_greedily", partial(smollm2.continue_greedily, characters=8))
-    monkeypatch.setattr(smollm2, "LORA", {"r": 2, "target_modules": ["down_proj"]})
+    for name in ("TEACHING_LORA", "LORA"):  # the stand-in has few layers
+        monkeypatch.setattr(smollm2, name, {"r": 2, "target_modules": ["down_proj"]})
     monkeypatch.setitem(smollm2.SETTINGS, "max_steps", 2)
 
 
