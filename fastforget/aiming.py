@@ -24,7 +24,9 @@ from fastforget.errors import FastforgetError
 from fastforget.head import base_causal_lm
 from fastforget.reference import reference_mode
 
-RIDGE = 1e-2  # of the kept inputs' mean square: below, directions that the kept texts happen not to have count too much
+# Of the kept inputs' mean square. SmolLM2, 20 general answers after unlearning: at 1e-2 16 word for word as before (with a
+# smaller weight of what is kept), at 3e-3 and 1e-3 18, with an adapter that is not aimed 8.
+RIDGE = 3e-3
 
 
 def aim_adapter(model: Any, forget: Iterable[Batch], kept: Iterable[Batch], *, ridge: float = RIDGE) -> None:

