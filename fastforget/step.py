@@ -15,6 +15,7 @@ from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
 from fastforget.collectives import most, process_count
 from fastforget.combine import SideGradients, SummedGradients, check_sides, warn_of_standstill
+from fastforget.complete_reference import Batches, CompleteReference
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss
@@ -73,7 +74,7 @@ class UnlearnStep(torch.optim.Optimizer):
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
-        reference: nn.Module | None = None,
+        reference: nn.Module | Literal["cache"] | None = None,
         passes: str = "sequential",
         combine: str = "sum",
         fuse: bool = True,
@@ -139,14 +140,17 @@ class UnlearnStep(torch.optim.Optimizer):
         lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
     )
 
-    def attach(self, model: nn.Module, reference: nn.Module | None = None) -> None:
+    def attach(self, model: nn.Module, reference: nn.Module | Literal["cache"] | None = None) -> None:
         """Give a step its model, and a reference of its own: at the start, or after copying or unpickling it."""
         self._adopt(model)
         if self._fuse:
             fusing.fuse(model)
         let_inputs_require_grad(model)
         self._reference = reference
+        before = None if self._loss is None else self._loss.reference
         self._loss = UnlearnLoss(model, self._terms, reference=reference, **self._options)
+        if isinstance(before, CompleteReference) and isinstance(self._loss.reference, CompleteReference):
+            self._loss.reference.take_over(before)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
         self._own = set(map(id, self._parameters))
@@ -182,6 +186,12 @@ class UnlearnStep(torch.optim.Optimizer):
         if self._loss is None:
             raise FastforgetError("this UnlearnStep was copied or unpickled and has no model: call attach(model) first")
         return self._loss
+
+    def cache_reference(self, batches: Batches, *, micro_batch: int | None = None) -> int:
+        """As `UnlearnLoss.cache_reference`: before the first step, and before weights that have trained are loaded."""
+        if self.param_groups[0]["unlearn_steps"]:
+            raise FastforgetError("cache_reference: the model has been trained already; call it before the first step")
+        return self.loss.cache_reference(batches, micro_batch=micro_batch)
 
     def __call__(self, forget: Batch, retain: Batch | None = None, *, micro_batch: MicroBatch = None) -> UnlearnOutput:
         """Backward, `step()` and `zero_grad()` in one call.
