@@ -23,7 +23,7 @@ from fastforget.loss_plan import named_terms
 from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.output import UnlearnOutput, add_outputs
-from fastforget.processes import check_parallel, run_together
+from fastforget.processes import accelerated, check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
@@ -284,17 +284,11 @@ class UnlearnStep(torch.optim.Optimizer):
         the whole. `accelerator.save_state` and `load_state` include the step.
 
         Raises:
-            FastforgetError: it was prepared before, or the accelerator would shard the model.
+            FastforgetError: it was prepared before, or the accelerator would shard the model otherwise than by FSDP2.
         """
         if self._accelerator is not None:
             raise FastforgetError("this step was prepared already: prepare it once")
-        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise FastforgetError(
-                f"Accelerate's {kind} is not supported yet: shard the model by torch.distributed.fsdp.fully_shard, "
-                "make the step over the shards, and leave prepare out"
-            )
-        model = accelerator.prepare_model(self.model)
-        self.base = accelerator.prepare_optimizer(self.base)
+        model, self.base = accelerated(accelerator, self.model, self.base)
         self._accelerator = accelerator
         accelerator.register_load_state_pre_hook(lambda *_: self.guard.begin())
         self.attach(model, self._reference)
