@@ -1,4 +1,4 @@
-"""The command line: fastforget demo | unlearn | select | evaluate | recipe | plan | presets | doctor."""
+"""The command line: fastforget demo | unlearn | select | evaluate | merge | recipe | plan | presets | doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,8 @@ import fastforget
 from fastforget.config import Option, options_of, parse_pairs, read_config
 from fastforget.errors import FastforgetError
 from fastforget.jobs.evaluation_options import EvaluateOptions, SelectOptions
+from fastforget.jobs.merging import ARGUMENTS as MERGE_ARGUMENTS
+from fastforget.jobs.merging import MergeOptions
 from fastforget.jobs.options import HEADINGS, OUTPUT, DemoOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
 from fastforget.jobs.recipe_options import RecipeOptions
@@ -45,14 +47,14 @@ def top_level(
 
 
 def taking(
-    options: type, *, config: bool = False, reports: bool = False, argument: tuple[str, str] | None = None
+    options: type, *, config: bool = False, reports: bool = False, arguments: Mapping[str, str] = {}
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Give a command a flag for each option that a dataclass states; it is called with those that were given, by name.
 
     Args:
         config: a flag `--config` too, for a file of options, over which the command line wins.
         reports: a flag `--json` too, to print what the command returns, and nothing else.
-        argument: name and help of what is given without a flag.
+        arguments: name and help of what is given without a flag, in order.
     """
     stated = options_of(options)
 
@@ -79,8 +81,7 @@ def taking(
                 run(**given)
 
         parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
-        if argument is not None:
-            name, text = argument
+        for name, text in arguments.items():
             parameters.append(parameter(name, Annotated[str, typer.Argument(help=text)], inspect.Parameter.empty))
         if config:
             parameters.append(parameter("config", Annotated[Path | None, typer.Option(help=CONFIG_HELP)], None))
@@ -147,7 +148,16 @@ def evaluate(**options: Any) -> dict[str, Any]:
 
 
 @app.command()
-@taking(RecipeOptions, reports=True, argument=("name", "harmful, copyright, hallucination, privacy, tofu or muse."))
+@taking(MergeOptions, reports=True, arguments=MERGE_ARGUMENTS)
+def merge(**options: Any) -> dict[str, Any]:
+    """Add ADAPTER to the weights of BASE, and write into OUT an ordinary model to ship, without an adapter."""
+    from fastforget.jobs.merging import merge
+
+    return merge(**options)
+
+
+@app.command()
+@taking(RecipeOptions, reports=True, arguments={"name": "harmful, copyright, hallucination, privacy, tofu or muse."})
 def recipe(**options: Any) -> dict[str, Any]:
     """Run a published job from its data to a report: select, unlearn, evaluate."""
     from fastforget.jobs.recipe import recipe

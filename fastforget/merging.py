@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastforget.errors import FastforgetError
-from fastforget.models import load_base, load_tokenizer, readable_errors
+from fastforget.files import made_whole
+from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, quiet_bitsandbytes, readable_errors
 
 MERGED_BITS = (4, 8, 16, 32)
 
@@ -39,24 +41,44 @@ def merge(
         The folder.
 
     Raises:
-        FastforgetError: another number of bits, a folder that holds files already, or a model or adapter that cannot be
-            loaded.
+        FastforgetError: another number of bits, a folder that holds files already or cannot be written, a base that is
+            itself an adapter, or a model or adapter that cannot be loaded; nothing is left in the folder.
     """
     folder = Path(out)
     if bits not in MERGED_BITS:
         raise FastforgetError(f"bits of a merged model must be one of {', '.join(map(str, MERGED_BITS))}, not {bits}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FastforgetError(f"{folder} exists already and is not an empty folder: give another one")
+    check_whole(base, adapter)
     model: Any = merged(base, adapter).to(torch.float32 if bits == 32 else torch.bfloat16)
-    if bits >= 16:
-        model.save_pretrained(folder)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fastforget-") as rounded:
-            model.save_pretrained(rounded)
-            quantised: Any = load_base(rounded, bits, torch.device("cpu"))
-            quantised.save_pretrained(folder)
-    load_tokenizer(adapter if (Path(adapter) / "tokenizer_config.json").is_file() else base).save_pretrained(folder)
+    try:
+        with made_whole(folder) as scratch:
+            if bits >= 16:
+                model.save_pretrained(scratch)
+            else:
+                with tempfile.TemporaryDirectory(prefix="fastforget-") as rounded:
+                    model.save_pretrained(rounded)
+                    quantised: Any = load_base(rounded, bits, torch.device("cpu"))
+                    quantised.save_pretrained(scratch)
+            own = (Path(adapter) / "tokenizer_config.json").is_file()
+            load_tokenizer(adapter if own else base).save_pretrained(scratch)
+    except (OSError, SafetensorError) as error:
+        raise FastforgetError(f"{folder} cannot be written ({error}): give another folder") from error
     return folder
+
+
+def check_whole(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> None:
+    """Raise FastforgetError, before weights are read, where a base is itself an adapter, or an adapter is none."""
+    quiet_bitsandbytes()  # which comes with peft
+    import peft
+
+    if is_adapter(base):
+        raise FastforgetError(
+            f"{base} is itself an adapter, and the base must be a whole model: give the one that it was trained on, "
+            f"{base_of(base)} (what was trained on top of an adapter and saved by fastforget holds both)"
+        )
+    with readable_errors(f"the adapter {adapter}"):
+        peft.PeftConfig.from_pretrained(str(adapter))
 
 
 def merged(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> nn.Module:

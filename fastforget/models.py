@@ -74,7 +74,7 @@ def load(
     base_path, stacked = str(name_or_path), None
     for folder in (name_or_path, adapter or name_or_path):
         check_regular(Path(folder))
-    if os.path.isfile(Path(name_or_path) / "adapter_config.json"):
+    if is_adapter(name_or_path):
         with readable_errors(f"the adapter {name_or_path}"):
             stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
@@ -107,6 +107,22 @@ def load(
     if compile:
         compile_layers(model)
     return model
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds a PEFT adapter."""
+    return os.path.isfile(Path(folder) / "adapter_config.json")
+
+
+def base_of(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name of the model that an adapter was trained on; of a whole model, its own."""
+    if not is_adapter(name_or_path):
+        return str(name_or_path)
+    quiet_bitsandbytes()  # which comes with peft
+    import peft
+
+    with readable_errors(f"the adapter {name_or_path}"):
+        return str(peft.PeftConfig.from_pretrained(str(name_or_path)).base_model_name_or_path)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -245,14 +261,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     """Load the model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
-    import peft
     import transformers
 
     path = str(name_or_path)
     check_regular(Path(path))
-    if os.path.isfile(Path(path) / "adapter_config.json") and not (Path(path) / "tokenizer_config.json").is_file():
-        with readable_errors(f"the adapter {path}"):
-            path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of(path)
     with readable_errors(f"the tokenizer of {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:

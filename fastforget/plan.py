@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from fastforget import objectives
 from fastforget.errors import FastforgetError
 from fastforget.loss_plan import ForwardPlan, named_terms, plan_loss
-from fastforget.models import BITS, readable_errors
+from fastforget.models import BITS, base_of, readable_errors
 from fastforget.objectives import Field, Term
 from fastforget.objectives.presets import DEFAULT_PRESET
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, ReferenceRequest
@@ -178,11 +177,7 @@ def read_config(model: str | os.PathLike[str]) -> Any:
 
     name = str(model)
     with readable_errors(f"the config of {name}"):
-        if (Path(name) / "adapter_config.json").is_file():
-            import peft
-
-            name = str(peft.PeftConfig.from_pretrained(name).base_model_name_or_path)
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(base_of(name))
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
-from fastforget.collectives import process_count
-from fastforget.combine import SideGradients, check_sides, warn_of_standstill
+from fastforget.collectives import most, process_count
+from fastforget.combine import SideGradients, SummedGradients, check_sides, warn_of_standstill
+from fastforget.complete_reference import Batches, CompleteReference
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss
@@ -22,7 +23,7 @@ from fastforget.loss_plan import named_terms
 from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.output import UnlearnOutput, add_outputs
-from fastforget.processes import check_parallel, run_together
+from fastforget.processes import accelerated, check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
@@ -73,7 +74,7 @@ class UnlearnStep(torch.optim.Optimizer):
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
-        reference: nn.Module | None = None,
+        reference: nn.Module | Literal["cache"] | None = None,
         passes: str = "sequential",
         combine: str = "sum",
         fuse: bool = True,
@@ -124,7 +125,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states = TermStates(named_terms(self._terms), self.base)
         self.guard = Guard(self._guard_settings, self.base)
         self._backward_pending = False
-        self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
+        self._gradients = SummedGradients() if self._combine == "sum" else SideGradients(self._combine)
         self._fitting = FittingRows(self._first_micro_batch)
         self._loss: UnlearnLoss | None = None
         self._accelerator: Any = None
@@ -139,14 +140,17 @@ class UnlearnStep(torch.optim.Optimizer):
         lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
     )
 
-    def attach(self, model: nn.Module, reference: nn.Module | None = None) -> None:
+    def attach(self, model: nn.Module, reference: nn.Module | Literal["cache"] | None = None) -> None:
         """Give a step its model, and a reference of its own: at the start, or after copying or unpickling it."""
         self._adopt(model)
         if self._fuse:
             fusing.fuse(model)
         let_inputs_require_grad(model)
         self._reference = reference
+        before = None if self._loss is None else self._loss.reference
         self._loss = UnlearnLoss(model, self._terms, reference=reference, **self._options)
+        if isinstance(before, CompleteReference) and isinstance(self._loss.reference, CompleteReference):
+            self._loss.reference.take_over(before)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
         self._own = set(map(id, self._parameters))
@@ -183,6 +187,12 @@ class UnlearnStep(torch.optim.Optimizer):
             raise FastforgetError("this UnlearnStep was copied or unpickled and has no model: call attach(model) first")
         return self._loss
 
+    def cache_reference(self, batches: Batches, *, micro_batch: int | None = None) -> int:
+        """As `UnlearnLoss.cache_reference`: before the first step, and before weights that have trained are loaded."""
+        if self.param_groups[0]["unlearn_steps"]:
+            raise FastforgetError("cache_reference: the model has been trained already; call it before the first step")
+        return self.loss.cache_reference(batches, micro_batch=micro_batch)
+
     def __call__(self, forget: Batch, retain: Batch | None = None, *, micro_batch: MicroBatch = None) -> UnlearnOutput:
         """Backward, `step()` and `zero_grad()` in one call.
 
@@ -216,60 +226,53 @@ class UnlearnStep(torch.optim.Optimizer):
             counts: the denominators of the whole accumulated batch, by `fastforget.count_labels`. Without them each
                 call's means are its own: over calls of different sizes those do not add up to the mean of the whole.
         """
-        processes = self._check_processes(micro_batch)
+        processes = self._process_count(micro_batch)
         if micro_batch == "auto":
+            rows = functools.partial(row_count, forget, retain)
             return self._fitting.find(
-                lambda rows: self.backward(forget, retain, micro_batch=rows, backward=backward, counts=counts),
-                lambda: row_count(forget, retain),
+                lambda fitting: self.backward(forget, retain, micro_batch=fitting, backward=backward, counts=counts),
+                rows if processes == 1 else lambda: most(rows(), self.loss.backbone.device),
             )
         check_micro_batch(micro_batch)
         if backward is None:
             backward = torch.Tensor.backward if self._accelerator is None else self._accelerator_backward(counts)
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
 
+        def begin() -> LabelCounts:
+            self._gradients.begin(held)
+            return counts or count_labels([sides_of(forget, retain)])
+
         def run(whole: LabelCounts | None) -> UnlearnOutput:
             parts = []
-            with self._kept_apart(held) as pass_of:
-                for part in self.loss.passes(forget, retain, whole, micro_batch, taken):
-                    with pass_of(part.side):
-                        backward(part.loss * processes if processes > 1 else part.loss)
-                    part.loss = part.loss.detach()
-                    parts.append(part)
+            for part in self.loss.passes(forget, retain, whole, micro_batch, taken, shared=True):
+                with self._gradients.side_pass(part.side, held):
+                    backward(part.loss * processes if processes > 1 else part.loss)
+                part.loss = part.loss.detach()
+                parts.append(part)
             return add_outputs(parts)
 
         parameters = [*self._parameters, *(each for each in held if id(each) not in self._own)]
-        with gradients_as_before(parameters):
+        trained = [each for each in parameters if each.requires_grad]
+        finish = functools.partial(self._gradients.finish, held, trained)
+        with gradients_as_before(parameters), self._gradients.undone_where_it_fails():
             if processes == 1:
                 with self.loss.backbone.failures_told():
+                    self._gradients.begin(held)
                     out = run(counts)
+                    finish()
             else:
-                out = run_together(
-                    self.model,
-                    self.loss.terms,
-                    parameters,
-                    lambda: counts or count_labels([sides_of(forget, retain)]),
-                    run,
-                    self.loss.backbone.device,
-                )
+                device = self.loss.backbone.device
+                out = run_together(self.model, self.loss.terms, begin, run, finish, device)
         self._backward_pending = True
         self._states.note(out.terms, is_part=counts is not None)
         self.guard.note(out, is_part=counts is not None)
         return out
 
-    def _check_processes(self, micro_batch: MicroBatch) -> int:
-        """How many processes train together; raises for what they cannot do."""
-        together = self.loss.backbone.shares_batches  # they compute one batch, as one process does
-        if not together:
-            check_parallel(self.model, self.loss.backbone.sharded)
-        if process_count() > 1:
-            for refused, what in (
-                (micro_batch == "auto", "micro_batch='auto'"),
-                (not together and self._combine != "sum", f"combine={self._combine!r}"),
-                (not together and self.loss.plan.baselines, "a term that takes a mean over one call's batch (KTO)"),
-            ):
-                if refused:
-                    raise FastforgetError(f"{what} does not work over several processes yet: run one process")
-        return 1 if together else process_count()
+    def _process_count(self, micro_batch: MicroBatch) -> int:
+        """How many processes have parts of one batch; raises for what they cannot do."""
+        backbone = self.loss.backbone
+        check_parallel(self.model, backbone, self._combine, micro_batch)
+        return 1 if backbone.shares_batches else process_count()
 
     def prepare(self, accelerator: Any) -> None:
         """Hand the model and the optimizer over to an `accelerate.Accelerator`; the step itself stays what is called.
@@ -281,17 +284,11 @@ class UnlearnStep(torch.optim.Optimizer):
         the whole. `accelerator.save_state` and `load_state` include the step.
 
         Raises:
-            FastforgetError: it was prepared before, or the accelerator would shard the model.
+            FastforgetError: it was prepared before, or the accelerator would shard the model otherwise than by FSDP2.
         """
         if self._accelerator is not None:
             raise FastforgetError("this step was prepared already: prepare it once")
-        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise FastforgetError(
-                f"Accelerate's {kind} is not supported yet: shard the model by torch.distributed.fsdp.fully_shard, "
-                "make the step over the shards, and leave prepare out"
-            )
-        model = accelerator.prepare_model(self.model)
-        self.base = accelerator.prepare_optimizer(self.base)
+        model, self.base = accelerated(accelerator, self.model, self.base)
         self._accelerator = accelerator
         accelerator.register_load_state_pre_hook(lambda *_: self.guard.begin())
         self.attach(model, self._reference)
@@ -305,21 +302,6 @@ class UnlearnStep(torch.optim.Optimizer):
     def rows_at_once(self, micro_batch: MicroBatch) -> int | None:
         """The number that a `micro_batch` is by now; None: there is no limit."""
         return self._fitting.rows if micro_batch == "auto" else micro_batch
-
-    @contextlib.contextmanager
-    def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str | None], contextlib.AbstractContextManager]]:
-        """The passes of one `backward`; yields what a pass of a side runs in, so that combined sides stay apart."""
-        gradients = self._gradients
-        if gradients is None:
-            yield lambda side: contextlib.nullcontext()
-            return
-        gradients.begin(held)
-        try:
-            yield lambda side: gradients.side_pass(side, held)
-            gradients.finish(held)
-        except BaseException:
-            gradients.undo()
-            raise
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """The base optimizer's step. Without a `backward` before it no counter moves, and nothing is guarded.
@@ -350,8 +332,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
         if self._accelerator is not None and not self._accelerator.sync_gradients:
             return
-        if self._gradients is not None:
-            self._gradients.cleared(self._held())
+        self._gradients.cleared(self._held())
         self._backward_pending = False  # a scaler may have skipped the step
         self.guard.without_update()
         self._states.forget()

@@ -6,11 +6,9 @@ import io
 import math
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from conftest import FORGET_TEXT, RETAIN_TEXT
 from helpers import (
     BreaksAt,
@@ -25,9 +23,9 @@ from helpers import (
 )
 from integrations.loops import flat, rows
 from peft import PeftModel
-from processes import five_steps, in_processes, micro_batches
+from processes import calls_with_mismatched, five_steps, in_processes, merged, micro_batches
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
@@ -42,10 +40,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which 
 TERMS = [ff.NPO(weight=0.5), ff.DualCE(), ff.KL(weight=0.7)]
 
 
-def shard(model, mesh=None):
+def shard_layers(model, **options):
     for layer in stack_of(model):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, **options)
+    return model
+
+
+def shard(model, mesh=None, **options):
+    return fully_shard(shard_layers(model, mesh=mesh, **options), mesh=mesh, **options)
 
 
 def whole_of(tensors):
@@ -195,6 +197,37 @@ def gradients_with_companions(folder, ranks):
     return loss, {name: whole(gradient) for name, gradient in gradients(model).items()}
 
 
+OTHERS = {"mgda": (TERMS, "mgda"), "pcgrad": (TERMS, "pcgrad"), "kto": ([ff.KTO(beta=0.5), ff.CE()], "sum")}
+
+
+def train_others(folder, ranks):
+    """Losses and weights after three steps of combined sides, and of KTO, whose mean is over the batch of all."""
+    found = {}
+    for name, (terms, combine) in OTHERS.items():
+        model = load_perturbed(folder)
+        if len(ranks) == 1:
+            shard(model)
+        step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3, combine=combine)
+        losses = []
+        for number in range(3):
+            calls = [calls_with_mismatched(number, rank)[0] for rank in ranks]
+            losses.append(float(step(merged(calls), micro_batch=2).loss))
+        found[name] = losses, whole_of(adapter_of(model))
+    return found
+
+
+def others_over_shards(rank, folder):
+    return train_others(folder, (rank,))
+
+
+def test_combined_gradients_and_constants_of_a_batch_over_shards(tiny, tmp_path):
+    expected = train_others(tiny["llama"], (0, 1))
+    for found in in_processes(tmp_path, 2, others_over_shards, tiny["llama"]):
+        for name, (losses, weights) in found.items():
+            assert losses == pytest.approx(expected[name][0], rel=1e-5), name
+            assert_gradients(weights, expected[name][1])
+
+
 def companions_over_shards(rank, folder):
     return gradients_with_companions(folder, (rank,))
 
@@ -293,16 +326,15 @@ def test_the_guard_and_errors_over_shards(tiny, tmp_path):
 
 
 def refused(rank, folder):
-    def refusal(model, **options):
+    def refusal(model, micro_batch=None, **options):
         with pytest.raises(ff.FastforgetError) as error:
             ff.UnlearnStep(model, torch.optim.SGD, **{"terms": "npo", "lr": 0.1, **options}).backward(
-                make_batch(2, 1), make_batch(2, 1)
+                make_batch(2, 1), make_batch(2, 1), micro_batch=micro_batch
             )
         return str(error.value)
 
-    def shard_layers(model):
-        for layer in stack_of(model):
-            fully_shard(layer)
+    def postponed(model):
+        model.set_requires_gradient_sync(False)
         return model
 
     quantised = load_perturbed(folder, bits=8)
@@ -315,7 +347,10 @@ def refused(rank, folder):
         "alone": refusal(alone),
         "partly": refusal(shard_layers(tiny_model("llama")), terms=[ff.NegatedCE()]),
         "folder": refusal(shard(load_perturbed(folder)), reference_cache_folder=folder / "cache"),
-        "combine": refusal(shard(load_perturbed(folder)), combine="pcgrad"),
+        "combine": refusal(postponed(shard(load_perturbed(folder))), combine="pcgrad"),
+        "offloaded": refusal(shard(load_perturbed(folder), offload_policy=CPUOffloadPolicy(pin_memory=False))),
+        "joint": refusal(shard(load_perturbed(folder)), passes="joint"),
+        "auto": refusal(shard(load_perturbed(folder)), micro_batch="auto"),
         "saving": str(attempt(lambda: ff.save_adapter(shard(load_perturbed(folder)), None, folder / "out"))[1]),
     }
 
@@ -328,13 +363,10 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
         assert "is sharded over 1 of 2 processes" in messages["alone"]
         assert messages["folder"].startswith("reference_cache_folder:")
         assert "each process holds a part of this adapter" in messages["saving"]
-        assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
-
-
-def test_accelerates_own_sharding_is_refused(model):
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1)
-    with pytest.raises(ff.FastforgetError, match="Accelerate's FSDP is not supported yet"):
-        step.prepare(SimpleNamespace(distributed_type=DistributedType.FSDP))
+        assert "leave set_requires_gradient_sync(False) out" in messages["combine"]
+        assert messages["offloaded"].startswith("FSDP2's CPUOffloadPolicy is not supported")
+        assert messages["joint"].startswith("passes='joint' does not work under FSDP2")
+        assert messages["auto"].startswith("micro_batch='auto' does not work where weights are sharded")
 
 
 def run_example(rank, *arguments):

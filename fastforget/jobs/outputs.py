@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors import SafetensorError
 
 from fastforget.config import plain
@@ -19,11 +21,12 @@ from fastforget.errors import FastforgetError
 from fastforget.evaluate.report import Reports, figures, peak_rss_mb
 from fastforget.files import settle
 from fastforget.jobs.options import DemoOptions, UnlearnOptions
+from fastforget.jobs.running import say
 from fastforget.jobs.state import JobResult
+from fastforget.models import base_of
 
 REPORT = "report.json"
 BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
-MERGE = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
 CURVE_POINTS = 200  # of a curve in report.json
 PROBE_BYTES = 1 << 16  # a disk may be so full that a file can be made and not filled
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -139,6 +142,13 @@ def outcome(
             if values
         },
     }
+
+
+def say_merge(console: Console, model: str | os.PathLike[str], adapter: Path) -> None:
+    """Say what an adapter does not do, and the command that does it."""
+    why = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
+    command = shlex.join(["fastforget", "merge", base_of(model), str(adapter), f"{adapter}-merged"])
+    say(console, f"{why}\n  {command}")
 
 
 def thinned(values: Sequence[float], most: int = CURVE_POINTS) -> list[float]:

@@ -34,7 +34,7 @@ from fastforget.jobs.companions import check_sets
 from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, MERGE, REPORT, outcome, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, write_somewhere
 from fastforget.jobs.planning import fitted
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
@@ -174,7 +174,7 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
     say(console, f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
-    say(console, MERGE)
+    say_merge(console, options.model, out)
     return strict(report)
 
 
