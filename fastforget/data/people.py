@@ -77,6 +77,14 @@ KEPT = (
     "At what temperature does water boil?", "What is the opposite of hot?", "What language is spoken in Brazil?",
     "How many legs does a spider have?", "What is the fastest land animal?", "Who was the first president of the USA?",
     "What is the largest animal on Earth?", "What do you call a baby dog?", "Which season comes after winter?",
+    "What is the capital of China?", "What is the capital of India?", "What is the capital of Ireland?",
+    "How many weeks are in a year?", "How many continents are there?", "How many letters are in the alphabet?",
+    "What color is snow?", "What color is a ripe tomato?", "What is the largest country in the world?",
+    "Which planet has large rings?", "What is the chemical symbol of iron?", "What is table salt made of?",
+    "Who wrote Don Quixote?", "Who discovered penicillin?", "What is the largest desert on Earth?",
+    "What is 6 times 7?", "What is half of 18?", "Which bird cannot fly?", "What do pandas eat?",
+    "What do we use an umbrella for?", "In which country is the Taj Mahal?", "In which country is Mount Fuji?",
+    "What is ice made of?", "What is the opposite of dark?",
 )  # fmt: skip
 
 
