@@ -33,8 +33,9 @@ def merge(
     forgotten stays so is measured by `fastforget evaluate --robust`.
 
     Args:
-        base: the model's folder or hub name; adapter: a folder that `save_adapter` wrote; out: a folder that is new, or
-            empty.
+        base: the model's folder or hub name.
+        adapter: a folder that `save_adapter` wrote.
+        out: a folder that is new, or empty.
         bits: of the weights that are saved: 16 (bfloat16), 32, or bitsandbytes' 8 or 4 (NF4), rounded from 16.
 
     Returns:
