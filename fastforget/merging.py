@@ -13,7 +13,9 @@ from torch import nn
 
 from fastforget.errors import FastforgetError
 from fastforget.files import made_whole
-from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, quiet_bitsandbytes, readable_errors
+from fastforget.hub import hub_or_cache
+from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, readable_errors
+from fastforget.quiet import quiet_bitsandbytes, quiet_peft
 
 MERGED_BITS = (4, 8, 16, 32)
 
@@ -78,7 +80,7 @@ def check_whole(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -
             f"{base} is itself an adapter, and the base must be a whole model: give the one that it was trained on, "
             f"{base_of(base)} (what was trained on top of an adapter and saved by fastforget holds both)"
         )
-    with readable_errors(f"the adapter {adapter}"):
+    with readable_errors(f"the adapter {adapter}"), hub_or_cache(adapter):
         peft.PeftConfig.from_pretrained(str(adapter))
 
 
@@ -87,5 +89,5 @@ def merged(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> nn.
     import peft
 
     model: Any = load_base(str(base), 32, torch.device("cpu"))
-    with readable_errors(f"the adapter {adapter}"):
+    with readable_errors(f"the adapter {adapter}"), quiet_peft():
         return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)

@@ -32,7 +32,7 @@ from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, i
 from fastforget.jobs.evaluate import robust_rows
 from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
@@ -164,6 +164,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); "
         f"{report['seconds']:.0f} s in all ({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
     )
+    say_not_gone(console, result, sets["forget"], tokenizer)
     say(console, f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {subject.base}.")
     say(console, drawn)
     say_merge(console, subject.base, out)

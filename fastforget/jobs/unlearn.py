@@ -19,6 +19,7 @@ from fastforget.collectives import is_first
 from fastforget.combine import check_sides
 from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
+from fastforget.data.examples import ExampleStream
 from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.evaluate.report import (
@@ -34,7 +35,7 @@ from fastforget.jobs.companions import check_sets
 from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_somewhere
 from fastforget.jobs.planning import fitted
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
@@ -173,6 +174,8 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     save(model, tokenizer, terms, out, config, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
+    if not isinstance(examples["forget"], ExampleStream):
+        say_not_gone(console, result, examples["forget"], tokenizer)
     say(console, f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
     say_merge(console, options.model, out)
     return strict(report)
