@@ -25,14 +25,13 @@ from fastforget.evaluate.report import (
     print_continuations,
     print_table,
     strict,
-    write_json,
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
 from fastforget.jobs.evaluate import robust_rows
 from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_report, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
@@ -140,7 +139,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     def write(folder: Path) -> None:
         save_adapter(model, tokenizer, folder)
         save_centres(terms, folder)
-        write_json(folder / REPORT, report)
+        write_report(folder, report)
 
     write_somewhere(out, write)
     drawn = draw_curves(out / CURVES, result, report)
@@ -153,7 +152,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         rows = robust_rows(subject.base, out, tokenizer, sets, bits=8, device="cpu", seed=seed)
         print_robustness(console, rows)
         report |= {"robustness": [asdict(row) for row in rows], "seconds": round(time.perf_counter() - start, 1)}
-        write_json(out / REPORT, report)
+        write_report(out, report)
     checkpoints.clear()
     cached = (
         f"training the base took {subject.trained_seconds:.0f} s"

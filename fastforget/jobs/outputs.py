@@ -9,7 +9,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from fastforget.config import plain
 from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
-from fastforget.evaluate.report import Reports, figures, peak_rss_mb
+from fastforget.evaluate.page import CARD, is_card, write_card
+from fastforget.evaluate.report import Reports, figures, peak_rss_mb, write_json
 from fastforget.files import settle
 from fastforget.jobs.options import DemoOptions, UnlearnOptions
 from fastforget.jobs.running import say
@@ -145,6 +146,17 @@ def outcome(
             if values
         },
     }
+
+
+def write_report(folder: Path, report: Mapping[str, Any] | None) -> None:
+    """Write report.json and the model card beside an adapter; without a report, see that no other adapter's stay."""
+    if report is None:
+        (folder / REPORT).unlink(missing_ok=True)
+        if is_card(folder / CARD):
+            (folder / CARD).unlink()
+        return
+    write_json(folder / REPORT, report)
+    write_card(folder / CARD, report)
 
 
 def say_not_gone(console: Console, result: JobResult, forget: Sequence[Example], tokenizer: Any) -> None:

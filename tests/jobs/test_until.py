@@ -159,6 +159,6 @@ def test_a_passage_that_is_not_gone_is_shown_and_stands_in_no_report(tokenizer):
     result, shown = JobResult(not_gone=[1]), Console(file=io.StringIO(), width=200)
     say_not_gone(shown, result, forget, tokenizer)
     [line] = shown.file.getvalue().splitlines()
-    start = " ".join(tokenizer.decode(forget[1].input_ids).split())[:60]
+    start = " ".join(tokenizer.decode(forget[1].input_ids, skip_special_tokens=True).split())[:60]
     assert line == f"Not gone yet: passage 2, of plan.txt: {start} ..." and "secret plan" in line
     assert "secret" not in str(result)
