@@ -23,7 +23,7 @@ from fastforget.batch import Batch, check_batch
 from fastforget.errors import FastforgetError
 from fastforget.files import written_whole
 from fastforget.objectives import StateRequest, Term
-from fastforget.reference import reference_mode
+from fastforget.reference_modes import reference_mode
 
 CENTRES_FILE = "centres.safetensors"
 CANDIDATES = (2, 4, 8, 16, 32)  # numbers of clusters that the silhouette chooses from

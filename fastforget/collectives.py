@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fastforget.errors import FastforgetError
 
@@ -16,11 +17,26 @@ Result = TypeVar("Result")
 _blocks = itertools.count()  # of `failures_told`, which all processes enter in the same order
 
 
-class ProcessFailedError(FastforgetError):
-    """Another process failed, and this one stops too."""
+# of errors that have no type of their own: the CPU's allocator, drivers, cuBLAS
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
-    def __init__(self, rank: int, message: str) -> None:
+
+class ProcessFailedError(FastforgetError):
+    """Another process failed, and this one stops too.
+
+    for_memory: all that failed did so for want of memory.
+    """
+
+    def __init__(self, rank: int, message: str, for_memory: bool = False) -> None:
         super().__init__(f"process {rank} failed, so this one stops too: {message}")
+        self.for_memory = for_memory
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is that of a device or the CPU without memory, here or in another process."""
+    if isinstance(error, ProcessFailedError):
+        return error.for_memory
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in OUT_OF_MEMORY)
 
 
 def has_group() -> bool:
@@ -45,6 +61,41 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(shared)
 
 
+def own_part() -> slice:
+    """Which of things that all processes know are this one's: every so many-th."""
+    return slice(None) if process_count() == 1 else slice(dist.get_rank(), None, process_count())
+
+
+def union(numbers: Iterable[int], count: int, device: torch.device) -> set[int]:
+    """Return those of the numbers 0 to `count` - 1 that any process has; all of them must ask."""
+    found = set(numbers)
+    if process_count() == 1:
+        return found
+    flags = torch.tensor([number in found for number in range(count)], dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return {number for number, flag in enumerate(flags.tolist()) if flag}
+
+
+def most(number: int, device: torch.device) -> int:
+    """Return the largest of all processes' numbers; all of them must ask."""
+    shared = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def sum_by_name(values: Mapping[str, Tensor], names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """Sum scalars over the processes: those of each name, which is missing where no process has it."""
+    names = [*names]
+    numbers = [
+        values[name].to(device, torch.float32) if name in values else torch.zeros((), device=device) for name in names
+    ]
+    present = torch.tensor([float(name in values) for name in names], device=device)
+    shared = torch.cat([torch.stack(numbers), present])
+    dist.all_reduce(shared)
+    sums, found = shared[: len(names)].unbind(), shared[len(names) :].tolist()
+    return {name: value for name, value, has in zip(names, sums, found, strict=True) if has}
+
+
 def check_alike(numbers: Sequence[int], device: torch.device, what: str) -> None:
     """Raise, in every process, where they do not have the same numbers, of which each has as many.
 
@@ -67,15 +118,20 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | No
 
 
 def raise_together(error: Exception | None, failed: int) -> None:
-    """Raise in every process where one failed: its own error there, and its message in the others."""
+    """Raise in every process where one failed: its own error there, and its message in the others.
+
+    Where one failed for want of memory and another one for another reason, that other one is told of.
+    """
     if not failed:
         return
-    messages: list[str | None] = [None] * process_count()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
+    told: list[tuple[str, bool] | None] = [None] * process_count()
+    own = None if error is None else (f"{type(error).__name__}: {error}", ran_out_of_memory(error))
+    dist.all_gather_object(told, own)
+    failures = [(rank, *each) for rank, each in enumerate(told) if each is not None]
+    rank, message, for_memory = min(failures, key=lambda failure: failure[2])
+    if error is not None and (for_memory or own is None or not own[1]):
         raise error
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise ProcessFailedError(rank, message)
+    raise ProcessFailedError(rank, message, for_memory)
 
 
 def agreed(action: Callable[[], Result], device: torch.device) -> Result:

@@ -13,6 +13,9 @@ The other two return a combination a f + b r whose a and b follow from f.f, r.r 
 arXiv 2412.20412 motivates such combinations for unlearning. Both are homogeneous: if f and r are both multiplied by a
 number (a GradScaler's, or one over the accumulation steps) the result is multiplied by it too. Where one of them is not
 finite the result is not either, so a GradScaler skips the step. Nothing synchronises with the host.
+
+Of several processes f and r are those of all, averaged before they are combined; under FSDP2, where each holds a part
+of them, the products are summed over the parts.
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ from torch import Tensor
 from fastforget.errors import FastforgetError
 from fastforget.objectives import Term
 from fastforget.rollback import Saved, put_back, saved
+from fastforget.shards import is_shard, local, sum_of_parts
 
 Gradients = list[Tensor | None]  # of each parameter; None where there is none, which counts as 0
+Average = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Gradients]  # over the processes, in place
 
 
 def mgda(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
     """Return the factors of f and r, scalars."""
-    away = dot(forget, retain, lambda f, r: ((r - f) * r).sum())
-    apart = dot(forget, retain, lambda f, r: (f - r).square().sum())
+    away = dot(forget, retain, lambda f, r: (r - f) * r)
+    apart = dot(forget, retain, lambda f, r: (f - r).square())
     # f = r: every point between them is the same
     share = torch.where(apart == 0, 0.5, away / torch.where(apart == 0, 1.0, apart)).clamp(0.0, 1.0)
     return share, 1.0 - share
@@ -42,9 +47,9 @@ def mgda(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
 
 def pcgrad(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
     """Return the factors of f and r, scalars."""
-    against = dot(forget, retain, lambda f, r: (f * r).sum()).clamp(max=0.0)
-    forget_square = dot(forget, retain, lambda f, r: f.square().sum())
-    retain_square = dot(forget, retain, lambda f, r: r.square().sum())
+    against = dot(forget, retain, lambda f, r: f * r).clamp(max=0.0)
+    forget_square = dot(forget, retain, lambda f, r: f.square())
+    retain_square = dot(forget, retain, lambda f, r: r.square())
     return 1.0 - ratio(against, forget_square), 1.0 - ratio(against, retain_square)
 
 
@@ -60,15 +65,19 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 def dot(forget: Gradients, retain: Gradients, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sum `part(f, r)` over all parameters, in float32 or more, on the first one's device."""
     total: Tensor | None = None
+    sharded: Tensor | None = None
     for f, r in zip(forget, retain, strict=True):
         given = f if f is not None else r
         if given is None:
             continue
+        sharded = given if is_shard(given) else sharded
         dtype = torch.promote_types(given.dtype, torch.float32)
-        zero = given.new_zeros((), dtype=dtype)
-        value = part(zero if f is None else f.to(dtype), zero if r is None else r.to(dtype))
+        zero = local(given).new_zeros((), dtype=dtype)
+        value = part(zero if f is None else local(f).to(dtype), zero if r is None else local(r).to(dtype)).sum()
         total = value if total is None else total + value.to(total.device, non_blocking=True)
-    return torch.zeros(()) if total is None else total
+    if total is None:
+        return torch.zeros(())
+    return total if sharded is None else sum_of_parts(total, sharded)
 
 
 def combined(how: str, forget: Gradients, retain: Gradients) -> Gradients:
@@ -118,6 +127,36 @@ def warn_of_standstill(how: str, terms: Sequence[Term]) -> None:
             )
 
 
+class SummedGradients:
+    """The gradients of both sides, summed up by autograd in `.grad`: what "sum" needs of `SideGradients`, nothing."""
+
+    def cleared(self, parameters: Sequence[Tensor]) -> None:
+        """Take note that the gradients have been cleared."""
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Before the passes of one `backward`."""
+
+    def undone_where_it_fails(self) -> contextlib.AbstractContextManager[None]:
+        """The passes of one `backward`; whoever calls it puts `.grad` back."""
+        return contextlib.nullcontext()
+
+    def side_pass(self, side: str | None, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """One pass."""
+        return contextlib.nullcontext()
+
+    def finish(self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None) -> None:
+        """After the passes: average over the processes."""
+        if average is not None:
+            averaged(trained, average)
+
+
+def averaged(parameters: Sequence[Tensor], average: Average) -> None:
+    """Average `.grad` over the processes; it stays None where no process has one."""
+    gradients = average(parameters, [parameter.grad for parameter in parameters])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
 class SideGradients:
     """The gradients of both sides, kept apart over one or more backward passes, and their combination in `.grad`.
 
@@ -134,7 +173,8 @@ class SideGradients:
         self.how = how
         self._sums: dict[str, Gradients] = {}
         self._left: list[tuple[Tensor, int] | None] = []  # each .grad as this object left it, and its version
-        self._before: dict[str, list[Saved | None]] = {}  # the sums as they were before the passes of one `backward`
+        # the sums as they were before the passes of one `backward`, while these run
+        self._before: dict[str, list[Saved | None]] | None = None
 
     def cleared(self, parameters: Sequence[Tensor]) -> None:
         """Take note that the gradients have been cleared, set to None or to 0."""
@@ -158,10 +198,17 @@ class SideGradients:
         if not self._sums:
             self._sums = {side: [None] * len(parameters) for side in ("forget", "retain")}
 
-    def undo(self) -> None:
-        """After passes of which one failed: the sums are again what they were before them."""
-        self._sums = {side: [put_back(each) for each in part] for side, part in self._before.items()}
-        self._before = {}
+    @contextlib.contextmanager
+    def undone_where_it_fails(self) -> Iterator[None]:
+        """The passes of one `backward`: where an exception ends them the sums are again what they were before."""
+        try:
+            yield
+        except BaseException:
+            if self._before is not None:
+                self._sums = {side: [put_back(each) for each in part] for side, part in self._before.items()}
+            raise
+        finally:
+            self._before = None
 
     @contextlib.contextmanager
     def side_pass(self, side: str | None, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -173,23 +220,33 @@ class SideGradients:
         self._sums[side] = [parameter.grad for parameter in parameters]
 
     @torch.no_grad()
-    def finish(self, parameters: Sequence[Tensor]) -> None:
-        """After the passes: the combination goes into `.grad`."""
+    def finish(self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None) -> None:
+        """After the passes: the combination goes into `.grad`.
+
+        Args:
+            held: the parameters of the passes before, which are the optimizer's.
+            trained: all that train with them, whose `.grad` autograd has summed up.
+            average: over the processes; without it the sums are this process's own until a later call.
+        """
+        if average is not None:
+            own = set(map(id, held))
+            averaged([each for each in trained if id(each) not in own], average)
+            if self._sums:
+                sums = average([*held, *held], [*self._sums["forget"], *self._sums["retain"]])
+                self._sums = {"forget": sums[: len(held)], "retain": sums[len(held) :]}
         seen = [part for part in self._sums.values() if any(gradient is not None for gradient in part)]
         if len(seen) == 2:
             combination = combined(self.how, *seen)
         else:  # a copy: clipping must not reach the sum
-            combination = [
-                None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(parameters))
-            ]
-        for parameter, gradient in zip(parameters, combination, strict=True):
+            combination = [None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(held))]
+        for parameter, gradient in zip(held, combination, strict=True):
             parameter.grad = gradient
-        self._left, self._before = versions(parameters), {}
+        self._left = versions(held)
 
 
 def versions(parameters: Sequence[Tensor]) -> list[tuple[Tensor, int] | None]:
-    """Return each parameter's gradient, and how often it has been written to."""
-    return [None if each.grad is None else (each.grad, each.grad._version) for each in parameters]
+    """Return each parameter's gradient, and how often it (its part here) has been written to."""
+    return [None if each.grad is None else (each.grad, local(each.grad)._version) for each in parameters]
 
 
 def same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:

@@ -22,7 +22,7 @@ from fastforget.captures import let_graphs_see_hooks
 from fastforget.errors import FastforgetError
 from fastforget.fusing import LayerForward
 from fastforget.head import base_causal_lm
-from fastforget.reference import reference_mode
+from fastforget.reference_modes import reference_mode
 
 # graphs of one layer's code: adapter on or off, one row or more, with a mask or without, in training or not, and each
 # kind of attention (Gemma's); beyond torch's own limit of 8 it would silently run uncompiled

@@ -44,7 +44,8 @@ from fastforget.loss_plan import ForwardPlan, StreamPlan
 from fastforget.memory import checkpoint_layers
 from fastforget.models import disable_dropout, lora_config, one_line
 from fastforget.objectives import Field
-from fastforget.reference import EMBEDDING, ReferenceRequest, reference_mode
+from fastforget.reference import EMBEDDING, ReferenceRequest
+from fastforget.reference_modes import reference_mode
 
 
 @dataclass(frozen=True)

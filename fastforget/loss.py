@@ -16,10 +16,11 @@ from fastforget.adalora import ORTHOGONALITY, adalora_of
 from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
-from fastforget.batch import Batch, LabelCounts, PreparedSide, count_name, sides_of, total_counts
-from fastforget.collectives import agreed, check_alike, process_count
+from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, count_name, sides_of, total_counts
+from fastforget.collectives import agreed, check_alike, process_count, sum_by_name
+from fastforget.distances import Distances
 from fastforget.errors import FastforgetError
-from fastforget.loss_plan import SIDES, ForwardPlan, LossPlan, StreamPlan, named_terms, plan_loss
+from fastforget.loss_plan import SIDES, ForwardPlan, StreamPlan, named_terms, plan_loss
 from fastforget.objectives import (
     LOGP,
     Divergence,
@@ -33,10 +34,11 @@ from fastforget.objectives import (
     weight_at,
 )
 from fastforget.output import UnlearnOutput, add_outputs, add_to
+from fastforget.processes import counts_together
 from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
+from fastforget.reference_modes import check_separate
 from fastforget.shards import fill_up, reshard
-from fastforget.stats import hidden_stats, label_anchor
 from fastforget.streams import check_labelled, check_sides, check_streams, join, pack, prepared_parts, seen_by
 from fastforget.term_state import TermStates
 
@@ -99,7 +101,7 @@ class UnlearnLoss:
         if self.plan.asks_reference:
             frozen = self.backbone if reference is None else Backbone(reference)
             if reference is not None:
-                check_separate(self.backbone, frozen, self.plan)
+                check_separate(self.backbone, frozen, self.plan.compares_distributions)
             folder = None
             if reference_cache_folder is not None and (frozen.sharded or frozen.head.shard is not None):
                 raise FastforgetError(
@@ -116,8 +118,7 @@ class UnlearnLoss:
         if self.backbone.head.shard is not None:
             self.plan.check_sharded_head()
         self.term_states = TermStates(self.terms)  # a step puts its own here
-        # anchors and centres by the user's tensor, which is held: an id alone could become another tensor's
-        self._constants: dict[Tensor, Tensor] = {}
+        self.distances = Distances(self.backbone, backend)
 
     def __call__(
         self, forget: Batch, retain: Batch | None = None, counts: LabelCounts | None = None, step: int = 0
@@ -153,15 +154,24 @@ class UnlearnLoss:
         counts: LabelCounts | None = None,
         micro_batch: int | None = None,
         step: int = 0,
+        shared: bool = False,
     ) -> Iterator[UnlearnOutput]:
-        """The loss in parts that add up to it, one forward each (`prepared_parts`)."""
+        """The loss in parts that add up to it, one forward each (`prepared_parts`).
+
+        Args:
+            shared: several processes have parts of one batch, and all of them call this: constants are those of all.
+        """
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
         if counts is not None and not isinstance(counts, LabelCounts):
             raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
-        backbone = self.backbone
+        backbone, constants = self.backbone, len(self.plan.baselines)
+        shared = shared and process_count() > 1 and not backbone.shares_batches
+        call_counts: LabelCounts | None = None  # of this call in all processes
+        if shared and constants:
+            call_counts = counts_together(lambda: count_labels([sides_of(forget, retain)]), backbone.device)
 
         def prepare() -> tuple[LabelCounts, list[list[Part]]]:
-            return self.prepared(forget, retain, counts, micro_batch)
+            return self.prepared(forget, retain, counts, call_counts, micro_batch)
 
         if backbone.sharded or backbone.shares_batches:
             for each in dict.fromkeys((backbone, backbone if self.reference is None else self.reference.backbone)):
@@ -176,36 +186,37 @@ class UnlearnLoss:
             own = [*astuple(own_counts), *map(len, parts_of)]
             check_alike(own, backbone.device, "all processes share a vocabulary, and this one's batch is another one")
         else:
-            own_counts, parts_of = prepare()
+            own_counts, parts_of = prepare() if call_counts is None else agreed(prepare, backbone.device)
         whole_counts = counts or own_counts
-        baselines: dict[str, Tensor] = {}  # the constants of terms, over all of this call's rows
-        for shares in self.forwards_of(parts_of):
-            first, reads_head = shares[0][0], any(forward.reads_head for forward, _ in shares)
-            learns = first.learns and torch.is_grad_enabled()
-            with backbone.whole_head(reads_head), torch.set_grad_enabled(learns):
-                used = [share for share in shares if share[1]]
-                filler = None if used else self.fill_in(first)
-                stats = self.stats_of(used, whole_counts if first.learns else own_counts) if used else []
+        baselines = self.constants(parts_of[:constants], call_counts or own_counts, shared)
+        for shares in self.forwards_of(parts_of[constants:]):
+            used = [share for share in shares if share[1]]
+            with backbone.whole_head(any(forward.reads_head for forward, _ in shares)):
+                filler = None if used else self.fill_in(shares[0][0])
+                stats = self.stats_of(used, whole_counts) if used else []
             if filler is not None:
                 yield filler
-            elif first.learns:
-                seen = zip(used, stats, strict=True)
-                output = add_outputs([self.output(share[0], each, baselines, weights) for share, each in seen])
-                del stats, seen  # with its loss, the caller drops the graph before the next forward begins
-                yield output
-            else:
-                add_to(baselines, {name: term.constant(*stats[0].values()) for name, term in first.terms.items()})
+                continue
+            seen = zip(used, stats, strict=True)
+            output = add_outputs([self.output(share[0], each, baselines, weights) for share, each in seen])
+            del stats, seen  # with its loss, the caller drops the graph before the next forward begins
+            yield output
         if self.adalora is not None:
             # the parts of a batch that is accumulated, or of several processes, have one penalty together
             penalty = self.adalora.penalty().to(self.backbone.device) * (own_counts.tokens / whole_counts.tokens)
             yield UnlearnOutput(penalty, {ORTHOGONALITY: penalty.detach()}, {}, side="retain")
 
     def prepared(
-        self, forget: Batch, retain: Batch | None, counts: LabelCounts | None, micro_batch: int | None
+        self,
+        forget: Batch,
+        retain: Batch | None,
+        counts: LabelCounts | None,
+        call_counts: LabelCounts | None,
+        micro_batch: int | None,
     ) -> tuple[LabelCounts, list[list[Part]]]:
         """Check all of a batch, and prepare it for the plan's forwards: its counts, and the parts of each forward."""
         sides = dict(zip(SIDES, sides_of(forget, retain), strict=True))
-        checked = check_sides(self.plan, sides, counts, self.backbone.vocabulary)
+        checked = check_sides(self.plan, sides, counts, call_counts, self.backbone.vocabulary)
         own_counts = total_counts(checked)
         for side in SIDES:
             check_labelled(self.plan, side, counts or own_counts)
@@ -217,6 +228,31 @@ class UnlearnLoss:
             return list(prepared_parts(batches, micro_batch, self.backbone.prepare, self.joint)) if batches else []
 
         return own_counts, [parts_of(forward) for forward in (*self.plan.baselines, *self.plan.forwards)]
+
+    @torch.no_grad()
+    def constants(self, parts_of: Sequence[Sequence[Part]], counts: LabelCounts, shared: bool) -> dict[str, Tensor]:
+        """The constants that terms take from a batch (`Term.baseline_stream`), over all rows that it has in one call.
+
+        Args:
+            parts_of: of the plan's forwards for them; counts: of the call, in all processes where it is `shared`.
+        """
+
+        def compute() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for forward, parts in zip(self.plan.baselines, parts_of, strict=True):
+                for part in parts:
+                    with self.backbone.whole_head(forward.reads_head):
+                        if not part:
+                            self.fill_in(forward)
+                            continue
+                        (stats,) = self.stats_of([(forward, part)], counts)
+                    add_to(found, {name: term.constant(*stats.values()) for name, term in forward.terms.items()})
+            return found
+
+        if not shared or not self.plan.baselines:
+            return compute()
+        found = compute() if self.backbone.sharded else agreed(compute, self.backbone.device)
+        return sum_by_name(found, [name for each in self.plan.baselines for name in each.terms], self.backbone.device)
 
     def fill_in(self, forward: ForwardPlan) -> UnlearnOutput:
         """Take part in a forward for which this process has no label, and another one has (`shards.py`)."""
@@ -250,13 +286,13 @@ class UnlearnLoss:
         )
 
     def forwards_of(self, parts_of: Sequence[Sequence[Part]]) -> Iterator[list[Share]]:
-        """Yield what goes through the model together: a part of one forward, or (`joint`) of each that learns."""
-        plan = self.plan
-        alone = plan.baselines if self.joint else (*plan.baselines, *plan.forwards)
-        for forward, parts in zip(alone, parts_of, strict=not self.joint):
+        """Yield what goes through the model together: a part of one forward, or (`joint`) of each."""
+        if self.joint:
+            for together in zip_longest(*parts_of, fillvalue={}):
+                yield list(zip(self.plan.forwards, together, strict=True))
+            return
+        for forward, parts in zip(self.plan.forwards, parts_of, strict=True):
             yield from ([(forward, part)] for part in parts)
-        for together in zip_longest(*parts_of[len(alone) :], fillvalue={}):
-            yield list(zip(plan.forwards, together, strict=True))
 
     def stats_of(self, shares: Sequence[Share], counts: LabelCounts) -> list[dict[str, SideStats]]:
         """One forward of the model: what terms see of each share's streams, of a batch with these counts."""
@@ -334,60 +370,5 @@ class UnlearnLoss:
             vocabulary=self.backbone.vocabulary,
         )
         for asked in plan.states:
-            distances[asked] = self.state_distances(asked, states[asked.layer], reference, labels, stats)
+            distances[asked] = self.distances.of(asked, states[asked.layer], reference, labels, stats)
         return stats
-
-    def state_distances(
-        self, request: StateRequest, hidden: Tensor, reference: Entry, labels: Tensor, stats: SideStats
-    ) -> StateDistances:
-        """What a term asked of a layer's hidden states (n, D)."""
-        if self.backbone.head.is_identity and (request.layer is None or request.from_label):
-            raise FastforgetError(
-                "this model's head cannot be read, so the states that enter it are not known, nor its rows: give the "
-                "term a layer (layer=-1 is the last), and another anchor than 'label'"
-            )
-        anchor: Tensor | None
-        if isinstance(request.anchor, str):
-            if request.from_reference:
-                anchor = reference[LayerStates(request.layer)]
-            else:
-                anchor = label_anchor(request.anchor, self.backbone.head, labels)
-        else:
-            given = request.anchor
-            anchor = self.constant(given(hidden.shape[1]) if callable(given) else given)
-        if request.level == "sequence":
-            hidden = stats.sequence_average(hidden)
-            anchor = stats.sequence_average(anchor) if anchor is not None and anchor.dim() == 2 else anchor
-        centres = self.constant(request.centres)
-        return StateDistances(
-            *hidden_stats(hidden, anchor, centres, request.metric, request.margin, backend=self.backend)
-        )
-
-    def constant(self, tensor: Tensor | None) -> Tensor | None:
-        """A term's own tensor on the model's device, copied there once."""
-        if tensor is None:
-            return None
-        if tensor not in self._constants:
-            self._constants[tensor] = tensor.to(self.backbone.device)
-        return self._constants[tensor]
-
-
-def check_separate(backbone: Backbone, frozen: Backbone, plan: LossPlan) -> None:
-    """Raise where a model of its own cannot be the reference of a loss.
-
-    Raises:
-        FastforgetError: it trains, it shares weights that train with the model, or its head is another one and a term
-            compares whole distributions, which are computed with one head.
-    """
-    training = {id(each) for each in backbone.model.parameters() if each.requires_grad}
-    if any(each.requires_grad or id(each) in training for each in frozen.model.parameters()):
-        raise FastforgetError("the reference has weights that train: give a frozen copy (requires_grad_(False))")
-    compared = any(
-        stream.divergences for forward in (*plan.baselines, *plan.forwards) for stream in forward.streams.values()
-    )
-    if compared and not backbone.head.is_frozen_copy_of(frozen.head):
-        raise FastforgetError(
-            "a term compares whole distributions (KL, JensUn, UNDIAL), which takes one frozen head for the model and "
-            "its reference, and here they differ or the model's trains: freeze the head (get_output_embeddings()), or "
-            "use terms of the label's log-probs (npo, grad_diff)"
-        )

@@ -95,11 +95,19 @@ class LossPlan:
                     raise FastforgetError("anchor='label' needs all of the head's rows, and they are sharded")
 
     @property
+    def streams(self) -> list[StreamPlan]:
+        """The plans of all streams of all forwards."""
+        return [stream for forward in (*self.baselines, *self.forwards) for stream in forward.streams.values()]
+
+    @property
     def asks_reference(self) -> bool:
         """Whether anything compares with the frozen model."""
-        return any(
-            stream.reference for forward in (*self.baselines, *self.forwards) for stream in forward.streams.values()
-        )
+        return any(stream.reference for stream in self.streams)
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether anything compares whole distributions with those of the frozen model."""
+        return any(stream.divergences for stream in self.streams)
 
 
 def named_terms(terms: Sequence[Term]) -> dict[str, Term]:

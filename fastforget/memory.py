@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,9 @@ import torch
 from torch import nn
 
 from fastforget.batch import COMPANIONS, Batch, split_roles, stream_of
+from fastforget.collectives import ran_out_of_memory
 from fastforget.errors import FastforgetError
 from fastforget.head import base_causal_lm
-
-# of errors that have no type of their own: the CPU's allocator, drivers, cuBLAS
-MESSAGES = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 Result = TypeVar("Result")
 
@@ -60,18 +59,18 @@ class FittingRows:
         """What `run` returns of so many rows, half of them after each failure for want of memory; warns of that once.
 
         Args:
-            run: leaves everything as it was where it raises.
-            count: tells of how many rows a batch consists.
+            run: leaves everything as it was where it raises; in every process where one runs out of memory.
+            count: tells of how many rows a batch consists: of several processes, the largest of theirs.
 
         Raises:
-            RuntimeError, MemoryError: what `run` raised of one row, or for another reason.
+            RuntimeError, MemoryError, FastforgetError: what `run` raised of one row, or for another reason.
         """
         failed = None
         while True:
             try:
                 result = run(self.rows)
                 break
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, FastforgetError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 whole = count()
@@ -81,6 +80,7 @@ class FittingRows:
             # only here, where the error and with it the graph of what failed are gone
             failed = failed or tried
             self.rows = tried // 2
+            gc.collect()  # an error that went through several processes is held by frames that it holds itself
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         if failed is not None:
@@ -90,11 +90,6 @@ class FittingRows:
                 stacklevel=4,
             )
         return result
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is that of a device or the CPU without memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in MESSAGES)
 
 
 def row_count(forget: Batch, retain: Batch | None) -> int:

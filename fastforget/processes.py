@@ -2,27 +2,33 @@
 
 In `DistributedDataParallel` a reducer runs where a loss is differentiated by the user. Within a step it is bypassed: a
 process may have no label of a side and so no forward of it, a forward may end at a layer and leave weights without a
-gradient, and either would leave the reducer waiting. Instead every process takes part in the same two exchanges of each
-`backward`, whatever its part of the batch holds: of counts before it, of gradients behind it. Under FSDP2 forwards and
-backwards are exchanges themselves, of which all processes have as many (`shards.py`).
+gradient, and either would leave the reducer waiting. Instead every process takes part in the same exchanges of each
+`backward`, whatever its part of the batch holds: of counts before it, of gradients behind it, and between them of the
+constants that terms take from a batch (KTO's). Under FSDP2 forwards and backwards are exchanges themselves, of which
+all processes have as many (`shards.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastforget.backbone import Backbone
 from fastforget.batch import ROLES, LabelCounts, count_name
-from fastforget.collectives import attempt, failures_told, process_count, raise_together
+from fastforget.collectives import agreed, attempt, failures_told, process_count, raise_together, sum_by_name
+from fastforget.combine import Average
 from fastforget.errors import FastforgetError
 from fastforget.head import wrapped_module
 from fastforget.output import UnlearnOutput
+from fastforget.shards import postpones_gradients
 
 BUCKET_ELEMENTS = 2**24  # of gradients that go through one exchange: a second copy of so many is in memory
 
@@ -35,9 +41,21 @@ def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     return inner
 
 
-def check_parallel(model: nn.Module, sharded: bool) -> None:
-    """Raise where several processes run and nothing keeps their weights alike."""
-    if process_count() > 1 and not sharded and parallel_wrapper(model) is None:
+def check_parallel(model: nn.Module, backbone: Backbone, combine: str, micro_batch: Any) -> None:
+    """Raise where several processes run and nothing keeps their weights alike, or for what they cannot do."""
+    if process_count() == 1:
+        return
+    if micro_batch == "auto" and (backbone.sharded or backbone.shares_batches):
+        raise FastforgetError(
+            "micro_batch='auto' does not work where weights are sharded (FSDP2, tensor parallelism): a process whose "
+            "memory runs out leaves the others in the middle of an exchange. Give a number"
+        )
+    if backbone.sharded and combine != "sum" and postpones_gradients(model):
+        raise FastforgetError(
+            f"combine={combine!r} needs the gradients of each side, and FSDP2 adds them up where it does not exchange "
+            "them: leave set_requires_gradient_sync(False) out"
+        )
+    if not backbone.sharded and not backbone.shares_batches and parallel_wrapper(model) is None:
         raise FastforgetError(
             f"{process_count()} processes run, and the model is not in DistributedDataParallel: each would train "
             "weights of its own. Wrap it (step.prepare(accelerator) and UnlearnTrainer do), or shard it by FSDP2 "
@@ -79,9 +97,9 @@ def counts_together(count: Callable[[], LabelCounts], device: torch.device) -> L
 def run_together(
     model: nn.Module,
     terms: Iterable[str],
-    parameters: Sequence[Tensor],
     count: Callable[[], LabelCounts],
     run: Callable[[LabelCounts], UnlearnOutput],
+    finish: Callable[[Average | None], None],
     device: torch.device,
 ) -> UnlearnOutput:
     """Run this process's part of a batch, and leave in `.grad` what one process with all of it would have.
@@ -92,6 +110,7 @@ def run_together(
     Args:
         count: this process's labels.
         run: called with those of all processes; the backward passes.
+        finish: called behind them, with what averages gradients over the processes, where that is due.
 
     Returns:
         The output of the whole batch, the same in every process.
@@ -103,36 +122,35 @@ def run_together(
     wrapper = parallel_wrapper(model)
     if wrapper is None:
         with failures_told():
-            return sum_outputs(run(counts), terms, device)
+            out = run(counts)
+            finish(None)
+            return sum_outputs(out, terms, device)
     synchronised = wrapper.require_backward_grad_sync
     with wrapper.no_sync(), without_buffer_broadcast(model):
-        out, error = attempt(lambda: run(counts))
-    failed = torch.tensor(int(error is not None), device=device)
-    dist.all_reduce(failed)
-    raise_together(error, int(failed))
-    assert out is not None
-    if synchronised:
-        average_gradients(parameters, device)
+        out = agreed(lambda: run(counts), device)
+    finish(functools.partial(average, device=device) if synchronised else None)
     return sum_outputs(out, terms, device)
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor], device: torch.device) -> None:
-    """Average `.grad` over the processes; it stays None where no process has one."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32, device=device)
+def average(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], device: torch.device
+) -> list[Tensor | None]:
+    """Average parameters' gradients over the processes, in place; None where no process has one."""
+    present = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32, device=device)
     dist.all_reduce(present, dist.ReduceOp.MAX)
-    given = [parameter for parameter, has in zip(trained, present.tolist(), strict=True) if has]
-    for parameter in given:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for bucket in buckets([parameter.grad for parameter in given if parameter.grad is not None]):
+    filled = [
+        torch.zeros_like(parameter) if gradient is None and has else gradient
+        for parameter, gradient, has in zip(parameters, gradients, present.tolist(), strict=True)
+    ]
+    for bucket in buckets([gradient for gradient in filled if gradient is not None]):
         shared = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(shared)
         shared /= process_count()
         parts = shared.split([gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+    return filled
 
 
 def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -154,29 +172,13 @@ def sum_outputs(out: UnlearnOutput, terms: Iterable[str], device: torch.device) 
     """Sum the processes' shares of an output: of a side that one of them lacks it has no terms."""
     if process_count() == 1:
         return out
-    names = [*terms]
     nlls = [f"{count_name(side, stream)}_nll" for side, stream in ROLES]
-
-    def values(given: Mapping[str, Tensor], keys: Sequence[str]) -> list[Tensor]:
-        return [
-            given[key].to(device, torch.float32) if key in given else torch.zeros((), device=device) for key in keys
-        ]
-
-    present = [float(name in out.terms) for name in names] + [float(name in out.stats) for name in nlls]
-    shared = torch.cat(
-        [
-            torch.stack(
-                [out.loss.detach().to(device, torch.float32), *values(out.terms, names), *values(out.stats, nlls)]
-            ),
-            torch.tensor(present, device=device),
-        ]
-    )
-    dist.all_reduce(shared)
-    loss, *sums = shared[: 1 + len(present)].unbind()
-    seen = dict(zip([*names, *nlls], sums, strict=True))
-    found = {name for name, count in zip([*names, *nlls], shared[1 + len(present) :].tolist(), strict=True) if count}
+    names = [*(f"term {name}" for name in terms), *(f"stat {name}" for name in nlls)]  # each may be called as another
+    own = {f"term {name}": value for name, value in out.terms.items()}
+    own |= {f"stat {name}": value for name, value in out.stats.items()}
+    sums = sum_by_name({"loss": out.loss.detach(), **own}, ["loss", *names], device)
     return UnlearnOutput(
-        loss=loss,
-        terms={name: seen[name] for name in names if name in found},
-        stats={name: seen[name] for name in nlls if name in found},
+        loss=sums.pop("loss"),
+        terms={name.removeprefix("term "): value for name, value in sums.items() if name.startswith("term ")},
+        stats={name.removeprefix("stat "): value for name, value in sums.items() if name.startswith("stat ")},
     )

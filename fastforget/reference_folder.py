@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from fastforget.errors import BrokenFileError, FastforgetError
 from fastforget.files import PART
 from fastforget.objectives import Field
-from fastforget.reference import Entry, LayerStates, adapter_trains
+from fastforget.reference import Entry, LayerStates
+from fastforget.reference_modes import adapter_trains
 from fastforget.state_file import read_state, update, write_state
 
 DEFAULT_FOLDER_BYTES = 20 * 10**9

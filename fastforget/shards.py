@@ -62,6 +62,28 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def sum_of_parts(own: Tensor, like: Tensor) -> Tensor:
+    """Sum a number () of each process over those that hold parts of one DTensor; replicas count once."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(like, DTensor)
+    placements = [Replicate() if each.is_replicate() else Partial() for each in like.placements]
+    return DTensor.from_local(own, like.device_mesh, placements).full_tensor()
+
+
+def postpones_gradients(model: nn.Module) -> bool:
+    """Tell whether FSDP2 keeps this backward pass's gradients to itself (`set_requires_gradient_sync(False)`)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # older: one
+            if any(group is not None and not group.reduce_grads for group in groups):
+                return True
+    return False
+
+
 def reshard(model: nn.Module) -> None:
     """Free the weights that FSDP2 left gathered: those of a root, after a forward that no backward followed.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
-from fastforget.collectives import process_count
-from fastforget.combine import SideGradients, check_sides, warn_of_standstill
+from fastforget.collectives import most, process_count
+from fastforget.combine import SideGradients, SummedGradients, check_sides, warn_of_standstill
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss
@@ -124,7 +124,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self._states = TermStates(named_terms(self._terms), self.base)
         self.guard = Guard(self._guard_settings, self.base)
         self._backward_pending = False
-        self._gradients = None if self._combine == "sum" else SideGradients(self._combine)
+        self._gradients = SummedGradients() if self._combine == "sum" else SideGradients(self._combine)
         self._fitting = FittingRows(self._first_micro_batch)
         self._loss: UnlearnLoss | None = None
         self._accelerator: Any = None
@@ -216,60 +216,53 @@ class UnlearnStep(torch.optim.Optimizer):
             counts: the denominators of the whole accumulated batch, by `fastforget.count_labels`. Without them each
                 call's means are its own: over calls of different sizes those do not add up to the mean of the whole.
         """
-        processes = self._check_processes(micro_batch)
+        processes = self._process_count(micro_batch)
         if micro_batch == "auto":
+            rows = functools.partial(row_count, forget, retain)
             return self._fitting.find(
-                lambda rows: self.backward(forget, retain, micro_batch=rows, backward=backward, counts=counts),
-                lambda: row_count(forget, retain),
+                lambda fitting: self.backward(forget, retain, micro_batch=fitting, backward=backward, counts=counts),
+                rows if processes == 1 else lambda: most(rows(), self.loss.backbone.device),
             )
         check_micro_batch(micro_batch)
         if backward is None:
             backward = torch.Tensor.backward if self._accelerator is None else self._accelerator_backward(counts)
         taken, held = self.param_groups[0]["unlearn_steps"], self._held()
 
+        def begin() -> LabelCounts:
+            self._gradients.begin(held)
+            return counts or count_labels([sides_of(forget, retain)])
+
         def run(whole: LabelCounts | None) -> UnlearnOutput:
             parts = []
-            with self._kept_apart(held) as pass_of:
-                for part in self.loss.passes(forget, retain, whole, micro_batch, taken):
-                    with pass_of(part.side):
-                        backward(part.loss * processes if processes > 1 else part.loss)
-                    part.loss = part.loss.detach()
-                    parts.append(part)
+            for part in self.loss.passes(forget, retain, whole, micro_batch, taken, shared=True):
+                with self._gradients.side_pass(part.side, held):
+                    backward(part.loss * processes if processes > 1 else part.loss)
+                part.loss = part.loss.detach()
+                parts.append(part)
             return add_outputs(parts)
 
         parameters = [*self._parameters, *(each for each in held if id(each) not in self._own)]
-        with gradients_as_before(parameters):
+        trained = [each for each in parameters if each.requires_grad]
+        finish = functools.partial(self._gradients.finish, held, trained)
+        with gradients_as_before(parameters), self._gradients.undone_where_it_fails():
             if processes == 1:
                 with self.loss.backbone.failures_told():
+                    self._gradients.begin(held)
                     out = run(counts)
+                    finish()
             else:
-                out = run_together(
-                    self.model,
-                    self.loss.terms,
-                    parameters,
-                    lambda: counts or count_labels([sides_of(forget, retain)]),
-                    run,
-                    self.loss.backbone.device,
-                )
+                device = self.loss.backbone.device
+                out = run_together(self.model, self.loss.terms, begin, run, finish, device)
         self._backward_pending = True
         self._states.note(out.terms, is_part=counts is not None)
         self.guard.note(out, is_part=counts is not None)
         return out
 
-    def _check_processes(self, micro_batch: MicroBatch) -> int:
-        """How many processes train together; raises for what they cannot do."""
-        together = self.loss.backbone.shares_batches  # they compute one batch, as one process does
-        if not together:
-            check_parallel(self.model, self.loss.backbone.sharded)
-        if process_count() > 1:
-            for refused, what in (
-                (micro_batch == "auto", "micro_batch='auto'"),
-                (not together and self._combine != "sum", f"combine={self._combine!r}"),
-                (not together and self.loss.plan.baselines, "a term that takes a mean over one call's batch (KTO)"),
-            ):
-                if refused:
-                    raise FastforgetError(f"{what} does not work over several processes yet: run one process")
-        return 1 if together else process_count()
+    def _process_count(self, micro_batch: MicroBatch) -> int:
+        """How many processes have parts of one batch; raises for what they cannot do."""
+        backbone = self.loss.backbone
+        check_parallel(self.model, backbone, self._combine, micro_batch)
+        return 1 if backbone.shares_batches else process_count()
 
     def prepare(self, accelerator: Any) -> None:
         """Hand the model and the optimizer over to an `accelerate.Accelerator`; the step itself stays what is called.
@@ -306,21 +299,6 @@ class UnlearnStep(torch.optim.Optimizer):
         """The number that a `micro_batch` is by now; None: there is no limit."""
         return self._fitting.rows if micro_batch == "auto" else micro_batch
 
-    @contextlib.contextmanager
-    def _kept_apart(self, held: list[Tensor]) -> Iterator[Callable[[str | None], contextlib.AbstractContextManager]]:
-        """The passes of one `backward`; yields what a pass of a side runs in, so that combined sides stay apart."""
-        gradients = self._gradients
-        if gradients is None:
-            yield lambda side: contextlib.nullcontext()
-            return
-        gradients.begin(held)
-        try:
-            yield lambda side: gradients.side_pass(side, held)
-            gradients.finish(held)
-        except BaseException:
-            gradients.undo()
-            raise
-
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """The base optimizer's step. Without a `backward` before it no counter moves, and nothing is guarded.
 
@@ -350,8 +328,7 @@ class UnlearnStep(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
         if self._accelerator is not None and not self._accelerator.sync_gradients:
             return
-        if self._gradients is not None:
-            self._gradients.cleared(self._held())
+        self._gradients.cleared(self._held())
         self._backward_pending = False  # a scaler may have skipped the step
         self.guard.without_update()
         self._states.forget()

@@ -61,13 +61,18 @@ def used_streams(term: Term) -> tuple[str, ...]:
 
 
 def check_sides(
-    plan: LossPlan, sides: Mapping[str, Batch | None], counts: LabelCounts | None, vocabulary: int
+    plan: LossPlan,
+    sides: Mapping[str, Batch | None],
+    counts: LabelCounts | None,
+    call_counts: LabelCounts | None,
+    vocabulary: int,
 ) -> dict[tuple[str, str], CheckedBatch]:
     """Check the streams that a plan's forwards need; return them by side and stream.
 
     Args:
         counts: of the larger batch that this one is a part of, or None. Of a larger batch's streams a part may hold
-            none; not so where a term takes a constant from one.
+            none; not so where a term takes a constant from one in each call.
+        call_counts: of one call over several processes, of which this one's part may hold none of those.
 
     Raises:
         FastforgetError: a side or a stream is missing, or not what `check_batch` demands; streams that are compared row
@@ -85,7 +90,7 @@ def check_sides(
             names = ", ".join(dict.fromkeys(name for forward in forwards for name in forward.terms))
             raise FastforgetError(f"these terms need a {side} batch, and there is none: {names}")
         for forward in forwards:
-            streams_of = check_forward(forward, batch, counts if forward.learns else None, vocabulary)
+            streams_of = check_forward(forward, batch, counts if forward.learns else call_counts, vocabulary)
             checked |= {(side, stream): part for stream, part in streams_of.items()}
     return checked
 
@@ -108,8 +113,8 @@ def check_forward(
     if len(parts) > 1:
         check_rows(parts["answer"], parts["refusal"], forward)
     if not forward.learns:
-        for part in parts.values():
-            if not bool(part.labelled_rows.any()):
+        for stream, part in parts.items():
+            if not (part.counts() if counts is None else counts.totals(side, stream))[0]:
                 raise FastforgetError(
                     f"{part.name} has no label, and {forward.names} takes a mean over it in each call"
                 )

@@ -7,10 +7,12 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from integrations.loops import flat, rows
 from torch.distributed.fsdp import FSDPModule
 
 import fastforget as ff
+from fastforget.batch import ROLES
 
 
 def start(rank, work, folder, count, arguments):
@@ -68,6 +70,29 @@ def micro_batches(step, rank):
         for batch in batches:
             batch["labels"] = torch.full_like(batch["labels"], -100)
     return batches
+
+
+def merged(batches):
+    """One flat batch of all of their rows."""
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    padding = {"labels": -100}
+
+    def wide(key, value):
+        return value if value.dim() == 1 else F.pad(value, (0, width - value.shape[1]), value=padding.get(key, 0))
+
+    return {key: torch.cat([wide(key, batch[key]) for batch in batches]) for key in batches[0]}
+
+
+def calls_with_mismatched(step, rank):
+    """Two calls of a step with answers to other prompts, of which the second process has some at even steps alone."""
+    calls = []
+    for place, batch in enumerate(micro_batches(step, rank)):
+        if rank == 0 or step % 2 == 0:
+            extra = flat(rows(2 + place, 1000 + 100 * step + 10 * rank + place), [])
+            extra["role"] = torch.full_like(extra["role"], ROLES["forget", "mismatch"])
+            batch = merged([batch, extra])
+        calls.append(batch)
+    return calls
 
 
 def five_steps(step, batches_of):

@@ -17,7 +17,7 @@ def test_constants_are_kept_by_tensor_not_by_address(model, monkeypatch):
     loss = ff.UnlearnLoss(model, "grad_ascent")
     monkeypatch.setattr(ff.loss.Backbone, "device", torch.device("meta"))  # so that it is copied
     for size in range(1, 50):
-        assert loss.constant(torch.zeros(size)).shape == (size,)
+        assert loss.distances.constant(torch.zeros(size)).shape == (size,)
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from helpers import adapter_of, assert_gradients, load_perturbed, make_batch, same
+from helpers import adapter_of, assert_gradients, gradients, load_perturbed, make_batch, same, stack_of
 from integrations.loops import flat, rows
-from processes import five_steps, in_processes, messages_of, micro_batches
+from processes import calls_with_mismatched, five_steps, in_processes, merged, messages_of, micro_batches
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -42,6 +42,128 @@ def test_five_steps_of_processes_are_those_of_one(count, passes, tiny, tmp_path)
     for other, other_losses, other_scalars in others:
         assert other_losses == losses and other_scalars == scalars
         assert same(other, weights), "the processes' weights are the same to the bit"
+
+
+OTHERS = {  # terms, how their sides are combined, and what a process has for each step
+    "mgda": (TERMS, "mgda", micro_batches),
+    "pcgrad": (TERMS, "pcgrad", micro_batches),
+    "kto": ([ff.KTO(beta=0.5), ff.CE()], "sum", calls_with_mismatched),
+}
+
+
+def train_others(rank, folder):
+    found = {}
+    for name, (terms, combine, calls) in OTHERS.items():
+        model = load_perturbed(folder)
+        wrapped = DistributedDataParallel(model)
+        step = ff.UnlearnStep(wrapped, torch.optim.AdamW, terms=terms, lr=1e-3, combine=combine)
+        losses, _ = five_steps(step, lambda number, calls=calls: calls(number, rank))
+        found[name] = adapter_of(model), losses
+    return found
+
+
+def test_combined_gradients_and_constants_of_a_batch_are_those_of_one_process(tiny, tmp_path):
+    """KTO's mean over mismatched pairs is over those of all processes in a call, wherever they are."""
+    first, second = in_processes(tmp_path, 2, train_others, tiny["llama"])
+    for name, (terms, combine, calls) in OTHERS.items():
+        model = load_perturbed(tiny["llama"])
+        step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3, combine=combine)
+        expected, _ = five_steps(
+            step,
+            lambda number, calls=calls: [
+                merged(parts) for parts in zip(*(calls(number, r) for r in (0, 1)), strict=True)
+            ],
+        )
+        weights, losses = first[name]
+        assert losses == pytest.approx(expected, rel=1e-5) and second[name][1] == losses
+        assert_gradients(weights, adapter_of(model))
+        assert same(weights, second[name][0])
+
+
+def fail_with_combined_sides(rank, folder):
+    model = load_perturbed(folder)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.SGD, terms=TERMS, lr=0.1, combine="pcgrad")
+    batches = micro_batches(0, rank)
+    counts = ff.count_labels(batches)
+    with step.model.no_sync():
+        step.backward(batches[0], counts=counts)
+    before = gradients(model)
+    messages = []
+    handle = model.register_forward_hook(lambda *_: 1 / 0) if rank == 1 else None
+    with pytest.raises((ff.FastforgetError, ZeroDivisionError)) as error:
+        step.backward(batches[1], counts=counts)
+    messages.append(str(error.value))
+    assert same(gradients(model), before)
+    if handle is not None:
+        handle.remove()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(ff.FastforgetError) as error:
+        step.backward(batches[1], counts=counts)
+    messages.append(str(error.value))
+    return messages
+
+
+def test_combined_sides_are_as_before_where_a_process_fails(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, fail_with_combined_sides, tiny["llama"])
+    assert "process 1 failed" in first[0] and second[0] == "division by zero"
+    assert "clip after the last micro-batch only" in second[1] and first[1].startswith("process 1 failed")
+
+
+def run_out(rank, folder):
+    """Three steps in which one process has memory for two sequences at once."""
+    model = load_perturbed(folder)
+    layer = stack_of(model)[0]
+    shapes = []
+
+    def look(_, arguments):
+        shapes.append(len(arguments[0]))
+        if rank == 1 and shapes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    layer.register_forward_pre_hook(look)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.AdamW, terms=TERMS, lr=1e-3)
+    with pytest.warns(UserWarning, match="memory ran out with 5 sequences at once; from here on 2 are") as warned:
+        losses = [float(step(*unequal(number, rank), micro_batch="auto").loss) for number in range(3)]
+    return adapter_of(model), losses, max(shapes[-4:]), len(warned)
+
+
+def unequal(number, *ranks):
+    """Rows of each side, of which the first process has more."""
+    parts = [(make_batch(5 - 2 * rank, 10 * number + rank), make_batch(2, 50 + 10 * number + rank)) for rank in ranks]
+    return tuple({key: torch.cat([part[key] for part in side]) for key in side[0]} for side in zip(*parts, strict=True))
+
+
+def test_all_processes_take_fewer_rows_where_memory_runs_out_in_one(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, run_out, tiny["llama"])
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=TERMS, lr=1e-3)
+    expected = [float(step(*unequal(number, 0, 1)).loss) for number in range(3)]
+    for weights, losses, most, _ in (first, second):
+        assert losses == pytest.approx(expected, rel=1e-5) and most == 2
+        assert_gradients(weights, adapter_of(model))
+
+
+def fail_twice(rank, folder):
+    """One process has no memory, and the other fails for another reason: nothing is tried again."""
+    model = load_perturbed(folder)
+    error = torch.OutOfMemoryError("no memory") if rank == 0 else ValueError("no wish")
+    tries = []
+
+    def fail(*_):
+        tries.append(1)
+        raise error
+
+    model.register_forward_pre_hook(fail)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.SGD, terms=[ff.NegatedCE()], lr=0.1)
+    with pytest.raises((ff.FastforgetError, ValueError)) as caught:
+        step(make_batch(4, rank), micro_batch="auto")
+    return str(caught.value), len(tries)
+
+
+def test_another_error_beside_the_want_of_memory_ends_all(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, fail_twice, tiny["llama"])
+    assert second == ("no wish", 1)
+    assert first == ("process 1 failed, so this one stops too: ValueError: no wish", 1)
 
 
 def clip_all(rank, folder):
@@ -124,12 +246,6 @@ def refused(rank, folder):
     attempts = {
         "unwrapped": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1).backward(make_batch(2, 1)),
         "loss": lambda: ff.UnlearnLoss(wrapped, [ff.NegatedCE()])(make_batch(2, 1)),
-        "auto": lambda: ff.UnlearnStep(wrapped, torch.optim.SGD, terms="npo", lr=0.1)(
-            make_batch(2, 1), make_batch(2, 1), micro_batch="auto"
-        ),
-        "combine": lambda: ff.UnlearnStep(wrapped, torch.optim.SGD, terms="npo", lr=0.1, combine="pcgrad")(
-            make_batch(2, 1), make_batch(2, 1)
-        ),
     }
     return messages_of(attempts)
 
@@ -138,8 +254,6 @@ def test_what_several_processes_cannot_do_is_said(tiny, tmp_path):
     for messages in in_processes(tmp_path, 2, refused, tiny["llama"]):
         assert "the model is not in DistributedDataParallel" in messages["unwrapped"]
         assert "UnlearnLoss knows only this one's labels" in messages["loss"]
-        assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
-        assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
 
 
 def evaluate(rank, folder, out):

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget.objectives import REFERENCE_LOGP
-from fastforget.reference import LayerStates, reference_mode
+from fastforget.reference import LayerStates
+from fastforget.reference_modes import reference_mode
 
 LOGP = frozenset({REFERENCE_LOGP})
 STATES = LayerStates(None)

@@ -25,7 +25,7 @@ from helpers import (
 )
 from integrations.loops import flat, rows
 from peft import PeftModel
-from processes import five_steps, in_processes, micro_batches
+from processes import calls_with_mismatched, five_steps, in_processes, merged, micro_batches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
@@ -195,6 +195,37 @@ def gradients_with_companions(folder, ranks):
     return loss, {name: whole(gradient) for name, gradient in gradients(model).items()}
 
 
+OTHERS = {"mgda": (TERMS, "mgda"), "pcgrad": (TERMS, "pcgrad"), "kto": ([ff.KTO(beta=0.5), ff.CE()], "sum")}
+
+
+def train_others(folder, ranks):
+    """Losses and weights after three steps of combined sides, and of KTO, whose mean is over the batch of all."""
+    found = {}
+    for name, (terms, combine) in OTHERS.items():
+        model = load_perturbed(folder)
+        if len(ranks) == 1:
+            shard(model)
+        step = ff.UnlearnStep(model, torch.optim.AdamW, terms=terms, lr=1e-3, combine=combine)
+        losses = []
+        for number in range(3):
+            calls = [calls_with_mismatched(number, rank)[0] for rank in ranks]
+            losses.append(float(step(merged(calls), micro_batch=2).loss))
+        found[name] = losses, whole_of(adapter_of(model))
+    return found
+
+
+def others_over_shards(rank, folder):
+    return train_others(folder, (rank,))
+
+
+def test_combined_gradients_and_constants_of_a_batch_over_shards(tiny, tmp_path):
+    expected = train_others(tiny["llama"], (0, 1))
+    for found in in_processes(tmp_path, 2, others_over_shards, tiny["llama"]):
+        for name, (losses, weights) in found.items():
+            assert losses == pytest.approx(expected[name][0], rel=1e-5), name
+            assert_gradients(weights, expected[name][1])
+
+
 def companions_over_shards(rank, folder):
     return gradients_with_companions(folder, (rank,))
 
@@ -293,12 +324,16 @@ def test_the_guard_and_errors_over_shards(tiny, tmp_path):
 
 
 def refused(rank, folder):
-    def refusal(model, **options):
+    def refusal(model, micro_batch=None, **options):
         with pytest.raises(ff.FastforgetError) as error:
             ff.UnlearnStep(model, torch.optim.SGD, **{"terms": "npo", "lr": 0.1, **options}).backward(
-                make_batch(2, 1), make_batch(2, 1)
+                make_batch(2, 1), make_batch(2, 1), micro_batch=micro_batch
             )
         return str(error.value)
+
+    def postponed(model):
+        model.set_requires_gradient_sync(False)
+        return model
 
     def shard_layers(model):
         for layer in stack_of(model):
@@ -315,7 +350,9 @@ def refused(rank, folder):
         "alone": refusal(alone),
         "partly": refusal(shard_layers(tiny_model("llama")), terms=[ff.NegatedCE()]),
         "folder": refusal(shard(load_perturbed(folder)), reference_cache_folder=folder / "cache"),
-        "combine": refusal(shard(load_perturbed(folder)), combine="pcgrad"),
+        "combine": refusal(postponed(shard(load_perturbed(folder))), combine="pcgrad"),
+        "joint": refusal(shard(load_perturbed(folder)), passes="joint"),
+        "auto": refusal(shard(load_perturbed(folder)), micro_batch="auto"),
         "saving": str(attempt(lambda: ff.save_adapter(shard(load_perturbed(folder)), None, folder / "out"))[1]),
     }
 
@@ -328,7 +365,9 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
         assert "is sharded over 1 of 2 processes" in messages["alone"]
         assert messages["folder"].startswith("reference_cache_folder:")
         assert "each process holds a part of this adapter" in messages["saving"]
-        assert messages["combine"].startswith("combine='pcgrad' does not work over several processes")
+        assert "leave set_requires_gradient_sync(False) out" in messages["combine"]
+        assert messages["joint"].startswith("passes='joint' does not work under FSDP2")
+        assert messages["auto"].startswith("micro_batch='auto' does not work where weights are sharded")
 
 
 def test_accelerates_own_sharding_is_refused(model):

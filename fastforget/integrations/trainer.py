@@ -168,7 +168,8 @@ class UnlearnTrainerMixin(TrainerBase):
         parts: list[UnlearnOutput] = []
         with torch.no_grad(), without_dropout(self.model), without_buffer_broadcast(loss.backbone.outer):
             for batch in self._without_repeats(dataloader):
-                parts += loss.passes(*self.sides(self._prepare_inputs(batch)), counts=counts, step=self._steps_taken)
+                sides, step = self.sides(self._prepare_inputs(batch)), self._steps_taken
+                parts += loss.passes(*sides, counts=counts, step=step, shared=True)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         out = sum_outputs(add_outputs(parts), loss.terms, self.args.device)
         metrics = {"loss": float(out.loss), **self.figures({**out.terms, **out.stats})}

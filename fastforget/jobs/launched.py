@@ -1,6 +1,6 @@
 """A job in several processes, as `torchrun` and `accelerate launch` start them: each computes its share of every batch.
 
-All of them read, load and measure the same, and so go through the same steps; the first one alone shows and writes.
+All of them read and load the same, and so go through the same steps; the first one alone shows and writes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastforget.batch import COMPANIONS, Batch, rows_of
-from fastforget.collectives import failures_told, process_count
-from fastforget.errors import FastforgetError
+from fastforget.collectives import failures_told, own_part, process_count
 from fastforget.jobs.options import UnlearnOptions
 from fastforget.models import usable_device
 
@@ -26,18 +25,13 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # wh
 
 @contextlib.contextmanager
 def launched_processes(options: UnlearnOptions) -> Iterator[None]:
-    """Join the processes that a launcher started, or those there are; an error of one ends all, with its message.
-
-    Raises:
-        FastforgetError: an option that does not work over several processes.
-    """
+    """Join the processes that a launcher started, or those there are; an error of one ends all, with its message."""
     began = False
     if not dist.is_initialized() and all(name in os.environ for name in PLACE) and int(os.environ["WORLD_SIZE"]) > 1:
         on_gpu = own_device(options.device).type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo")
         began = True
     try:
-        check_launched(options)
         with failures_told() if process_count() > 1 else contextlib.nullcontext():
             yield
     finally:
@@ -56,21 +50,6 @@ def own_device(device: str | None) -> torch.device:
     return chosen
 
 
-def check_launched(options: UnlearnOptions) -> None:
-    """Raise for what does not work over several processes."""
-    if process_count() == 1:
-        return
-    terms = options.terms()
-    for refused, what in (
-        (options.until is not None, "--until"),
-        (options.auto_micro_batch, "--auto-micro-batch"),
-        (options.combine != "sum", f"--combine {options.combine}"),
-        (any(term.baseline_stream is not None for term in terms), f"--preset {options.preset}"),
-    ):
-        if refused:
-            raise FastforgetError(f"{what} does not work over several processes yet: leave it out, or run one process")
-
-
 def in_parallel(model: nn.Module) -> nn.Module:
     """Return the model as a step takes it: of several processes in `DistributedDataParallel`."""
     return model if process_count() == 1 else DistributedDataParallel(model)
@@ -80,7 +59,6 @@ def own_share(batch: Batch) -> Batch:
     """Return this process's rows of one side of a batch, and of its companions: every so many-th, possibly none."""
     if process_count() == 1:
         return batch
-    mine = slice(dist.get_rank(), None, process_count())
     answers = {key: value for key, value in batch.items() if key not in COMPANIONS}
-    share: dict[str, Any] = rows_of(answers, mine, len(answers["input_ids"]))
+    share: dict[str, Any] = rows_of(answers, own_part(), len(answers["input_ids"]))
     return share | {key: own_share(batch[key]) for key in COMPANIONS if key in batch}

@@ -139,7 +139,7 @@ def run_job(
             batches = own_share(whole[0]), None if whole[1] is None else own_share(whole[1])
             out_step = step.backward(*batches, micro_batch=micro_batch)
             if until is not None:
-                until.note()
+                until.note(step.loss.backbone.device)
             torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
             step.guard.check()
             for side in ("forget", "retain"):
@@ -210,7 +210,7 @@ def check_update(step: UnlearnStep, batches: tuple[Batch, Batch | None], micro_b
     counts = sum_counts(count_labels([batches]), device)
     # nothing is drawn: a job does not depend on how often it is saved
     with without_dropout(step.model), without_buffer_broadcast(step.model):
-        parts = list(step.loss.passes(*batches, counts, micro_batch, step=number - 1))
+        parts = list(step.loss.passes(*batches, counts, micro_batch, step=number - 1, shared=True))
     out = sum_outputs(add_outputs(parts), step.loss.terms, device)
     bad = step.guard.verdict({name: float(value) for name, value in numbers_of(out).items()})
     if bad is not None:

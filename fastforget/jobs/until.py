@@ -4,6 +4,8 @@ A passage is gone when its exact memorisation (`evaluate/memorisation.py`) is at
 computes anyway says so of the passages in its batch; a passage that is gone leaves the batches, is looked at again
 every `RECHECK_STEPS`, and comes back where it has recovered. When all are gone at once the learning rate falls to 0,
 and all passages are in the batches again, so that the output of each settles.
+
+Of several processes each looks at its share of the passages, and all know what any of them found.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastforget.batch import Batch
+from fastforget.collectives import own_part, union
 from fastforget.data.examples import Example, collate
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.memorisation import memorisation, prompt_tokens
@@ -107,13 +111,16 @@ class ForgetUntilGone(Iterator[Batch]):
         self.batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
         return collate([self.examples[place] for place in self.batch], self.tokenizer.pad_token_id)
 
-    def note(self) -> None:
+    def note(self, device: torch.device) -> None:
         """Take what the step just computed of its batch, before its update: what is gone leaves."""
         if self.watched is None:
             return
-        for place, greedy in zip(self.batch, self.watched.taken(), strict=True):
-            if float(greedy[-self.behind[place] :].float().mean()) <= self.level:
-                self.known.discard(place)
+        gone = [
+            place
+            for place, greedy in zip(self.batch[own_part()], self.watched.taken(), strict=True)
+            if float(greedy[-self.behind[place] :].float().mean()) <= self.level
+        ]
+        self.known -= union(gone, len(self.examples), device)
 
     def finished(self, model: Any, step: int) -> bool:
         """Look again at passages that are gone, where that is due; tell whether all are gone, and stay so."""
@@ -129,11 +136,15 @@ class ForgetUntilGone(Iterator[Batch]):
         """Measure these passages as they are now."""
         if not places:
             return
-        asked = [self.examples[place] for place in places]
-        found = memorisation(model, self.tokenizer, asked, splits=[self.splits[place] for place in places])
-        for place, passage in zip(places, found.passages, strict=True):
-            if passage is not None:
-                (self.known.discard if passage.exact <= self.level else self.known.add)(place)
+        known: set[int] = set()
+        own = places[own_part()]
+        if own:
+            asked, splits = [self.examples[place] for place in own], [self.splits[place] for place in own]
+            found = memorisation(model, self.tokenizer, asked, splits=splits).passages
+            measured = zip(own, found, strict=True)
+            known = {place for place, passage in measured if passage is not None and passage.exact > self.level}
+        device = next(model.parameters()).device
+        self.known = self.known - set(places) | union(known, len(self.examples), device)
 
     def take_all(self) -> None:
         """Put every passage into the batches again."""

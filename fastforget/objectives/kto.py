@@ -23,8 +23,9 @@ class KTO(Term):
     gradient passes through it. The paper's weight of undesirable answers is `weight`. Its desirable answers are left
     out: a retain term stands for them.
 
-    z is the mean over all mismatched rows of one call, also where `micro_batch` splits it; in calls that accumulate
-    each has its own. `k` is how many answers a prompt gets at each step where `fastforget.unlearn` draws them.
+    z is the mean over all mismatched rows of one call, also where `micro_batch` splits it or several processes have
+    parts of it; in calls that accumulate each has its own. `k` is how many answers a prompt gets at each step where
+    `fastforget.unlearn` draws them.
     """
 
     name: ClassVar[str] = "kto"

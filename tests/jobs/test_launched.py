@@ -19,7 +19,11 @@ import fastforget as ff
 from fastforget.jobs import unlearn as job
 
 OPTIONS = {**QUICK, "batch_size": 3, "micro_batch": 1, "measured_passages": 2, "retain": [RETAIN_TEXT]}
-JOBS = {"npo": 8, "yao2023": 32}  # presets, the second with companions in its batches, and bits
+JOBS = {  # presets, the last two with companions in their batches, and options
+    "npo": {"bits": 8, "until": "em=0.0", "combine": "pcgrad"},
+    "yao2023": {},
+    "kto": {"auto_micro_batch": True, "micro_batch": None},
+}
 
 
 def run(out, model, **options):
@@ -35,7 +39,7 @@ def run(out, model, **options):
 
 
 def run_in_both(rank, out, model):
-    return [run(out / preset, model, preset=preset, bits=bits) for preset, bits in JOBS.items()]
+    return [run(out / preset, model, preset=preset, **options) for preset, options in JOBS.items()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
@@ -43,9 +47,10 @@ def test_two_processes_end_with_the_adapter_of_one(tiny, tmp_path, short_continu
     first, second = in_processes(tmp_path, 2, run_in_both, tmp_path, tiny["llama"])
     for (report, text, adapter), (other, silence, same_adapter) in zip(first, second, strict=True):
         name = report["preset"]
-        expected, _, weights = run(tmp_path / f"{name}-alone", tiny["llama"], preset=name, bits=JOBS[name])
+        expected, _, weights = run(tmp_path / f"{name}-alone", tiny["llama"], preset=name, **JOBS[name])
         assert "step 3 of 3" in text and silence == ""
         assert same(adapter, same_adapter) and other["curves"] == report["curves"]
+        assert report["stopped"] == other["stopped"] == expected["stopped"]
         assert report["curves"]["forget"] == pytest.approx(expected["curves"]["forget"], abs=1e-4)
         saved = load_file(tmp_path / name / "adapter_model.safetensors")
         assert saved and {value.shape for value in saved.values()} == {value.shape for value in adapter.values()}
@@ -79,7 +84,7 @@ def fail(rank, out, model):
     if rank == 1:
         job.load = lambda *arguments, **named: 1 / 0
     messages = []
-    for options in ({"until": "gone"}, {}):
+    for options in ({"preset": "no_preset"}, {}):
         with pytest.raises((ff.FastforgetError, ZeroDivisionError)) as error:
             run(out / "broken", model, **options)
         messages.append(str(error.value))
@@ -89,7 +94,7 @@ def fail(rank, out, model):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
 def test_an_error_of_one_process_ends_both(tiny, tmp_path, short_continuations):
     first, second = in_processes(tmp_path, 2, fail, tmp_path, tiny["llama"])
-    assert "--until does not work over several processes" in first[0] and "--until does not work" in second[0]
+    assert "no_preset" in first[0] and "no_preset" in second[0]
     assert second[1] == "division by zero"
     assert first[1] == "process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
     assert not (tmp_path / "broken").exists()

@@ -4,7 +4,8 @@ import io
 
 import pytest
 import torch
-from helpers import random_model
+from helpers import CPU, random_model
+from processes import in_processes
 from rich.console import Console
 
 import fastforget as ff
@@ -36,7 +37,7 @@ def test_what_is_gone_leaves_and_what_is_known_stays(tokenizer):
     for _ in range(3):
         next(forget)
         forget.watched.parts += greedy_rows(*(0.25 if place in (0, 3) else 0.75 for place in forget.batch))
-        forget.note()
+        forget.note(CPU)
     assert forget.known == {1, 2, 4}
     seen = []
     for _ in range(2):
@@ -50,7 +51,7 @@ def test_parts_of_a_batch_are_rows_in_order(tokenizer):
     next(forget)
     first, second, third = forget.batch
     forget.watched.parts += [*greedy_rows(0.75, 0.25), *greedy_rows(0.75)]
-    forget.note()
+    forget.note(CPU)
     assert first in forget.known and third in forget.known and second not in forget.known
 
 
@@ -84,6 +85,34 @@ def test_what_recovers_comes_back(tokenizer, monkeypatch):
     assert alone.final(model) == "the passage is gone (exact memorisation of each at most 0.50)"
 
 
+def track(rank, tokenizer):
+    """What a process knows after it saw its share of the batches, and then of all passages."""
+    forget = tracker(tokenizer, batch_size=3)
+    for _ in range(2):
+        next(forget)
+        forget.watched.parts += greedy_rows(*(0.25 if place in (0, 3) else 0.75 for place in forget.batch[rank::2]))
+        forget.note(CPU)
+    seen = set(forget.known)
+    asked = []
+
+    def measured(model, tokenizer, examples, splits):
+        asked.extend(EXAMPLES.index(example) for example in examples)
+        passages = [type("Passage", (), {"exact": 0.1 * EXAMPLES.index(example)}) for example in examples]
+        return type("Report", (), {"passages": [*passages]})
+
+    until_module.memorisation, forget.level = measured, 0.15
+    forget.look_at(torch.nn.Linear(1, 1), range(5))
+    forget.look_at(torch.nn.Linear(1, 1), [0])  # of which the second process has none
+    return seen, forget.known, asked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+def test_processes_look_at_their_shares_and_know_the_same(tokenizer, tmp_path):
+    first, second = in_processes(tmp_path, 2, track, tokenizer)
+    assert first == ({1, 2, 4}, {2, 3, 4}, [0, 2, 4, 0])
+    assert second == ({1, 2, 4}, {2, 3, 4}, [1, 3])
+
+
 def test_levels(tokenizer):
     assert parsed_until("gone") is None and parsed_until("em=0.2") == 0.2
     for wrong in ("em", "em=2", "em=x", "later", "em=nan"):
@@ -110,10 +139,8 @@ def test_the_rate_rises_stays_and_falls(tokenizer):
     assert [constant.factor(done) for done in (15, 29)] == [1.0, 1.0]
 
 
-def test_a_job_ends_with_what_it_recited_gone(tiny, tokenizer):
-    """Greedy text of the model itself is known by heart from the start."""
-    torch.manual_seed(0)
-    model = ff.load(tiny["llama"], bits=32, lora={"r": 8})
+def recited(model):
+    """Greedy text of the model itself, which it knows by heart."""
     model.eval()
     rows = []
     for start in (5, 60, 120):
@@ -122,6 +149,13 @@ def test_a_job_ends_with_what_it_recited_gone(tiny, tokenizer):
             for _ in range(14):
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         rows.append(Example(tuple(ids), prompt_length=2))
+    return rows
+
+
+def test_a_job_ends_with_what_it_recited_gone(tiny, tokenizer):
+    torch.manual_seed(0)
+    model = ff.load(tiny["llama"], bits=32, lora={"r": 8})
+    rows = recited(model)
     assert memorisation(model, tokenizer, rows).exact == 1.0
     settings = JobSettings(max_steps=150, learning_rate=5e-3, until="em=0.2", batch_size=3)
     result = run_job(model, tokenizer, rows, None, ff.preset("other_tokens", retain=None), settings)
