@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
 from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, count_name, sides_of, total_counts
 from fastforget.collectives import agreed, check_alike, process_count, sum_by_name
+from fastforget.complete_reference import Batches, cache_reference, make_reference
 from fastforget.distances import Distances
 from fastforget.errors import FastforgetError
 from fastforget.loss_plan import SIDES, ForwardPlan, StreamPlan, named_terms, plan_loss
@@ -35,9 +35,8 @@ from fastforget.objectives import (
 )
 from fastforget.output import UnlearnOutput, add_outputs, add_to
 from fastforget.processes import counts_together
-from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference
-from fastforget.reference_folder import DEFAULT_FOLDER_BYTES, ReferenceFolder
-from fastforget.reference_modes import check_separate
+from fastforget.reference import ARGMAX, DEFAULT_CACHE_BYTES, EMBEDDING, Entry, LayerStates, Reference, ReferenceRequest
+from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.shards import fill_up, reshard
 from fastforget.streams import check_labelled, check_sides, check_streams, join, pack, prepared_parts, seen_by
 from fastforget.term_state import TermStates
@@ -57,8 +56,9 @@ class UnlearnLoss:
         reference_cache_bytes: limit of the reference's cache on the CPU; 0 switches it off (streamed data).
         reference_cache_folder, reference_cache_folder_bytes: a folder in which entries of the cache lie too, up to a
             limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
-        reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off. Terms
-            that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
+        reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off; or
+            "cache": what `model` says before its first step, of all examples (`cache_reference`). Terms that compare
+            whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
         passes: "sequential": the forget and the retain pass one after the other, each padded; "joint": both in one
             forward, with more in memory, as documents of one packed row where the model keeps these apart
             (`Backbone.packs`) and as one padded batch where it does not. The loss is the same.
@@ -81,7 +81,7 @@ class UnlearnLoss:
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
-        reference: nn.Module | None = None,
+        reference: nn.Module | Literal["cache"] | None = None,
         passes: str = "sequential",
     ) -> None:
         if passes not in PASSES:
@@ -99,19 +99,15 @@ class UnlearnLoss:
         self.plan = plan_loss(self.terms)
         self.reference: Reference | None = None
         if self.plan.asks_reference:
-            frozen = self.backbone if reference is None else Backbone(reference)
-            if reference is not None:
-                check_separate(self.backbone, frozen, self.plan.compares_distributions)
-            folder = None
-            if reference_cache_folder is not None and (frozen.sharded or frozen.head.shard is not None):
-                raise FastforgetError(
-                    "reference_cache_folder: its entries are named by a digest of the frozen weights, of which each "
-                    "process here holds a part: leave it out, the cache in memory works"
-                )
-            if reference_cache_folder is not None:
-                path = Path(reference_cache_folder)
-                folder = ReferenceFolder(path, reference_cache_folder_bytes, frozen.model, backend)
-            self.reference = Reference(frozen, reference_cache_bytes, folder, is_model=reference is not None)
+            self.reference = make_reference(
+                self.backbone,
+                reference,
+                compared=self.plan.compares_distributions,
+                backend=backend,
+                cache_bytes=reference_cache_bytes,
+                folder=reference_cache_folder,
+                folder_bytes=reference_cache_folder_bytes,
+            )
         self.adalora = adalora_of(self.backbone.model)
         if self.adalora is not None and self.backbone.sharded:
             raise FastforgetError("AdaLoRA shares out its ranks over whole matrices: it does not work under FSDP2")
@@ -146,6 +142,29 @@ class UnlearnLoss:
                 "count over all of them, so use one of these, or run one process"
             )
         return add_outputs(list(self.passes(forget, retain, counts, step=step)))
+
+    def cache_reference(self, batches: Batches, *, micro_batch: int | None = None) -> int:
+        """Before the first step: keep what the model says of these batches, for a loss with `reference="cache"`.
+
+        Args:
+            batches: all that training will see: pairs (forget, retain), of which one may be None, or flat batches, with
+                their companions. An example is known by its ids, mask and labels, in whatever batch it comes again.
+            micro_batch: at most so many sequences at once.
+
+        Returns:
+            How many examples are in the cache, of all calls.
+
+        Raises:
+            FastforgetError: no `reference="cache"`, weights that changed since the first call, or more than
+                `reference_cache_bytes` without a `reference_cache_folder`.
+        """
+        return cache_reference(self, batches, micro_batch)
+
+    def wanted(self, plan: StreamPlan, learns: bool) -> frozenset[ReferenceRequest]:
+        """What is asked of the reference for one stream; `learns`: with what makes a gradient cheaper."""
+        head = self.backbone.head
+        known = self.reference is not None and self.reference.keeps_embeddings and learns and self.backend != "eager"
+        return plan.reference_requests(known and head.softcap is None and not head.is_identity and head.shard is None)
 
     def passes(
         self,
@@ -331,10 +350,7 @@ class UnlearnLoss:
         head, labels = self.backbone.head, prepared.labels
         reference: Entry = {}
         if self.reference is not None:
-            known = self.reference.keeps_embeddings and torch.is_grad_enabled() and self.backend != "eager"
-            wanted = plan.reference_requests(
-                known and head.softcap is None and not head.is_identity and head.shard is None
-            )
+            wanted = self.wanted(plan, torch.is_grad_enabled())
             reference = self.reference.answers(prepared, wanted, self.backend) if wanted else {}
         backend = backend_of(self.backend, labels.device)
         tensors: dict[Field | Divergence, Tensor] = {

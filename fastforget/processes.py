@@ -63,6 +63,27 @@ def check_parallel(model: nn.Module, backbone: Backbone, combine: str, micro_bat
         )
 
 
+def accelerated(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model and its optimizer as an `accelerate.Accelerator` wraps them.
+
+    Raises:
+        FastforgetError: it would shard the model otherwise than by FSDP2.
+    """
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP" and accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)  # FSDP2 puts shards into both at once
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        name = "FSDP (version 1)" if kind == "FSDP" else kind
+        raise FastforgetError(
+            f"Accelerate's {name} is not supported: let it shard by FSDP2 "
+            "(FullyShardedDataParallelPlugin(fsdp_version=2)), or shard the model by "
+            "torch.distributed.fsdp.fully_shard, make the step over the shards, and leave prepare out"
+        )
+    return accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
+
+
 @contextlib.contextmanager
 def without_buffer_broadcast(model: nn.Module) -> Iterator[None]:
     """Let forwards send no buffers: processes may differ in how many forwards they run."""

@@ -76,8 +76,7 @@ class Reference:
     def answers(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str = "auto") -> Entry:
         """What the reference says of a side's kept tokens, on the model's device; (n, D) in the model's dtype."""
         if self.backbone.changes != self._backbone_changes:  # the user's own hooks: no digest knows what they compute
-            self._backbone_changes, self.folder = self.backbone.changes, None
-            self.clear()
+            self._changed_around_head()
         keyed = zip(side.keys or [], side.lengths, strict=bool(side.keys))
         cached = [self._cached(key, wanted, length) for key, length in keyed] or [None] * side.sequence_count
         missing = [index for index, entry in enumerate(cached) if entry is None]
@@ -116,6 +115,11 @@ class Reference:
         parts = {request: values[request].detach().split(lengths) for request in wanted}
         return [{request: parts[request][index] for request in wanted} for index in range(len(missing))]
 
+    def _changed_around_head(self) -> None:
+        """Forget all, and the folder, whose entries are of weights alone."""
+        self._backbone_changes, self.folder = self.backbone.changes, None
+        self.clear()
+
     def fill_in(self, wanted: frozenset[ReferenceRequest], computes: bool = False) -> None:
         """Let a process whose cache has all take part in what another one computes; only where FSDP2 shards the model.
 
@@ -153,6 +157,7 @@ class Reference:
         """Cache an entry, within the limit."""
         size = entry_bytes(entry)
         if size > self.cache_bytes:
+            self._full()
             return
         replaced = self._cache.pop(key, None)
         if replaced is not None:
@@ -169,9 +174,13 @@ class Reference:
                 dropped = each.pop(EMBEDDING, None)
                 self.bytes_used -= 0 if dropped is None else dropped.numel() * dropped.element_size()
         while self.bytes_used > self.cache_bytes:
+            self._full()
             key, oldest = self._cache.popitem(last=False)
             self._changed.discard(key)
             self.bytes_used -= entry_bytes(oldest)
+
+    def _full(self) -> None:
+        """Before an entry leaves the cache, or is not taken into it, for want of room."""
 
     def clear(self) -> None:
         """Forget everything cached (after the frozen weights were changed on purpose)."""

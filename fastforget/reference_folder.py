@@ -41,12 +41,13 @@ class ReferenceFolder:
         limit: bytes; beyond, the entries that were not used for the longest time go.
         model: whose frozen part is the reference.
         backend: that computes what is kept.
+        untouched: the whole model is, as it is when the first entry is asked for.
 
     Raises:
         FastforgetError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, limit: int, model: nn.Module, backend: str) -> None:
+    def __init__(self, folder: Path, limit: float, model: nn.Module, backend: str, untouched: bool = False) -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -54,7 +55,7 @@ class ReferenceFolder:
                 f"{folder} cannot hold what the reference said ({error.strerror}): give another folder, or none"
             ) from None
         self.folder, self.limit = folder, limit
-        self.model, self.backend = model, backend
+        self.model, self.backend, self.untouched = model, backend, untouched
         self.failed = False  # the disk is full, say: once is enough to be told
         self._prefix: bytes | None = None
         self._used = 0
@@ -118,7 +119,7 @@ class ReferenceFolder:
     def _path(self, key: bytes) -> Path:
         """Where the entry of an example lies."""
         if self._prefix is None:
-            self._prefix = f"{frozen_digest(self.model)} {self.backend}".encode()
+            self._prefix = f"{frozen_digest(self.model, self.untouched)} {self.backend}".encode()
             self._used = self.tidy()
         return self.folder / f"{hashlib.sha256(self._prefix + key).hexdigest()}.safetensors"
 
@@ -138,12 +139,14 @@ def unpack_entry(content: list[Any]) -> Entry:
     }
 
 
-def frozen_digest(model: nn.Module) -> str:
+def frozen_digest(model: nn.Module, untouched: bool = False) -> str:
     """Return a digest of all in a model that does not train: weights and their scales, and the configs they run under.
+
+    `untouched`: of what trains too.
 
     Every byte is read: a second for about a gigabyte.
     """
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad and not untouched}
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and name not in trains:
@@ -151,7 +154,7 @@ def frozen_digest(model: nn.Module) -> str:
     config = {name: value for name, value in vars(model.config).items() if name != "_name_or_path"}
     configs = {"model": config, "device": next(model.parameters()).device.type}
     for name, config in getattr(model, "peft_config", {}).items():
-        if not adapter_trains(model, name):
+        if untouched or not adapter_trains(model, name):
             configs[name] = vars(config)
     digest.update(json.dumps(configs, default=stable, sort_keys=True).encode())
     return digest.hexdigest()

@@ -26,8 +26,8 @@ def check_reference(model: Any) -> None:
     if not configs:
         raise FastforgetError(
             "a term compares with the frozen model, which is the model with its adapter off, and this model has no "
-            "PEFT adapter: load it with fastforget.load(...), give a frozen copy as reference=, or use terms without a "
-            "reference (grad_ascent, grad_diff)"
+            "PEFT adapter: load it with fastforget.load(...), give a frozen copy as reference=, or reference='cache', "
+            "or use terms without a reference (grad_ascent, grad_diff)"
         )
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -36,14 +36,14 @@ def check_reference(model: Any) -> None:
         if bias != "none":
             raise FastforgetError(
                 f"adapter {name!r} trains biases (bias={bias!r}): they stay changed when the adapter is off, so the "
-                "reference would be wrong; use bias='none'"
+                "reference would be wrong; use bias='none', or give a frozen copy as reference=, or reference='cache'"
             )
         initial = getattr(config, "init_lora_weights", True)
         if initial not in ADDED_TO_THE_BASE:
             raise FastforgetError(
                 f"adapter {name!r} was made with init_lora_weights={initial!r}, which takes its start out of the base: "
                 "with the adapter off the model is not the one to be compared with. Use init_lora_weights=True or "
-                "'gaussian', or give a frozen copy of the original as reference="
+                "'gaussian', or give a frozen copy of the original as reference=, or reference='cache'"
             )
     prefixes = {PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs.values()}
     for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def check_reference(model: Any) -> None:
         if parameter.requires_grad and not own:
             raise FastforgetError(
                 f"{name} trains but belongs to no adapter: training would change the reference; freeze it, or give a "
-                "frozen copy as reference="
+                "frozen copy as reference=, or reference='cache'"
             )
 
 
@@ -153,14 +153,14 @@ def adapter_trains(model: Any, adapter: str) -> bool:
 
 
 def check_separate(backbone: Backbone, frozen: Backbone, compared: bool) -> None:
-    """Raise where a model of its own cannot be the reference of a loss.
+    """Raise where a model of its own, or the model as it is now (`frozen` is `backbone`), cannot be a loss's reference.
 
     Raises:
-        FastforgetError: it trains, it shares weights that train with the model, or its head is another one and a term
-            compares whole distributions, which are computed with one head.
+        FastforgetError: another one trains, it shares weights that train with the model, or its head is another one,
+            or trains, and a term compares whole distributions, which are computed with one head.
     """
     training = {id(each) for each in backbone.model.parameters() if each.requires_grad}
-    if any(each.requires_grad or id(each) in training for each in frozen.model.parameters()):
+    if frozen is not backbone and any(each.requires_grad or id(each) in training for each in frozen.model.parameters()):
         raise FastforgetError("the reference has weights that train: give a frozen copy (requires_grad_(False))")
     if compared and not backbone.head.is_frozen_copy_of(frozen.head):
         raise FastforgetError(

@@ -7,8 +7,8 @@ its place (`Backbone.fill_in`), and one that finds the reference's answers in it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,15 +73,18 @@ def sum_of_parts(own: Tensor, like: Tensor) -> Tensor:
 
 def postpones_gradients(model: nn.Module) -> bool:
     """Tell whether FSDP2 keeps this backward pass's gradients to itself (`set_requires_gradient_sync(False)`)."""
+    return any(not group.reduce_grads for group in sharded_groups(model))
+
+
+def sharded_groups(model: nn.Module) -> Iterator[Any]:
+    """Yield what FSDP2 knows of each group of parameters that it gathers together."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
+            state: Any = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # older: one
-            if any(group is not None and not group.reduce_grads for group in groups):
-                return True
-    return False
+            yield from (group for group in groups if group is not None)
 
 
 def reshard(model: nn.Module) -> None:
@@ -101,12 +104,12 @@ def check_shards(model: nn.Module) -> None:
     """Raise where a step over the shards of a model would be wrong.
 
     Raises:
-        FastforgetError: FSDP1; a quantised weight; a weight that trains and is not sharded over all processes by FSDP2
-            alone.
+        FastforgetError: FSDP1; shards on the CPU; a quantised weight; a weight that trains and is not sharded over all
+            processes by FSDP2 alone.
     """
     if not has_group():
         return
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -116,6 +119,11 @@ def check_shards(model: nn.Module) -> None:
         )
     if not is_sharded(model):
         return
+    if any(isinstance(group.offload_policy, CPUOffloadPolicy) for group in sharded_groups(model)):
+        raise FastforgetError(
+            "FSDP2's CPUOffloadPolicy is not supported: the head, and norms of gradients, would be gathered from parts "
+            "on the CPU, and sweeps run on another device; leave the policy out"
+        )
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes."):
             raise FastforgetError(

@@ -15,6 +15,7 @@ from fastforget import fusing
 from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
 from fastforget.collectives import most, process_count
 from fastforget.combine import SideGradients, SummedGradients, check_sides, warn_of_standstill
+from fastforget.complete_reference import Batches, CompleteReference
 from fastforget.errors import FastforgetError
 from fastforget.guard import Guard, GuardSettings
 from fastforget.loss import UnlearnLoss
@@ -22,7 +23,7 @@ from fastforget.loss_plan import named_terms
 from fastforget.memory import FittingRows, check_micro_batch, let_inputs_require_grad, row_count
 from fastforget.objectives import Term, preset
 from fastforget.output import UnlearnOutput, add_outputs
-from fastforget.processes import check_parallel, run_together
+from fastforget.processes import accelerated, check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
@@ -73,7 +74,7 @@ class UnlearnStep(torch.optim.Optimizer):
         reference_cache_bytes: int = DEFAULT_CACHE_BYTES,
         reference_cache_folder: str | os.PathLike[str] | None = None,
         reference_cache_folder_bytes: int = DEFAULT_FOLDER_BYTES,
-        reference: nn.Module | None = None,
+        reference: nn.Module | Literal["cache"] | None = None,
         passes: str = "sequential",
         combine: str = "sum",
         fuse: bool = True,
@@ -139,14 +140,17 @@ class UnlearnStep(torch.optim.Optimizer):
         lambda self: self.base.defaults, lambda self, defaults: setattr(self.base, "defaults", defaults)
     )
 
-    def attach(self, model: nn.Module, reference: nn.Module | None = None) -> None:
+    def attach(self, model: nn.Module, reference: nn.Module | Literal["cache"] | None = None) -> None:
         """Give a step its model, and a reference of its own: at the start, or after copying or unpickling it."""
         self._adopt(model)
         if self._fuse:
             fusing.fuse(model)
         let_inputs_require_grad(model)
         self._reference = reference
+        before = None if self._loss is None else self._loss.reference
         self._loss = UnlearnLoss(model, self._terms, reference=reference, **self._options)
+        if isinstance(before, CompleteReference) and isinstance(self._loss.reference, CompleteReference):
+            self._loss.reference.take_over(before)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
         self._own = set(map(id, self._parameters))
@@ -182,6 +186,12 @@ class UnlearnStep(torch.optim.Optimizer):
         if self._loss is None:
             raise FastforgetError("this UnlearnStep was copied or unpickled and has no model: call attach(model) first")
         return self._loss
+
+    def cache_reference(self, batches: Batches, *, micro_batch: int | None = None) -> int:
+        """As `UnlearnLoss.cache_reference`: before the first step, and before weights that have trained are loaded."""
+        if self.param_groups[0]["unlearn_steps"]:
+            raise FastforgetError("cache_reference: the model has been trained already; call it before the first step")
+        return self.loss.cache_reference(batches, micro_batch=micro_batch)
 
     def __call__(self, forget: Batch, retain: Batch | None = None, *, micro_batch: MicroBatch = None) -> UnlearnOutput:
         """Backward, `step()` and `zero_grad()` in one call.
@@ -274,17 +284,11 @@ class UnlearnStep(torch.optim.Optimizer):
         the whole. `accelerator.save_state` and `load_state` include the step.
 
         Raises:
-            FastforgetError: it was prepared before, or the accelerator would shard the model.
+            FastforgetError: it was prepared before, or the accelerator would shard the model otherwise than by FSDP2.
         """
         if self._accelerator is not None:
             raise FastforgetError("this step was prepared already: prepare it once")
-        if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            raise FastforgetError(
-                f"Accelerate's {kind} is not supported yet: shard the model by torch.distributed.fsdp.fully_shard, "
-                "make the step over the shards, and leave prepare out"
-            )
-        model = accelerator.prepare_model(self.model)
-        self.base = accelerator.prepare_optimizer(self.base)
+        model, self.base = accelerated(accelerator, self.model, self.base)
         self._accelerator = accelerator
         accelerator.register_load_state_pre_hook(lambda *_: self.guard.begin())
         self.attach(model, self._reference)

@@ -6,11 +6,9 @@ import io
 import math
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from conftest import FORGET_TEXT, RETAIN_TEXT
 from helpers import (
     BreaksAt,
@@ -27,7 +25,7 @@ from integrations.loops import flat, rows
 from peft import PeftModel
 from processes import calls_with_mismatched, five_steps, in_processes, merged, micro_batches
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
@@ -42,10 +40,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which 
 TERMS = [ff.NPO(weight=0.5), ff.DualCE(), ff.KL(weight=0.7)]
 
 
-def shard(model, mesh=None):
+def shard_layers(model, **options):
     for layer in stack_of(model):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, **options)
+    return model
+
+
+def shard(model, mesh=None, **options):
+    return fully_shard(shard_layers(model, mesh=mesh, **options), mesh=mesh, **options)
 
 
 def whole_of(tensors):
@@ -335,11 +337,6 @@ def refused(rank, folder):
         model.set_requires_gradient_sync(False)
         return model
 
-    def shard_layers(model):
-        for layer in stack_of(model):
-            fully_shard(layer)
-        return model
-
     quantised = load_perturbed(folder, bits=8)
     fully_shard(quantised.get_base_model().model.norm)
     older = FullyShardedDataParallel(load_perturbed(folder), device_id=torch.device("cpu"), use_orig_params=True)
@@ -351,6 +348,7 @@ def refused(rank, folder):
         "partly": refusal(shard_layers(tiny_model("llama")), terms=[ff.NegatedCE()]),
         "folder": refusal(shard(load_perturbed(folder)), reference_cache_folder=folder / "cache"),
         "combine": refusal(postponed(shard(load_perturbed(folder))), combine="pcgrad"),
+        "offloaded": refusal(shard(load_perturbed(folder), offload_policy=CPUOffloadPolicy(pin_memory=False))),
         "joint": refusal(shard(load_perturbed(folder)), passes="joint"),
         "auto": refusal(shard(load_perturbed(folder)), micro_batch="auto"),
         "saving": str(attempt(lambda: ff.save_adapter(shard(load_perturbed(folder)), None, folder / "out"))[1]),
@@ -366,14 +364,9 @@ def test_what_cannot_be_sharded_is_said(tiny, tmp_path):
         assert messages["folder"].startswith("reference_cache_folder:")
         assert "each process holds a part of this adapter" in messages["saving"]
         assert "leave set_requires_gradient_sync(False) out" in messages["combine"]
+        assert messages["offloaded"].startswith("FSDP2's CPUOffloadPolicy is not supported")
         assert messages["joint"].startswith("passes='joint' does not work under FSDP2")
         assert messages["auto"].startswith("micro_batch='auto' does not work where weights are sharded")
-
-
-def test_accelerates_own_sharding_is_refused(model):
-    step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1)
-    with pytest.raises(ff.FastforgetError, match="Accelerate's FSDP is not supported yet"):
-        step.prepare(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 def run_example(rank, *arguments):

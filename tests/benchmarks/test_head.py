@@ -33,17 +33,23 @@ def problem_of(**changes):
 
 
 class Turns:
-    """Contestants that note their turns: "b" fails at its third, "hangs" does not end, "c" is missing."""
+    """Contestants that note their turns, of 1/64 s: "b" fails at its third, "hangs" does not end, "c" is missing.
+
+    now: the time, in seconds, which only they make pass, so that a busy machine changes nothing.
+    """
 
     device_name, whole_peak = "cpu", False
 
     def __init__(self):
-        self.turns = []
+        self.turns, self.now = [], 0.0
 
     def step_of(self, name, dry):
         def step():
             self.turns.append(name)
-            time.sleep(60 if name == "hangs" else 0.02)
+            self.now += 1 / 64
+            if name == "hangs":
+                self.now += 60
+                time.sleep(60)
             if name == "b" and self.turns.count(name) == 3:
                 raise RuntimeError(f"no\n  luck in {harness.ROOT}/x.py or /data/y.py, see https://a.b/c/d")
 
@@ -52,14 +58,16 @@ class Turns:
         return step
 
 
-def test_contestants_take_turns_until_the_limit():
+def test_contestants_take_turns_until_the_limit(monkeypatch):
     options, problem = argparse.Namespace(rounds=1000, warmup=1, dry=False, no_memory=True, alone=False), Turns()
-    found = harness.in_turn(problem, ["a", "b", "c"], options, time.monotonic(), 4.0)
-    assert problem.turns[:6] == ["a", "b", "a", "b", "a", "b"] and 3 < problem.turns.count("a") < 250
+    monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: problem.now, perf_counter=time.perf_counter))
+    found = harness.in_turn(problem, ["a", "b", "c"], options, problem.now, 1.0)
+    # no round begins after 0.8 s, which is past at the 52nd turn; "b" has three of them
+    assert problem.turns[:6] == ["a", "b", "a", "b", "a", "b"] and problem.turns.count("a") == 52 - 3
     assert found["a"]["status"] == MEASURED and len(found["a"]["runs_ms"]) == problem.turns.count("a") - 2
     assert found["b"] == {"status": "failed: RuntimeError: no luck in x.py or y.py, see https://a.b/c/d"}
     assert found["c"] == {"status": "not installed"}
-    found = harness.in_turn(problem, ["a", "hangs", "b"], options, time.monotonic(), 4.0)
+    found = harness.in_turn(problem, ["a", "hangs", "b"], options, problem.now, 1.0)
     assert found["hangs"]["status"].startswith("failed: TimeoutError") and found["b"] == {"status": OUT_OF_TIME}
 
 

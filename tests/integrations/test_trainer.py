@@ -1,8 +1,10 @@
 """UnlearnTrainer: the weights of a loop written out, accumulation, resume, evaluation, what is logged."""
 
+import copy
+
 import pytest
 import torch
-from helpers import adapter_of, load_perturbed
+from helpers import adapter_of, load_perturbed, tiny_model
 from integrations.loops import ARGUMENTS, GRAD_DIFF, RecordsBatches, assert_same_weights, flat, grad_diff, replay, rows
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -62,6 +64,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
     for name, value in adapter_of(whole).items():
         assert torch.equal(adapter_of(resumed)[name], value), name
     assert duals == {k: float(v) for k, v in again.unlearn_step.param_groups[0].items() if k.startswith("unlearn_")}
+
+
+def test_what_the_model_said_before_training_is_compared_with(tiny, tmp_path):
+    """Also where a run goes on from a checkpoint, whose weights are loaded later."""
+    sets = {"forget_dataset": rows(4, 1), "retain_dataset": rows(4, 2)}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    weights = []
+    for name, reference in (("copy", None), ("cache", "cache"), ("again", "cache")):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        given = reference or copy.deepcopy(model).requires_grad_(False)
+        options = {"terms": [ff.NPO(beta=0.5), ff.HiddenMSE()], "step_options": {"reference": given}, **sets}
+        trainer = Recording(model, arguments(tmp_path / name, optim="sgd", learning_rate=1e-2, **saving), **options)
+        if reference:
+            step = trainer.create_optimizer()
+            collate = row_collator()
+            every = [{side.removesuffix("_dataset"): row} for side, given in sets.items() for row in given]
+            assert step.cache_reference([collate(every)]) == 8
+        trainer.train(resume_from_checkpoint=str(tmp_path / "cache" / "checkpoint-3") if name == "again" else None)
+        assert reference is None or trainer.unlearn_step is step
+        weights.append(model)
+    assert_same_weights(weights[1], weights[0])
+    assert_same_weights(weights[2], weights[1])
 
 
 def test_evaluation_has_the_means_of_the_whole_set_and_what_is_measured(tiny, tmp_path):

@@ -1,9 +1,13 @@
 """UnlearnSFTTrainer: the weights of a loop written out, TRL's metrics, its formats of data, what is refused."""
 
+import os
+
 import pytest
 import torch
-from helpers import load_perturbed, token_log_probs
+from accelerate.state import AcceleratorState, GradientState
+from helpers import adapter_of, assert_gradients, load_perturbed, same, token_log_probs
 from integrations.loops import ARGUMENTS, GRAD_DIFF, RecordsBatches, assert_same_weights, flat, replay, rows
+from processes import in_processes
 
 import fastforget as ff
 from fastforget.models import load_tokenizer
@@ -61,6 +65,41 @@ def test_weights_and_metrics_are_those_of_a_loop_written_out(tiny, tmp_path, pad
     assert [log["num_tokens"] for log in logs] == [sum(tokens[: place + 1]) for place in range(3)]
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
     assert not {name for log in logs for name in log if "sum" in name or "label" in name}, "what they are made of"
+
+
+def train_in_two(rank, folder, out):
+    """A process's batches of each step, its weights, and what it logged."""
+    AcceleratorState._reset_state(True)  # of this process's parent
+    GradientState._reset_state()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    model = load_perturbed(folder)
+    trainer = Recording(
+        model,
+        arguments(out, max_steps=5, per_device_train_batch_size=1),
+        terms=GRAD_DIFF,
+        forget_dataset=rows(7, 1),
+        retain_dataset=rows(9, 2),
+        processing_class=load_tokenizer(str(folder)),
+    )
+    trainer.train()
+    return trainer.groups, adapter_of(model), [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
+    (groups, weights, logs), (others, same_weights, _) = in_processes(
+        tmp_path, 2, train_in_two, tiny["llama"], tmp_path / "out"
+    )
+    joined = [[*own, *other] for own, other in zip(groups, others, strict=True)]
+    assert sorted(map(len, joined)) == [4, 4, 4, 4, 4] and not any(map(same, groups[0], others[0]))
+    expected, losses = replay(tiny["llama"], joined)
+    assert_gradients(weights, adapter_of(expected))
+    assert same(weights, same_weights)
+    assert [log["loss"] for log in logs] == pytest.approx(losses, rel=1e-5)
+    first = metrics_of(load_perturbed(tiny["llama"]), *joined[0])
+    assert {name: logs[0][name] for name in first} == pytest.approx(first, rel=1e-5)
+    tokens = [sum(int(batch["attention_mask"].sum()) for batch in group) for group in joined]
+    assert [log["num_tokens"] for log in logs] == [sum(tokens[: place + 1]) for place in range(5)]
 
 
 def test_metrics_cost_no_sweep_of_their_own(tiny, tmp_path):
