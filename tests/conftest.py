@@ -27,6 +27,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let it be collected at the end of the process: libraries in C++ call what is left then a leak."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     text = sorted(python_topics().values(), key=len)[:40]
