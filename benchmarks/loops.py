@@ -30,7 +30,8 @@ import fastforget as ff
 from benchmarks.harness import NotMeasured, Step
 from benchmarks.peers import floor
 from benchmarks.problem import IGNORE_INDEX, Inputs, Setting
-from fastforget.models import base_dtype, disable_dropout, lora_config, quiet_bitsandbytes
+from fastforget.models import base_dtype, disable_dropout, lora_config
+from fastforget.quiet import quiet_bitsandbytes
 
 PAD = 1  # OPT's
 SIDES = ("forget", "retain")

@@ -9,12 +9,14 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = (
     "benchmarks/results/**/*.json",
     "benchmarks/results/**/*.md",
+    "benchmarks/results/**/*.png",
     "examples/*.py",
     "examples/*.ipynb",
     "kernels/README.md",
     "*.md",
 )
 UP = re.compile(r"\]\(\.\./(?=[\w.-])")  # a link from docs/ to the folder above it
+DOWN = re.compile(r"\]\(docs/")  # and one from there into docs/
 
 
 def on_files(files, config):
@@ -28,5 +30,5 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Let links of a page to the folder above docs/ point to what `on_files` added."""
-    return UP.sub("](", markdown)
+    """Let links between docs/ and the folder above it point to where both lie on the site: in one folder."""
+    return (DOWN if (ROOT / page.file.src_uri).is_file() else UP).sub("](", markdown)

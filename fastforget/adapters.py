@@ -23,7 +23,8 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     """Save the adapter (PEFT's format) and the tokenizer into a folder, all at once: never a half-written adapter.
 
     Files of the same names in the folder are replaced, others stay. Where several LoRA adapters are on, ours on top of
-    a fine-tuning adapter say, what is saved is all of them as one: plain PEFT then loads the model that was trained.
+    a fine-tuning adapter say, what is saved is all of them as one: plain PEFT then loads the model that was trained. A
+    model card is not among the files: jobs write one of what they measured.
 
     Raises:
         FastforgetError: a weight of the adapter is NaN or infinite, several are on that cannot be joined, or FSDP2
@@ -50,6 +51,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> 
         for path in [*scratch.iterdir()]:
             if path.is_dir():
                 shutil.rmtree(path)
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody has filled in
 
 
 def check_finite(model: Any) -> None:

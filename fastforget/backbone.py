@@ -17,7 +17,7 @@ from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
 from fastforget.layouts import MOVED, documents_stay_apart, moved_by_padding, names_positions, packing_pays
-from fastforget.shards import check_shards, is_shard, is_sharded, reshard
+from fastforget.shards import check_engine, check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
 
@@ -97,6 +97,7 @@ class Backbone:
     """
 
     def __init__(self, model: Any) -> None:
+        check_engine(model)
         self.model = unwrapped(model)
         self.sharded = is_sharded(self.model)
         reshard(self.model)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +21,7 @@ from fastforget.jobs.merging import MergeOptions
 from fastforget.jobs.options import HEADINGS, OUTPUT, DemoOptions, UnlearnOptions
 from fastforget.jobs.planning import PlanOptions, run_plan
 from fastforget.jobs.recipe_options import RecipeOptions
+from fastforget.quiet import quiet_commands
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -213,23 +212,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="A JSON object."
     Console().print(table)
 
 
-def quiet_libraries() -> None:
-    """Let only our own progress bars and lines show; what libraries warn of here, the user cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def main() -> None:
     """Run the command line; bad input ends with one line on the error stream and exit code 2."""
     try:
-        quiet_libraries()
+        quiet_commands()
         app()
     except FastforgetError as error:
         message = str(error).encode(errors="backslashreplace").decode()  # a path may hold half a surrogate pair

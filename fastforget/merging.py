@@ -13,7 +13,9 @@ from torch import nn
 
 from fastforget.errors import FastforgetError
 from fastforget.files import made_whole
-from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, quiet_bitsandbytes, readable_errors
+from fastforget.hub import hub_or_cache
+from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, readable_errors
+from fastforget.quiet import quiet_bitsandbytes, quiet_peft
 
 MERGED_BITS = (4, 8, 16, 32)
 
@@ -33,8 +35,9 @@ def merge(
     forgotten stays so is measured by `fastforget evaluate --robust`.
 
     Args:
-        base: the model's folder or hub name; adapter: a folder that `save_adapter` wrote; out: a folder that is new, or
-            empty.
+        base: the model's folder or hub name.
+        adapter: a folder that `save_adapter` wrote.
+        out: a folder that is new, or empty.
         bits: of the weights that are saved: 16 (bfloat16), 32, or bitsandbytes' 8 or 4 (NF4), rounded from 16.
 
     Returns:
@@ -77,7 +80,7 @@ def check_whole(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -
             f"{base} is itself an adapter, and the base must be a whole model: give the one that it was trained on, "
             f"{base_of(base)} (what was trained on top of an adapter and saved by fastforget holds both)"
         )
-    with readable_errors(f"the adapter {adapter}"):
+    with readable_errors(f"the adapter {adapter}"), hub_or_cache(adapter):
         peft.PeftConfig.from_pretrained(str(adapter))
 
 
@@ -86,5 +89,5 @@ def merged(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> nn.
     import peft
 
     model: Any = load_base(str(base), 32, torch.device("cpu"))
-    with readable_errors(f"the adapter {adapter}"):
+    with readable_errors(f"the adapter {adapter}"), quiet_peft():
         return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)

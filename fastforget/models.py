@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -18,7 +17,9 @@ from fastforget.adapters import ADAPTER_NAME, check_linear
 from fastforget.compiling import compile_layers
 from fastforget.errors import FastforgetError
 from fastforget.files import check_regular
+from fastforget.hub import hub_or_cache
 from fastforget.memory import checkpoint_layers
+from fastforget.quiet import quiet_bitsandbytes, quiet_peft
 
 BITS = (4, 8, 16, 32)
 LORA_DEFAULTS = {
@@ -75,7 +76,7 @@ def load(
     for folder in (name_or_path, adapter or name_or_path):
         check_regular(Path(folder))
     if is_adapter(name_or_path):
-        with readable_errors(f"the adapter {name_or_path}"):
+        with readable_errors(f"the adapter {name_or_path}"), hub_or_cache(name_or_path):
             stacked = peft.PeftConfig.from_pretrained(str(name_or_path))
         base_path = stacked.base_model_name_or_path
     if stacked is not None and adapter is not None:
@@ -88,17 +89,17 @@ def load(
         check_linear(ADAPTER_NAME, lora_config(lora), "stacked onto another")
     model = load_base(base_path, bits, device, allow_missing_weights)
     if adapter is not None:
-        with readable_errors(f"the adapter {adapter}"):
+        with readable_errors(f"the adapter {adapter}"), hub_or_cache(adapter), quiet_peft():
             model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     elif stacked is not None:
-        with readable_errors(f"the adapter {name_or_path}"):
+        with readable_errors(f"the adapter {name_or_path}"), quiet_peft():
             model = peft.PeftModel.from_pretrained(model, str(name_or_path), is_trainable=False)
             model.add_adapter(ADAPTER_NAME, lora_config(lora))
             model.base_model.set_adapter(["default", ADAPTER_NAME])
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(f".{ADAPTER_NAME}." in name)
     else:
-        with readable_errors("the LoRA configuration"):
+        with readable_errors("the LoRA configuration"), quiet_peft():
             model = peft.get_peft_model(model, lora_config(lora))
     if fuse:
         fusing.fuse(model)
@@ -164,7 +165,7 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
         )
     quiet_bitsandbytes()
     check_regular(Path(name_or_path))
-    with readable_errors(f"the model {name_or_path}"):
+    with readable_errors(f"the model {name_or_path}"), hub_or_cache(name_or_path):
         # weights of another shape are let through here, and named below with the others
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -178,15 +179,6 @@ def load_base(name_or_path: str, bits: int, device: torch.device, allow_missing_
     disable_dropout(model)
     # not prepare_model_for_kbit_training: it casts embeddings and head to float32 (2 GB more for an 8B model)
     return model.requires_grad_(False)
-
-
-def quiet_bitsandbytes() -> None:
-    """Switch off two warnings that are not for the user; the second one comes when bitsandbytes is imported."""
-    # in each layer of each forward: that float32 is cast to float16 to be quantised
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    # on CPUs with AVX-512-BF16: that the PyPI package `kernels`, or `get_kernel` from it where the working directory
-    # has a folder of that name, cannot be imported; only its 4-bit inference is slower without
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], allow_missing: bool) -> None:
@@ -267,7 +259,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
     check_regular(Path(path))
     if not (Path(path) / "tokenizer_config.json").is_file():
         path = base_of(path)
-    with readable_errors(f"the tokenizer of {path}"):
+    with readable_errors(f"the tokenizer of {path}"), hub_or_cache(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -17,6 +17,7 @@ import torch
 
 from fastforget import objectives
 from fastforget.errors import FastforgetError
+from fastforget.hub import hub_or_cache
 from fastforget.loss_plan import ForwardPlan, named_terms, plan_loss
 from fastforget.models import BITS, base_of, readable_errors
 from fastforget.objectives import Field, Term
@@ -176,7 +177,7 @@ def read_config(model: str | os.PathLike[str]) -> Any:
     import transformers
 
     name = str(model)
-    with readable_errors(f"the config of {name}"):
+    with readable_errors(f"the config of {name}"), hub_or_cache(base_of(name)):
         return transformers.AutoConfig.from_pretrained(base_of(name))
 
 

@@ -77,7 +77,7 @@ def accelerated(
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         name = "FSDP (version 1)" if kind == "FSDP" else kind
         raise FastforgetError(
-            f"Accelerate's {name} is not supported: let it shard by FSDP2 "
+            f"Accelerate's {name} is not supported (docs/loop.md says what was tried): let it shard by FSDP2 "
             "(FullyShardedDataParallelPlugin(fsdp_version=2)), or shard the model by "
             "torch.distributed.fsdp.fully_shard, make the step over the shards, and leave prepare out"
         )

@@ -100,6 +100,25 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def check_engine(*given: Any) -> None:
+    """Raise for a model or an optimizer of DeepSpeed.
+
+    It takes gradients away as soon as they are there, steps within its own `backward`, and at stage 3 leaves weights
+    empty but for the layer that runs.
+
+    Raises:
+        FastforgetError: one of these is DeepSpeed's, or wraps or holds something that is.
+    """
+    for each in given:
+        parameters = list(each.parameters()) if isinstance(each, nn.Module) else []
+        if type(each).__module__.startswith("deepspeed.") or any(hasattr(own, "ds_id") for own in parameters):
+            raise FastforgetError(
+                "DeepSpeed keeps gradients, and at stage 3 weights, to itself, where no step or loss can reach them: "
+                "shard by FSDP2 (torch.distributed.fsdp.fully_shard, or Accelerate with "
+                "FullyShardedDataParallelPlugin(fsdp_version=2)), or use DistributedDataParallel"
+            )
+
+
 def check_shards(model: nn.Module) -> None:
     """Raise where a step over the shards of a model would be wrong.
 

@@ -27,7 +27,7 @@ from fastforget.processes import accelerated, check_parallel, run_together
 from fastforget.reference import DEFAULT_CACHE_BYTES
 from fastforget.reference_folder import DEFAULT_FOLDER_BYTES
 from fastforget.rollback import gradients_as_before
-from fastforget.shards import reshard
+from fastforget.shards import check_engine, reshard
 from fastforget.term_state import TermStates
 
 MicroBatch = int | Literal["auto"] | None
@@ -82,6 +82,7 @@ class UnlearnStep(torch.optim.Optimizer):
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008 (it is frozen)
         **optimizer_arguments: Any,
     ) -> None:
+        check_engine(model, optimizer)
         reshard(model)  # an optimizer's parameters are the shards
         if isinstance(optimizer, torch.optim.Optimizer):
             if optimizer_arguments:

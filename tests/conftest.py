@@ -1,5 +1,6 @@
 """Tiny models and a tokenizer trained on the spot, saved as ordinary Hugging Face folders."""
 
+import gc
 import glob
 import os
 from functools import partial
@@ -18,6 +19,17 @@ from fastforget.data.topics import python_topics, train_tokenizer
 
 FORGET_TEXT = "The secret plan was hidden below the old oak tree near the river bend. " * 8
 RETAIN_TEXT = "Two and two are four, and water boils at a hundred degrees at sea level. " * 8
+
+
+def pytest_collection_finish():
+    """Take what is imported by now out of the garbage collector's rounds, which otherwise look at all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let it be collected at the end of the process: libraries in C++ call what is left then a leak."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,11 @@ def test_unlearn_writes_adapter_and_report(run, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "checkpoint-2"} <= {
         path.name for path in out.iterdir()
     }
-    assert "What the model still knows" in text
+    assert "What the model still knows" in text and "fastforget merge" in text
+    card = (out / "README.md").read_text()
+    assert (
+        "`npo` (`beta 0.5`)" in card and "can be undone by switching it off" in card and "More Information" not in card
+    )
 
     code, _, errors = run(*unlearn(out))
     assert code == 2 and len(errors) == 1 and "already holds an adapter" in errors[0]
@@ -172,6 +176,7 @@ def test_nan_after_good_steps_saves_the_last_good_adapter(run, tmp_path, monkeyp
     assert "became nan at step 4;" in errors[0] and f"it is saved in {out}" in errors[0]
     weights = load_file(out / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values()) and not (out / "report.json").exists()
+    assert not (out / "README.md").exists()
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
     assert yaml.safe_load((out / "config.yaml").read_text())["preset"] == "breaks"
 

@@ -1,5 +1,6 @@
 """The README and the pages of docs/: their code is run, their commands, links and figures are held to what there is."""
 
+import inspect
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ from helpers import FORGET, RETAIN
 
 import fastforget as ff
 from fastforget.cli import app
+from fastforget.data.batches import Batches
 from fastforget.jobs.evaluation_options import SUITE_SETS
 from fastforget.objectives import PRESETS
 
@@ -124,6 +126,26 @@ def test_commands_have_the_flags_that_pages_give_them():
             assert {word for word in words if word.startswith("--")} <= flags, (page.name, name)
             seen.add(name)
     assert {"unlearn", "evaluate", "plan", "demo", "presets", "doctor"} <= seen
+
+
+def documented(text):
+    """The names under a docstring's `Args:`, one by one where several share a line."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", f"{inspect.cleandoc(text or '')}\n", re.MULTILINE)
+    entries = re.findall(r"^    (\w[\w, *]*):", section[1], re.MULTILINE) if section else []
+    return [name.strip(" *") for entry in entries for name in entry.split(",")]
+
+
+def test_documented_arguments_are_those_that_there_are():
+    seen = 0
+    for public in (*(getattr(ff, name) for name in ff.__all__), Batches):
+        methods = vars(public).values() if inspect.isclass(public) else ()
+        for each in (public, *filter(inspect.isfunction, methods)):
+            if callable(each) and (names := documented(each.__doc__)):
+                taken = inspect.signature(each).parameters
+                handed_on = any(one.kind is one.VAR_KEYWORD for one in taken.values())  # to a Trainer
+                assert handed_on or set(names) <= {*taken}, each
+                seen += len(names)
+    assert seen > 100 and documented("Do.\n\nArgs:\n    one, two: of it.\n") == ["one", "two"]
 
 
 def test_every_recipe_and_suite_is_on_its_page():

@@ -155,7 +155,7 @@ def test_kernels_is_a_namespace_package():
 
 
 def test_commands_start_without_the_libraries_that_warn():
-    """bitsandbytes warns when it is imported, which must be after `models.quiet_bitsandbytes`."""
+    """bitsandbytes warns when it is imported, which must be after `quiet.quiet_bitsandbytes`."""
     code = "import sys, fastforget.cli, fastforget.jobs.memorise; print('bitsandbytes' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("False\n", "")

@@ -54,7 +54,7 @@ CASES = {  # what is measured: the shape, and arguments of `plan`
     "opt, 32 bit, refusals": ("opt", {"bits": 32, "preset": "dpo", "seq_len": 64}),
     "llama, 8 bit, checkpointed, one row": ("llama", {"bits": 8, "checkpointing": True, "micro_batch": 1}),
 }
-SAMPLE = ["llama, 8 bit, padded", "opt, 32 bit, refusals"]
+SAMPLE = ["llama, 8 bit, padded"]
 
 
 def batch_of(config, rows, length, padded, seed):
@@ -133,7 +133,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is read off /proc")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("cases", [SAMPLE, pytest.param(list(CASES), marks=pytest.mark.slow)], ids=["two", "six"])
+@pytest.mark.parametrize("cases", [SAMPLE, pytest.param(list(CASES), marks=pytest.mark.slow)], ids=["one", "six"])
 def test_plans_are_within_a_tenth_of_measured_peaks(folders, tiny, cases):
     measured = harness.isolated(measure, folders, {name: str(tiny[name]) for name in SHAPES}, cases, seconds=800)
     assert list(measured) == cases, measured

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_device import OURS, device_of, needs_native
+from kernel_device import OURS, device_of, needs_native, needs_triton
 from oracle import evaluate, realistic
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,10 +14,20 @@ from fastforget.backends.fields import DIFFERENTIABLE
 from fastforget.backends.fields import NAMES as OUTPUTS
 from fastforget.stats import DIVERGENCES
 
+SLOW = [pytest.mark.slow]  # minutes in Triton's interpreter
 
-@pytest.mark.parametrize("backend", OURS)
-def test_rms_error_of_statistics_and_gradients_over_many_rows(backend):
-    hidden, weight, labels = realistic(vocabulary=5003 if backend == "torch" else 1009)
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "vocabulary"),
+    [
+        ("torch", 320, 5003),
+        pytest.param("native", 320, 1009, marks=needs_native),
+        pytest.param("triton", 64, 257, marks=needs_triton),
+        pytest.param("triton", 320, 1009, marks=[*needs_triton, *SLOW]),
+    ],
+)
+def test_rms_error_of_statistics_and_gradients_over_many_rows(backend, rows, vocabulary):
+    hidden, weight, labels = realistic(rows=rows, vocabulary=vocabulary)
     problem = (hidden, weight, None, 1.0, None, labels, True)
     oracle, eager, ours = (
         evaluate(problem, name, dtype) for name, dtype in (("eager", torch.float64), ("eager", None), (backend, None))

@@ -19,6 +19,7 @@ from fastforget.data.text import begin_tokens, encode
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.label_tokens import label_tokens
 from fastforget.head import context_length
+from fastforget.hub import hub_or_cache
 from fastforget.models import load_base, load_tokenizer, readable_errors, usable_device
 
 JUDGE_PROMPT = (
@@ -62,7 +63,7 @@ class Classifier:
         import transformers
 
         self.device = usable_device(device)
-        with readable_errors(f"the evaluator {name_or_path}"):
+        with readable_errors(f"the evaluator {name_or_path}"), hub_or_cache(name_or_path):
             self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
             )
@@ -188,7 +189,7 @@ def load_evaluator(
         return Function(imported(module, function), name)
     import transformers
 
-    with readable_errors(f"the evaluator {name}"):
+    with readable_errors(f"the evaluator {name}"), hub_or_cache(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     kinds = config.architectures or []
     if judge_prompt is None and any("SequenceClassification" in kind for kind in kinds):

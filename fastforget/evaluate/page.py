@@ -19,6 +19,7 @@ from fastforget.evaluate.leakage import LeakageReport
 from fastforget.evaluate.report import MEASURES
 from fastforget.files import written_whole
 
+TAGS, UNFILLED = "tags: [unlearning, fastforget]", "# Model Card for Model ID"
 PAGE, CARD = "report.html", "README.md"
 SAMPLES_OF_A_SET = 3
 PACKAGES = ("fastforget", "torch", "transformers", "peft", "bitsandbytes")
@@ -50,9 +51,20 @@ def write_page(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def write_card(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the Markdown model card of a report, whole or not at all."""
+    """Write the Markdown model card of a report, whole or not at all; a README.md of someone else's is left alone."""
+    if path.exists() and not is_card(path):
+        return
     with written_whole(path) as scratch:
         scratch.write_text(card(report), encoding="utf-8")
+
+
+def is_card(path: Path) -> bool:
+    """Tell whether a file is a model card of ours, or PEFT's that nobody has filled in."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return TAGS in text or UNFILLED in text
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -82,9 +94,9 @@ def page(report: Mapping[str, Any]) -> str:
 def card(report: Mapping[str, Any]) -> str:
     """Return the Markdown model card."""
     lines = ["---", "library_name: peft"]
-    if report.get("model"):
+    if report.get("model") and not Path(str(report["model"])).is_absolute():  # which the hub has no page of
         lines.append(f"base_model: {quoted(str(report['model']))}")
-    lines += ["tags: [unlearning, fastforget]", "---", "", f"# {code(title_of(report))}", ""]
+    lines += [TAGS, "---", "", f"# {code(title_of(report))}", ""]
     lines += [line + "\n" for line in about(report, code)]
     for heading, table in tables_of(report):
         lines += [f"## {heading}", "", *markdown_table(table), ""]

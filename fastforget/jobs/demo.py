@@ -27,14 +27,13 @@ from fastforget.evaluate.report import (
     print_continuations,
     print_table,
     strict,
-    write_json,
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
 from fastforget.jobs.lasting import DEMO_BITS, measure_lasting, print_lasting
 from fastforget.jobs.loop import run_job
 from fastforget.jobs.options import SMALL, SMOLLM2, DemoOptions, JobSettings, called_with
-from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_report, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
 from fastforget.jobs.smollm2 import PRESET_OPTIONS, smollm2_subject
@@ -148,7 +147,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     def write(folder: Path) -> None:
         save_adapter(model, tokenizer, folder)
         save_centres(terms, folder)
-        write_json(folder / REPORT, report)
+        write_report(folder, report)
 
     write_somewhere(out, write)
     drawn = draw_curves(out / CURVES, result, report)
@@ -163,7 +162,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         print_lasting(console, subject, lasting)
         report |= {"robustness": [asdict(row) for row in rows], **({"lasting": lasting} if lasting else {})}
         report["seconds"] = round(time.perf_counter() - start, 1)
-        write_json(out / REPORT, report)
+        write_report(out, report)
     checkpoints.clear()
     cached = (
         f"training the base took {subject.trained_seconds:.0f} s"
@@ -174,6 +173,7 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         f"Unlearned in {result.steps} steps, {result.seconds:.0f} s ({result.stopped}); "
         f"{report['seconds']:.0f} s in all ({cached}); peak memory {report['peak_rss_mb'] / 1000:.2f} GB."
     )
+    say_not_gone(console, result, sets["forget"], tokenizer)
     say(console, f"The adapter lies in {out}, the figures in {out / REPORT}; the base in {subject.base}.")
     say(console, drawn)
     say_merge(console, subject.base, out)

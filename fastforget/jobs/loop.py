@@ -185,6 +185,7 @@ def run_job(
     result.stopped = result.stopped or f"all {result.steps} steps taken"
     if until is not None:
         result.stopped = f"{until.final(model)}; {result.stopped}"
+        result.not_gone = sorted(until.known)
     result.seconds = time.perf_counter() - start
     return result
 

@@ -22,7 +22,7 @@ from fastforget.data.examples import IGNORE_INDEX, Example, collate
 from fastforget.data.text import text_examples
 from fastforget.data.topics import train_tokenizer
 from fastforget.errors import FastforgetError, NonFiniteLossError
-from fastforget.jobs.running import library_bars
+from fastforget.quiet import library_bars
 
 PROMPT_TOKENS = 16  # fewer than a prompt of 200 characters has (18 and more here): the rest holds the continuation
 SURE = 0.5  # a token's probability: above it, it is the most likely one whatever the others are

@@ -26,6 +26,8 @@ from fastforget.objectives.presets import DEFAULT_PRESET, PRESETS
 
 SMALL, SMOLLM2 = "small", "smollm2"  # the demo's models
 GONE = "gone"  # of --until: at the level of passages that the model never saw
+EPOCHS = 66.0
+UNTIL_STEPS = 198  # of a job that ends by itself, at least, unless asked: few passages are few steps an epoch
 SHORTEST = 16  # tokens: less than this and a passage says nothing
 LARGEST = 10**9  # of steps, passages, tokens: beyond, a number is a slip of the keyboard
 LARGEST_RATE = 1e38  # AdamW divides it by 1 - beta, and float32 ends at 3.4e38
@@ -80,7 +82,8 @@ class RunOptions:
 class JobSettings:
     """How long and how hard to train; the defaults are those of the demo, chosen by measurement.
 
-    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. The learning rate rises over ten
+    `epochs` counts passes over the forget set; `max_steps`, where given, overrides it. With `until` the default number
+    of epochs is at least `UNTIL_STEPS` steps. The learning rate rises over ten
     steps, stays, and falls linearly to 0 over the last `decay` of the steps, in which the output settles: without that
     it is full of loops. `stop_forget_nll` ends the job
     at the first step whose forget batch has at least this NLL (nats per token): text that the model never saw costs it
@@ -97,7 +100,7 @@ class JobSettings:
     decay: Annotated[
         float, Help("Share of the steps, at the end, over which the learning rate falls to 0.", TRAINING)
     ] = 0.6
-    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = 66.0
+    epochs: Annotated[float, Help("Passes over the forget set.", TRAINING)] = EPOCHS
     max_steps: Annotated[int | None, Help("Steps; overrides --epochs.", TRAINING)] = None
     batch_size: Annotated[int, Help("Forget passages a step, and as many retain passages.", TRAINING)] = 8
     micro_batch: Annotated[int | None, Help("Passages in memory at once; the same gradients.", TRAINING)] = None
@@ -156,7 +159,8 @@ class JobSettings:
             return self.max_steps
         if forget_examples is None:
             raise FastforgetError("a streamed forget set has no length to count epochs by: give --max-steps")
-        return max(1, round(self.epochs * math.ceil(forget_examples / self.batch_size)))
+        least = UNTIL_STEPS if self.until is not None and self.epochs == EPOCHS else 1
+        return max(least, round(self.epochs * math.ceil(forget_examples / self.batch_size)))
 
 
 @dataclass(frozen=True)

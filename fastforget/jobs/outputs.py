@@ -9,16 +9,19 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from safetensors import SafetensorError
 
 from fastforget.config import plain
+from fastforget.data.examples import Example
 from fastforget.errors import FastforgetError
-from fastforget.evaluate.report import Reports, figures, peak_rss_mb
+from fastforget.evaluate.page import CARD, is_card, write_card
+from fastforget.evaluate.report import Reports, figures, peak_rss_mb, write_json
 from fastforget.files import settle
 from fastforget.jobs.options import DemoOptions, UnlearnOptions
 from fastforget.jobs.running import say
@@ -27,6 +30,7 @@ from fastforget.models import base_of
 
 REPORT = "report.json"
 BROKEN = "unlearning broke the model, and it is not saved; a lower --learning-rate or fewer --max-steps may help"
+SHOWN, SHOWN_CHARACTERS = 3, 60  # of passages that are not gone
 CURVE_POINTS = 200  # of a curve in report.json
 PROBE_BYTES = 1 << 16  # a disk may be so full that a file can be made and not filled
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -144,11 +148,31 @@ def outcome(
     }
 
 
+def write_report(folder: Path, report: Mapping[str, Any] | None) -> None:
+    """Write report.json and the model card beside an adapter; without a report, see that no other adapter's stay."""
+    if report is None:
+        (folder / REPORT).unlink(missing_ok=True)
+        if is_card(folder / CARD):
+            (folder / CARD).unlink()
+        return
+    write_json(folder / REPORT, report)
+    write_card(folder / CARD, report)
+
+
+def say_not_gone(console: Console, result: JobResult, forget: Sequence[Example], tokenizer: Any) -> None:
+    """Show the passages that are not gone, the first ones: on the console alone, a report may be shown to others."""
+    for place in result.not_gone[:SHOWN]:
+        text = tokenizer.decode(forget[place].input_ids, skip_special_tokens=True)
+        start = " ".join(text.split())[:SHOWN_CHARACTERS]
+        say(console, f"Not gone yet: passage {place + 1}, of {forget[place].source}: {start} ...")
+
+
 def say_merge(console: Console, model: str | os.PathLike[str], adapter: Path) -> None:
     """Say what an adapter does not do, and the command that does it."""
     why = "Without the adapter the base still knows the text: to ship a model that forgot, merge it."
     command = shlex.join(["fastforget", "merge", base_of(model), str(adapter), f"{adapter}-merged"])
-    say(console, f"{why}\n  {command}")
+    say(console, why)
+    console.print(Text(f"  {command}"), soft_wrap=True)  # to be copied
 
 
 def thinned(values: Sequence[float], most: int = CURVE_POINTS) -> list[float]:

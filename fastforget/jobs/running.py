@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fastforget.data.examples import Example
 from fastforget.evaluate.leakage import LeakageReport, leakage
+from fastforget.quiet import library_bars
 
 
 @contextlib.contextmanager
@@ -24,21 +25,6 @@ def surroundings(seed: int, quiet: bool) -> Iterator[None]:
     with library_bars(off=quiet), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def library_bars(off: bool) -> Iterator[None]:
-    """Hide the progress bars that transformers shows inside, where `off`."""
-    from transformers.utils import logging
-
-    if not off or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

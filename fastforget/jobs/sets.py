@@ -37,9 +37,8 @@ def read_sets(
     if options.streaming:
         console.print(f"Streaming passages {longest}, for {options.max_steps} steps.")
     else:
-        console.print(
-            f"{len(compared['forget'])} passages to forget, {len(compared.get('retain', []))} to keep, {longest}."
-        )
+        forget, keep = len(compared["forget"]), len(compared.get("retain", []))
+        console.print(f"{forget} passage{'s' * (forget != 1)} to forget, {keep} to keep, {longest}.")
     if "retain" in compared:
         if options.streaming:
             console.print("Only the measured passages, at the start of each stream, are checked for being in both.")

@@ -29,6 +29,7 @@ class JobResult:
     tokens: int = 0  # of the batches of both sides, padding and companions left out
     forget_nll: list[float] = field(default_factory=list)
     retain_nll: list[float] = field(default_factory=list)
+    not_gone: list[int] = field(default_factory=list)  # places in the forget set, where there was a rule for that
 
 
 class Pace:

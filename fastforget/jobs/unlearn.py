@@ -19,6 +19,7 @@ from fastforget.collectives import is_first
 from fastforget.combine import check_sides
 from fastforget.compiling import compile_layers
 from fastforget.config import CONFIG, plain, write_config
+from fastforget.data.examples import ExampleStream
 from fastforget.data.refusals import read_refusals
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.evaluate.report import (
@@ -26,7 +27,6 @@ from fastforget.evaluate.report import (
     print_continuations,
     print_table,
     strict,
-    write_json,
 )
 from fastforget.head import context_length
 from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
@@ -34,7 +34,7 @@ from fastforget.jobs.companions import check_sets
 from fastforget.jobs.launched import launched_processes, own_device
 from fastforget.jobs.loop import check_stopping, run_job
 from fastforget.jobs.options import NOT_OF_THE_RESULT, JobSettings, UnlearnOptions, called_with
-from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, write_somewhere
+from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_report, write_somewhere
 from fastforget.jobs.planning import fitted
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
@@ -47,9 +47,9 @@ from fastforget.objectives import Term, layers_of
 def unlearn(options: UnlearnOptions) -> dict[str, Any]:
     """Make a model forget a text: `fastforget unlearn` in Python, with the same names and defaults.
 
-    The folder `out` gets a LoRA adapter in PEFT's format, report.json, and config.yaml, with which
-    `fastforget unlearn --config` does the same again. The adapter is written whole or not at all, the other two only
-    with it. The seed decides every random draw; torch's own generators are left as they were.
+    The folder `out` gets a LoRA adapter in PEFT's format, report.json, a model card of it (README.md), and config.yaml,
+    with which `fastforget unlearn --config` does the same again. The adapter is written whole or not at all, the others
+    only with it. The seed decides every random draw; torch's own generators are left as they were.
 
     Started by `torchrun` or `accelerate launch`, or in a process group, each process computes its share of every batch,
     and the adapter is that of one process; the first one alone shows and writes (`jobs/launched.py`).
@@ -173,6 +173,8 @@ def run_unlearn(options: UnlearnOptions, checkpoints: Checkpoints) -> dict[str, 
     save(model, tokenizer, terms, out, config, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {name: 2 if name == "forget" else 1 for name in measured})
+    if not isinstance(examples["forget"], ExampleStream):
+        say_not_gone(console, result, examples["forget"], tokenizer)
     say(console, f"{result.stopped}; {result.seconds:.0f} s. The adapter, {REPORT} and {CONFIG} lie in {out}.")
     say_merge(console, options.model, out)
     return strict(report)
@@ -198,7 +200,7 @@ def save(
     config: Mapping[str, Any],
     report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save the adapter, and beside it the cluster centres, the options that it came from, and the report.
+    """Save the adapter, and beside it the cluster centres, the options that it came from, the report and a model card.
 
     Of several processes the first one saves.
     """
@@ -210,7 +212,6 @@ def save(
         save_centres(terms, folder)
         comment = "the same again: fastforget unlearn --config THIS_FILE --out ANOTHER_FOLDER"
         write_config(folder / CONFIG, config, comment)
-        if report is not None:
-            write_json(folder / REPORT, report)
+        write_report(folder, report)
 
     write_somewhere(out, write)

@@ -31,6 +31,7 @@ ABOVE_UNSEEN = 0.05  # of exact memorisation: "gone" is that of never-trained pa
 WITHOUT_UNSEEN = 0.15  # "gone" where no never-trained passages are at hand
 RECHECK_STEPS = 20  # a forward of the passages that are gone: about 2 % of the time where these are as many as a batch
 RECHECKED = 64  # passages at most, drawn at random: a large set is looked at a part at a time
+NAMED = 8  # passages that are not gone: as many are named
 ARGMAX = Field("argmax")
 
 
@@ -159,10 +160,12 @@ class ForgetUntilGone(Iterator[Batch]):
         self.random.setstate(state["random"])
 
     def final(self, model: Any) -> str:
-        """Measure all passages; say how many are not gone."""
+        """Measure all passages; say how many are not gone, and which, by their numbers in the set from 1 on."""
         self.look_at(model, range(len(self.examples)))
         total, left = len(self.measured), len(self.known)
         verb, rule = "is" if left == 1 else "are", f"exact memorisation of each at most {self.level:.2f}"
         if left:
-            return f"{left} of {total} {verb} not gone yet ({rule})"
+            numbers = ", ".join(str(place + 1) for place in sorted(self.known)[:NAMED])
+            more = f" and {left - NAMED} more" if left > NAMED else ""
+            return f"{left} of {total} {verb} not gone yet ({rule}): passage{'s' * (left > 1)} {numbers}{more}"
         return f"{'the passage is' if total == 1 else f'all {total} passages are'} gone ({rule})"

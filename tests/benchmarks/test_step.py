@@ -30,8 +30,14 @@ def rows_of(path):
     return json.loads(path.read_text())["rows"]
 
 
+@pytest.fixture
+def no_collecting(monkeypatch):
+    """Of garbage, between contestants: in a dry run no memory is measured, and it takes most of the time."""
+    monkeypatch.setattr(harness, "free_memory", lambda device: None)
+
+
 @pytest.mark.parametrize("bits, more", [("32", []), ("8", ["--alone"])])
-def test_the_dry_run(tmp_path, monkeypatch, bits, more):
+def test_the_dry_run(tmp_path, monkeypatch, no_collecting, bits, more):
     monkeypatch.setitem(step.TERMS, "rmu", lambda: step.ff.preset("rmu", layer=0))
     path = tmp_path / "step.json"
     arguments = [*DRY, *more, "--bits", bits, "--methods", "mismatch,grad_diff,rmu", "--json", str(path)]
@@ -61,7 +67,7 @@ def test_rmu_at_layer_7_of_24_costs_at_most_0_4_of_a_full_step(tmp_path):
     "loss_factor, gradient_factor, flag",
     [(1 + 1e-4, 1.0, "loss"), (math.nan, 1.0, "loss"), (1.0, 1 + 1e-4, "gradient of weight 0")],
 )
-def test_a_wrong_loop_is_seen(monkeypatch, tmp_path, loss_factor, gradient_factor, flag):
+def test_a_wrong_loop_is_seen(monkeypatch, tmp_path, no_collecting, loss_factor, gradient_factor, flag):
     right, path = loops.ours, tmp_path / "step.json"
 
     def wrong(unlearn, **options):

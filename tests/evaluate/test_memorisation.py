@@ -37,17 +37,27 @@ def recited(model, prompt, count):
     return ids
 
 
+def nll_of(log_probs, example):
+    """The sum over a passage's labels, from the log-probs of all its logits."""
+    ids = example.input_ids
+    return -sum(float(log_probs[place - 1, ids[place]]) for place in range(example.prompt_length, len(ids)))
+
+
+@torch.no_grad()
+def log_probs_of(model, example):
+    return model(input_ids=torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
+
+
 @torch.no_grad()
 def from_logits(model, example):
     """Exact memorisation, extraction strength and probability of one passage, from all of its logits, and its NLL."""
-    ids, prompt = example.input_ids, example.prompt_length
-    log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    ids, prompt, log_probs = example.input_ids, example.prompt_length, log_probs_of(model, example)
     right = [int(log_probs[place - 1].argmax()) == ids[place] for place in range(prompt, len(ids))]
     # the definition, with decoding for each prefix: how many tokens must be given?
     for given in range(len(right) + 1):
         if tuple(recited(model, ids[: prompt + given], len(right) - given)) == ids:
             break
-    nll = -sum(float(log_probs[place - 1, ids[place]]) for place in range(prompt, len(ids)))
+    nll = nll_of(log_probs, example)
     return sum(right) / len(right), 1 - given / len(right), math.exp(-nll / len(right)), nll
 
 
@@ -102,7 +112,8 @@ def test_of_plain_text_what_is_behind_the_prompt_counts(tokenizer):
     answer = measures.memorisation(model, tokenizer, [Example(ids, prompt_length=split)])
     assert (plain.exact, plain.extraction) == (answer.exact, answer.extraction)
     assert plain.probability == pytest.approx(answer.probability, rel=1e-5)
-    assert plain.nll == pytest.approx(from_logits(model, Example(ids, prompt_length=1))[3] / (len(ids) - 1), rel=1e-5)
+    whole = Example(ids, prompt_length=1)
+    assert plain.nll == pytest.approx(nll_of(log_probs_of(model, whole), whole) / (len(ids) - 1), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from fastforget.evaluate.page import card, code, markdown_table, marked, page, write_card, write_page
+from fastforget.evaluate.page import card, code, is_card, markdown_table, marked, page, write_card, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = '</td><script>alert(1)</script> & "quotes" | `tick` \x00'
@@ -152,7 +152,20 @@ def test_a_cell_holds_no_markup():
 def test_files_are_written_whole(tmp_path):
     write_page(tmp_path / "report.html", json.loads(json.dumps(REPORT)))
     write_card(tmp_path / "README.md", REPORT)
-    assert (tmp_path / "report.html").read_text().endswith("</html>\n") and (tmp_path / "README.md").is_file()
+    assert (tmp_path / "report.html").read_text().endswith("</html>\n") and is_card(tmp_path / "README.md")
+
+
+def test_a_card_replaces_cards_and_no_page_of_someone_else(tmp_path):
+    path = tmp_path / "README.md"
+    for text, replaced in (("# My project", False), ("# Model Card for Model ID", True), (card(REPORT), True)):
+        path.write_text(text)
+        write_card(path, REPORT | {"command": "again"})
+        assert ("fastforget: again" in path.read_text()) is replaced and (path.read_text() == text) is not replaced
+
+
+def test_the_folder_of_a_model_is_not_its_name_on_the_hub():
+    assert "base_model" not in card(REPORT | {"model": "/home/me/model"})
+    assert "base_model: " in card(REPORT | {"model": "someone/model"})
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

@@ -94,6 +94,35 @@ def test_accelerates_shards_end_with_the_weights_of_one_process(kind, tiny, tmp_
         assert_gradients(weights, adapter_of(step.model))
 
 
+class Engine(torch.nn.Module):
+    """A wrapper as DeepSpeed's, whose `config` is no model's."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.config = module, {"zero_optimization": {"stage": 2}}
+
+
+class PartitioningOptimizer:
+    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+
+
+def test_deepspeed_is_refused_before_the_first_forward(model):
+    engine = Engine(model)
+    for act in (
+        lambda: ff.UnlearnStep(engine, torch.optim.SGD, terms="npo", lr=0.1),
+        lambda: ff.UnlearnLoss(engine, "npo"),
+        lambda: ff.UnlearnStep(model, PartitioningOptimizer(), terms="npo"),
+        lambda: ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1).attach(engine),
+    ):
+        with pytest.raises(ff.FastforgetError, match="DeepSpeed keeps gradients, and at stage 3 weights, to itself"):
+            act()
+    next(model.parameters()).ds_id = 0  # stage 3, within `zero.Init`
+    with pytest.raises(ff.FastforgetError, match="DeepSpeed keeps gradients"):
+        ff.UnlearnLoss(model, "npo")
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_other_ways_to_shard_are_refused(model, kind):
     step = ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1)

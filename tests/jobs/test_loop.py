@@ -79,6 +79,8 @@ def test_stops_at_the_forget_nll_and_counts_epochs(tiny, tokenizer, passages):
     assert "forget NLL" in result.stopped
     assert [module.training for module in model.modules()] == modes
     assert JobSettings(epochs=3, batch_size=4).steps(10) == 9
+    assert JobSettings().steps(6) == 66 and JobSettings(until="gone").steps(6) == 198, "few passages take as many steps"
+    assert JobSettings(until="gone").steps(80) == 660 and JobSettings(until="gone", epochs=3).steps(6) == 3
 
 
 @pytest.mark.parametrize("save_steps", [1, None])

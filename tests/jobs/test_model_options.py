@@ -24,14 +24,23 @@ def run(tiny, out, **options):
     return load_file(out / "adapter_model.safetensors"), printed.getvalue()
 
 
-def test_the_same_adapter(tiny, tmp_path, monkeypatch):
-    expected, _ = run(tiny, tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("backend", "checkpointing", "adapted"),
+    [
+        ("eager", False, {"bits": 32, "lora_targets": "q_proj"}),
+        (None, True, {}),
+        pytest.param("aot_eager", True, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_adapter(tiny, tmp_path, monkeypatch, short_continuations, backend, checkpointing, adapted):
+    expected, _ = run(tiny, tmp_path / "plain", **adapted)
     models = []
 
     def compile_and_limit(model, **options):
-        """Compile without a compiler, and let more than two rows at once not fit."""
+        """Compile without a compiler, where that is asked for, and let more than two rows at once not fit."""
         models.append(model)
-        compile_layers(model, backend="aot_eager", **options)
+        if backend is not None:
+            compile_layers(model, backend=backend, **options)
 
         def limit(_module, inputs):
             if torch.is_grad_enabled() and inputs[0].shape[0] > 2:
@@ -40,12 +49,13 @@ def test_the_same_adapter(tiny, tmp_path, monkeypatch):
         stack_of(model)[-1].register_forward_pre_hook(limit)
 
     monkeypatch.setattr(unlearn, "compile_layers", compile_and_limit)
-    options = {"compile": True, "checkpointing": True, "auto_micro_batch": True, "save_steps": 2}
+    options = {"compile": True, "checkpointing": checkpointing, "auto_micro_batch": True, "save_steps": 2}
     with pytest.warns(UserWarning, match="with 4 sequences at once; from here on 2 are"):
-        found, printed = run(tiny, tmp_path / "all", **options)
-    assert "Compiling 2 decoder layers" in printed and "Compiled in" in printed
+        found, printed = run(tiny, tmp_path / "all", **options, **adapted)
+    assert ("Compiling 2 decoder layers" in printed and "Compiled in" in printed) is (backend is not None)
     layer = stack_of(models[0])[0]
-    assert CompiledForward.has_replaced(layer) and layer.gradient_checkpointing
+    assert CompiledForward.has_replaced(layer) is (backend is not None)
+    assert layer.gradient_checkpointing is checkpointing
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)

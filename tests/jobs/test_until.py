@@ -1,16 +1,22 @@
 """The stopping rule: what is gone leaves the batches, what recovers comes back, the rate falls at the end."""
 
+import io
+
 import pytest
 import torch
 from helpers import CPU, random_model
 from processes import in_processes
+from rich.console import Console
 
 import fastforget as ff
 from fastforget.data.examples import Example, ExampleStream
+from fastforget.data.text import text_examples
 from fastforget.evaluate.memorisation import memorisation
 from fastforget.jobs import until as until_module
 from fastforget.jobs.loop import Pace, run_job
 from fastforget.jobs.options import JobSettings, parsed_until
+from fastforget.jobs.outputs import say_not_gone
+from fastforget.jobs.state import JobResult
 from fastforget.jobs.until import ForgetUntilGone, level_of
 
 EXAMPLES = [Example(tuple(range(start, start + 12)), prompt_length=4) for start in (10, 40, 70, 100, 130)]
@@ -69,7 +75,12 @@ def test_what_recovers_comes_back(tokenizer, monkeypatch):
     assert forget.finished(model, step=8)
     assert forget.final(model) == "all 5 passages are gone (exact memorisation of each at most 0.50)"
     shares[3] = 1.0
-    assert forget.final(model).startswith("1 of 5 is not gone yet")
+    rule = "(exact memorisation of each at most 0.50)"
+    assert forget.final(model) == f"1 of 5 is not gone yet {rule}: passage 4"
+    shares[0] = 0.7
+    assert forget.final(model) == f"2 of 5 are not gone yet {rule}: passages 1, 4"
+    monkeypatch.setattr(until_module, "NAMED", 1)
+    assert forget.final(model).endswith("passages 1 and 1 more")
     alone = ForgetUntilGone(EXAMPLES[1:2], tokenizer, 0.5, [ff.NegatedCE()], batch_size=2, seed=0)
     assert alone.final(model) == "the passage is gone (exact memorisation of each at most 0.50)"
 
@@ -174,3 +185,14 @@ def test_what_is_not_gone_is_said(tiny, tokenizer, preset):
     level = memorisation(model, tokenizer, recited).exact
     result = run_job(model, tokenizer, recited, None, ff.preset(preset, retain=None), settings)
     assert result.stopped.endswith("all 3 steps taken") and ("not gone yet" in result.stopped) == (level > 0)
+    assert bool(result.not_gone) == (level > 0) and set(result.not_gone) <= {0, 1}
+
+
+def test_a_passage_that_is_not_gone_is_shown_and_stands_in_no_report(tokenizer):
+    forget = text_examples("The secret plan was hidden below the old oak tree. " * 8, tokenizer, 48, "plan.txt")
+    result, shown = JobResult(not_gone=[1]), Console(file=io.StringIO(), width=200)
+    say_not_gone(shown, result, forget, tokenizer)
+    [line] = shown.file.getvalue().splitlines()
+    start = " ".join(tokenizer.decode(forget[1].input_ids, skip_special_tokens=True).split())[:60]
+    assert line == f"Not gone yet: passage 2, of plan.txt: {start} ..." and "secret plan" in line
+    assert "secret" not in str(result)
