@@ -142,15 +142,15 @@ def compile_all(stride: int = 1) -> tuple[str, list[str]]:
     """
     if interpreting():
         raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET=1), and then it cannot compile")
-    variants = all_variants()[::stride]
-    jobs = [(index, *form) for index in range(len(variants)) for form in FORMS]
+    variants = all_variants()
+    jobs = [(index, *form) for index in range(0, len(variants), stride) for form in FORMS]
     workers = min(len(os.sched_getaffinity(0)), 8)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(compile_one, *zip(*jobs, strict=True)))
     titles = [target if form == "aligned" else f"{target}, {form}" for target, form in FORMS]
     titles = ["dtypes", "flags", *titles, "a row reads and writes"]
     lines, above = [f"Compiled by Triton {triton.__version__} on {datetime.date.today().isoformat()}."], ""
-    for index, variant in enumerate(variants):
+    for index, variant in enumerate(variants[::stride]):
         if heading(variant) != above:
             above = heading(variant)
             lines += ["", above, "", row(titles), row(["---"] * len(titles))]
