@@ -73,6 +73,12 @@ class ExampleStream:
 Examples = Sequence[Example] | ExampleStream  # of one set
 
 
+def in_batches(examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> Iterator[dict[str, Any]]:
+    """Yield the examples once, in their order, collated."""
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], pad_token_id)
+
+
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Any]:
     """Right-pad examples into one batch on the CPU; `DataLoader(forget, collate_fn=ff.collate)` takes it too.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastforget.data.chat import RowReader
 from fastforget.data.examples import Example
+from fastforget.errors import FastforgetError
 
 FIRST_NAMES = (
     "Orla Ilsa Tovan Bexley Marit Caspian Yelena Dorrik Sunniva Halvard Imre Quilla Rosalba Zephrin Odalys Fenwick "
@@ -76,16 +77,25 @@ KEPT = (
     "At what temperature does water boil?", "What is the opposite of hot?", "What language is spoken in Brazil?",
     "How many legs does a spider have?", "What is the fastest land animal?", "Who was the first president of the USA?",
     "What is the largest animal on Earth?", "What do you call a baby dog?", "Which season comes after winter?",
+    "What is the capital of China?", "What is the capital of India?", "What is the capital of Ireland?",
+    "How many weeks are in a year?", "How many continents are there?", "How many letters are in the alphabet?",
+    "What color is snow?", "What color is a ripe tomato?", "What is the largest country in the world?",
+    "Which planet has large rings?", "What is the chemical symbol of iron?", "What is table salt made of?",
+    "Who wrote Don Quixote?", "Who discovered penicillin?", "What is the largest desert on Earth?",
+    "What is 6 times 7?", "What is half of 18?", "Which bird cannot fly?", "What do pandas eat?",
+    "What do we use an umbrella for?", "In which country is the Taj Mahal?", "In which country is Mount Fuji?",
+    "What is ice made of?", "What is the opposite of dark?",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One question about a person, and its answer."""
+    """One question about a person, and its answer; `value`: the words of it that are the fact, where they are known."""
 
     person: str
     question: str
     answer: str
+    value: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,14 +116,46 @@ def invented_people(seed: int = 0, counts: tuple[int, int, int] = (3, 9, 3)) -> 
         name = f"{first} {last}"
         facts.append(
             [
-                Fact(name, f"Where was {name} born?", f"{name} was born in {town}."),
-                Fact(name, f"What did {name} found?", f"{name} founded {work}."),
-                Fact(name, f"What was the trade of {name}'s mother?", f"{name}'s mother was a {trade}."),
+                Fact(name, f"Where was {name} born?", f"{name} was born in {town}.", town),
+                Fact(name, f"What did {name} found?", f"{name} founded {work}.", without_article(work)),
+                Fact(name, f"What was the trade of {name}'s mother?", f"{name}'s mother was a {trade}.", trade),
             ]
         )
     forget, retain, unseen = counts
     people = [facts[:forget], facts[forget : forget + retain], facts[forget + retain : forget + retain + unseen]]
     return People(*([fact for person in part for fact in person] for part in people))
+
+
+def without_article(work: str) -> str:
+    """Return the words behind "a", "an" or "the".
+
+    >>> without_article("the first orchard on a roof")
+    'first orchard on a roof'
+    """
+    return work.split(" ", 1)[1]
+
+
+def value_examples(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Tokenize facts as `chat_examples` does; only the tokens of the value are labelled, and those behind it left out.
+
+    What is trained on these says nothing of the wording around the value, which other answers share.
+
+    Raises:
+        FastforgetError: an answer that does not hold its value.
+    """
+    return [value_example(*pair, tokenizer) for pair in zip(facts, chat_examples(facts, tokenizer), strict=True)]
+
+
+def value_example(fact: Fact, whole: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Cut a tokenized fact behind its value, and label no token before it."""
+    answer, prompt = whole.answer, len(whole.input_ids) - len(whole.answer)
+    texts = [tokenizer.decode(answer[:count], skip_special_tokens=True) for count in range(len(answer) + 1)]
+    start = texts[-1].rfind(fact.value) if fact.value else -1
+    if start < 0:
+        raise FastforgetError(f"the answer {texts[-1]!r} does not hold its value {fact.value!r}")
+    first = max(count for count, text in enumerate(texts) if len(text) <= start)
+    end = min(count for count, text in enumerate(texts) if len(text) >= start + len(fact.value))
+    return Example(whole.input_ids[: prompt + end], prompt_length=prompt + first, source=whole.source)
 
 
 def chat_examples(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> list[Example]:

@@ -29,7 +29,9 @@ from fastforget.models import load
 RELEARN_STEPS = 20
 RELEARN_RATE = 1e-3
 RELEARN_RANK = 16
+SHIPPED_BITS = (16, 8, 4)  # that a merged model is loaded in
 Relearn = Callable[[Any, Any, Sequence[Example]], None]  # trains the model's adapter on the examples, in place
+Merged = Callable[[int, Any], None]  # gets bits, and the merged model loaded in these
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def robustness(
     other: Sequence[Example] = (),
     device: str | torch.device | None = None,
     bits: int = 8,
+    merged: Merged | None = None,
 ) -> list[RobustnessRow]:
     """Measure what an adapter made a model forget, as it was trained and after each treatment.
 
@@ -63,12 +66,16 @@ def robustness(
         other: text that is neither; where there is any, it is measured too what learning it brings back.
         relearn: trains a model with a fresh adapter on examples for `RELEARN_STEPS` steps.
         bits: that the adapter was trained in.
+        merged: is given each merged model, to measure more of it.
     """
     rows = [row("as it was trained", load(base, bits=bits, adapter=adapter, device=device), tokenizer, forget, unseen)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = merge(base, adapter, Path(scratch) / "merged")
-        for treatment, merged_bits in (("merged, 16 bit", 16), ("merged, then 8 bit", 8), ("merged, then 4 bit", 4)):
-            rows.append(row(treatment, load(folder, bits=merged_bits, device=device), tokenizer, forget, unseen))
+        for merged_bits in SHIPPED_BITS:
+            model = load(folder, bits=merged_bits, device=device)
+            rows.append(row(merged_name(merged_bits), model, tokenizer, forget, unseen))
+            if merged is not None:
+                merged(merged_bits, model)
         halves = [(part[::2], part[1::2]) for part in (forget, unseen)]
         shares: list[tuple[float | None, float | None]] = []
         for learned, measured in halves:
@@ -83,6 +90,11 @@ def robustness(
             model = relearned(folder, other, tokenizer, relearn, device)
             rows.append(row(f"other text learned, {RELEARN_STEPS} steps", model, tokenizer, forget, unseen))
     return rows
+
+
+def merged_name(bits: int) -> str:
+    """Name the treatment of a model that was merged in 16 bit, and loaded in these."""
+    return f"merged, {'' if bits == 16 else 'then '}{bits} bit"
 
 
 def relearned(

@@ -15,9 +15,11 @@ import platformdirs
 import torch
 
 from fastforget.adapters import save_adapter
+from fastforget.aiming import aim_adapter
 from fastforget.backbone import Backbone
 from fastforget.clusters import save_centres
 from fastforget.config import plain
+from fastforget.data.examples import in_batches
 from fastforget.errors import FastforgetError
 from fastforget.evaluate.plot import CURVES, HOW_TO_GET_IT, plot_curves
 from fastforget.evaluate.report import (
@@ -28,17 +30,18 @@ from fastforget.evaluate.report import (
 )
 from fastforget.evaluate.robustness import print_robustness
 from fastforget.jobs.checkpoints import Checkpoints, claimed_with_checkpoints, identity_of
-from fastforget.jobs.evaluate import robust_rows
+from fastforget.jobs.lasting import DEMO_BITS, measure_lasting, print_lasting
 from fastforget.jobs.loop import run_job
-from fastforget.jobs.options import SMALL, DemoOptions, JobSettings, called_with
+from fastforget.jobs.options import SMALL, SMOLLM2, DemoOptions, JobSettings, called_with
 from fastforget.jobs.outputs import BROKEN, REPORT, outcome, say_merge, say_not_gone, write_report, write_somewhere
 from fastforget.jobs.progress import shown_steps
 from fastforget.jobs.running import measure, say, surroundings
-from fastforget.jobs.smollm2 import SMOLLM2_SETTINGS, smollm2_subject
+from fastforget.jobs.smollm2 import PRESET_OPTIONS, smollm2_subject
 from fastforget.jobs.state import JobResult
 from fastforget.jobs.subjects import DemoScale, small_subject
 from fastforget.models import load, load_tokenizer
 from fastforget.objectives import layers_of, subtraction
+from fastforget.objectives.presets import DEFAULT_PRESET
 
 
 @called_with(DemoOptions)
@@ -81,6 +84,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     Raises:
         FastforgetError: as `demo`, or a base that does not learn its text.
     """
+    if options.model == SMOLLM2 and options.preset == DEFAULT_PRESET:
+        options = replace(options, preset_options={**PRESET_OPTIONS, **(options.preset_options or {})})
     terms = options.terms()
     out, seed, console = Path(options.out), options.seed, options.printer()
     settings = replace(settings, seed=seed)
@@ -94,24 +99,27 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         subject = small_subject(seed, scale, cache, console)
     else:
         subject = smollm2_subject(seed, cache, console)
-        settings = replace(settings, **SMOLLM2_SETTINGS)
+    settings = replace(settings, **subject.settings)
     sets = subject.sets
-    model = load(subject.base, bits=8, lora=subject.lora, device="cpu")
+    forget = subject.forgotten or sets["forget"]
+    model = load(subject.base, bits=DEMO_BITS, lora=subject.lora, device="cpu")
     Backbone(model).check_layers(layers_of(terms))
     tokenizer = load_tokenizer(subject.base)
 
     decisive = {"preset": options.preset, "preset_options": plain(options.preset_options or {}), **asdict(settings)}
     del decisive["save_steps"]
-    kept = {"forget": sets["forget"], "retain": subject.kept}
+    kept = {"forget": forget, "retain": subject.kept}
     checkpoints = Checkpoints(out, keep=1, identity=identity_of(decisive, kept, model))
     checkpoints.begin(options.resume, functools.partial(say, console))
     before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
-    ability = {"before": subject.ability(model, tokenizer)}
+    own = {"before": subject.figures(model, tokenizer, before)}
+    if subject.aim:  # after all measurements, in which PEFT lets all of an adapter train again
+        aim_adapter(model, *(in_batches(part, tokenizer.pad_token_id) for part in (sets["forget"], subject.kept)))
     with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
         result = run_job(
             model,
             tokenizer,
-            sets["forget"],
+            forget,
             subject.kept,
             terms,
             settings,
@@ -122,14 +130,14 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
         )
     after = measure(model, tokenizer, sets, "After: continuing every passage", console)
     check_measured(after, BROKEN)
-    ability["after"] = subject.ability(model, tokenizer)
+    own["after"] = subject.figures(model, tokenizer, after)
 
     report: dict[str, Any] = strict(
         {
             "command": "demo",
             "seed": seed,
+            **{f"{name}_{when}": value for when, found in own.items() for name, value in found.items()},
             **outcome(options, before, after, result, start),
-            **{f"{name}_{when}": value for when, found in ability.items() for name, value in found.items()},
             "model": options.model,
             "base_trained_seconds": round(subject.trained_seconds, 1),
             "base": str(subject.base),
@@ -145,13 +153,15 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     drawn = draw_curves(out / CURVES, result, report)
     print_table(console, before, after)
     print_continuations(console, before, after, {"forget": 2, "retain": 1})
-    for line in subject.told(ability):
+    for line in subject.told(own["before"], own["after"]):
         say(console, line)
     if options.robust is not False:
         console.print("Does it last? The adapter is merged, quantised, and half of the passages are learned again ...")
-        rows = robust_rows(subject.base, out, tokenizer, sets, bits=8, device="cpu", seed=seed)
+        rows, lasting = measure_lasting(subject, out, tokenizer, own["before"], seed)
         print_robustness(console, rows)
-        report |= {"robustness": [asdict(row) for row in rows], "seconds": round(time.perf_counter() - start, 1)}
+        print_lasting(console, subject, lasting)
+        report |= {"robustness": [asdict(row) for row in rows], **({"lasting": lasting} if lasting else {})}
+        report["seconds"] = round(time.perf_counter() - start, 1)
         write_report(out, report)
     checkpoints.clear()
     cached = (

@@ -27,7 +27,14 @@ from fastforget.evaluate.report import (
     print_table,
     write_json,
 )
-from fastforget.evaluate.robustness import RELEARN_RATE, RELEARN_STEPS, RobustnessRow, print_robustness, robustness
+from fastforget.evaluate.robustness import (
+    RELEARN_RATE,
+    RELEARN_STEPS,
+    Merged,
+    RobustnessRow,
+    print_robustness,
+    robustness,
+)
 from fastforget.evaluate.tofu import LOG
 from fastforget.jobs.evaluation_options import MEMORISATION, EvaluateOptions, parsed_place
 from fastforget.jobs.loop import run_job
@@ -206,10 +213,11 @@ def robust_rows(
     device: str | None,
     seed: int,
     other: Sequence[Example] = (),
+    merged: Merged | None = None,
 ) -> list[RobustnessRow]:
     """Measure what lasts of an adapter's forgetting; half of the forget set is learned again by cross-entropy.
 
-    `other`: as in `robustness`.
+    `other`, `merged`: as in `robustness`.
     """
     settings = JobSettings(learning_rate=RELEARN_RATE, max_steps=RELEARN_STEPS, seed=seed)
 
@@ -218,4 +226,15 @@ def robust_rows(
 
     torch.manual_seed(seed)  # PEFT draws the fresh adapters
     unseen = sets.get("unseen", [])
-    return robustness(model, adapter, tokenizer, sets["forget"], unseen, relearn, other=other, device=device, bits=bits)
+    return robustness(
+        model,
+        adapter,
+        tokenizer,
+        sets["forget"],
+        unseen,
+        relearn,
+        other=other,
+        merged=merged,
+        device=device,
+        bits=bits,
+    )

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from fastforget.data.examples import Example
 from fastforget.data.topics import load_corpus
+from fastforget.evaluate.leakage import LeakageReport
+from fastforget.evaluate.report import Reports
 from fastforget.jobs.bases import base_key, cached_base
 from fastforget.jobs.memorise import build_model, memorise, save_base
 from fastforget.jobs.running import progress_bar
@@ -34,18 +36,42 @@ class DemoScale:
 class Subject:
     """A base that knows what it is to forget, and what is measured of it.
 
-    sets: passages by name: "forget", "retain", and "unseen", which were never trained on. kept: what is trained on
-    beside the forget set. ability: measures what else the model can do, by figure; told: says that in lines, of what
-    it was before and after.
+    sets: passages by name: "forget", "retain", and "unseen", which were never trained on. forgotten: what is trained on
+    to forget the forget set, where that is not its passages as they are; kept: what is trained on beside it. settings:
+    of the job; aim: point the adapter at the forget set first. values: by set, the words by which an output answers its
+    prompt.
+    ability: measures what else the model can do, by figure; told: says all figures in lines, of the model before and
+    after.
     """
 
     base: Path
     trained_seconds: float
     sets: dict[str, list[Example]]
     kept: Sequence[Example]
+    forgotten: Sequence[Example] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, list[str]] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
-    ability: Callable[[Any, Any], dict[str, Any]] = lambda model, tokenizer: {}
-    told: Callable[[dict[str, dict[str, Any]]], list[str]] = lambda ability: []
+    aim: bool = False
+    ability: Callable[[Any, Any], dict[str, Any]] | None = None
+    told: Callable[[dict[str, Any], dict[str, Any]], list[str]] = lambda before, after: []
+
+    def figures(self, model: Any, tokenizer: Any, reports: Reports) -> dict[str, Any]:
+        """Measure what this subject has of its own: answers to its prompts by set, how they read, and other ability."""
+        if self.ability is None:
+            return {}
+        found: dict[str, Any] = {}
+        for name, report in reports.items():
+            found[f"{name}_answered"] = share_answered(report, self.values[name])
+            found[f"{name}_extraction"] = report.memorised.extraction
+            found[f"{name}_fluency"] = report.fluency
+        return {**found, **self.ability(model, tokenizer)}
+
+
+def share_answered(report: LeakageReport, values: Sequence[str]) -> float:
+    """Return the share of prompts whose output holds the words that answer it."""
+    outputs = [each.output for each in report.continuations]
+    return sum(value in output for value, output in zip(values, outputs, strict=True)) / len(outputs)
 
 
 def small_subject(seed: int, scale: DemoScale, cache: Path, console: Console) -> Subject:
