@@ -254,8 +254,7 @@ def test_compiled_layer(folders):
     """torch.compile traces a fused decoder layer without a break, its backward pass included."""
     model, compiled = load(folders["llama"], 8), load(folders["llama"], 8)
     batch = make_batch(2, 3)
-    for each in compiled.base_model.model.model.layers:
-        each.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled.base_model.model.model.layers[-1].compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for each in (model, compiled):
         each(**batch).loss.backward()
     assert_gradients(gradients(compiled), gradients(model), 1e-6)
