@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 import fastforget as ff
 from fastforget.jobs import unlearn as job
+from fastforget.jobs.launched import terminated_in_order
 
 OPTIONS = {**QUICK, "batch_size": 3, "micro_batch": 1, "measured_passages": 2, "retain": [RETAIN_TEXT]}
 JOBS = {  # presets, the last two with companions in their batches, and options
@@ -98,6 +101,18 @@ def test_an_error_of_one_process_ends_both(tiny, tmp_path, short_continuations):
     assert second[1] == "division by zero"
     assert first[1] == "process 1 failed, so this one stops too: ZeroDivisionError: division by zero"
     assert not (tmp_path / "broken").exists()
+
+
+def test_a_launcher_ends_a_process_in_order():
+    before = signal.getsignal(signal.SIGTERM)
+    left = []
+    with pytest.raises(SystemExit) as stop, terminated_in_order():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            left.append("in order")
+    assert stop.value.code == 128 + signal.SIGTERM and left and signal.getsignal(signal.SIGTERM) == before
 
 
 FLAGS = ["--max-steps=1", "--max-length=48", "--bits=32", "--lora-r=4", "--batch-size=3", "--measured-passages=1"]
