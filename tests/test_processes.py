@@ -279,11 +279,11 @@ def refused(rank, folder):
     model = load_perturbed(folder)
     wrapped = DistributedDataParallel(model)
     attempts = {
-        "unwrapped": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1).backward(make_batch(2, 1)),
-        "loss": lambda: ff.UnlearnLoss(wrapped, [ff.NegatedCE()])(make_batch(2, 1)),
         "counts": lambda: ff.UnlearnStep(wrapped, torch.optim.SGD, terms="npo", lr=0.1).backward(
             make_batch(2, 1), counts={"forget_tokens": 3}
         ),
+        "unwrapped": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1).backward(make_batch(2, 1)),
+        "loss": lambda: ff.UnlearnLoss(wrapped, [ff.NegatedCE()])(make_batch(2, 1)),
     }
     return messages_of(attempts)
 
