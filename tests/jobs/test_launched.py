@@ -157,7 +157,7 @@ def test_torchrun_ends_where_a_process_fails(launched, tmp_path):
     script.write_text(BROKEN)
     done = launched(*TORCHRUN, script)
     assert done.returncode != 0 and "ZeroDivisionError: division by zero" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "out").glob("*")]  # the launcher may have ended the first one before it removed the folder
 
 
 @pytest.mark.slow
