@@ -48,8 +48,8 @@ def launched_processes(options: UnlearnOptions) -> Iterator[None]:
 def terminated_in_order() -> Iterator[None]:
     """Let SIGTERM, by which a launcher ends all processes when one has failed, end this one as an exception does.
 
-    What it holds is then put in order: the first process leaves no empty folder behind. The signal comes in the middle of
-    anything, before the process may learn of the failure in an exchange.
+    What it holds is then put in order: the first process leaves no empty folder behind. The signal comes at any moment,
+    before the process may learn of the failure in an exchange.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone may set it
         yield
