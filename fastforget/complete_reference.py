@@ -8,6 +8,7 @@ is not in it is an error.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import nn
 
 from fastforget.backbone import Backbone
 from fastforget.batch import Batch, LabelCounts, PreparedSide, sides_of
-from fastforget.collectives import agreed, any_process
+from fastforget.collectives import agreed, any_process, failures_told
 from fastforget.errors import FastforgetError
 from fastforget.processes import without_buffer_broadcast
 from fastforget.reference import Entry, Reference, ReferenceRequest
@@ -149,7 +150,8 @@ def cache_reference(loss: Any, batches: Batches, micro_batch: int | None = None)
     if not isinstance(reference, CompleteReference):
         raise FastforgetError("cache_reference: make the step or loss with reference='cache'")
     plans = (*loss.plan.baselines, *loss.plan.forwards)
-    with without_buffer_broadcast(backbone.outer):  # a process may have no batch
+    told = failures_told() if backbone.sharded else contextlib.nullcontext()
+    with told, without_buffer_broadcast(backbone.outer):  # a process may have no batch
         for forget, retain in in_step(batches, backbone):
             for plan, parts in zip(plans, parts_for(loss, forget, retain, micro_batch), strict=True):
                 asked = {stream: loss.wanted(each, True) for stream, each in plan.streams.items()}

@@ -202,8 +202,9 @@ class UnlearnStep(torch.optim.Optimizer):
         Args:
             forget, retain: as in `UnlearnLoss.__call__`.
             micro_batch: at most so many sequences are in memory at once (a row and a companion that it is compared with
-                are two, and stay together); the gradients are those of the whole batch. "auto": all at first, and from
-                a step on in which memory runs out, which is taken again, half as many, with a warning.
+                are two, and stay together; of a joint pass each side has one at least); the gradients are those of the
+                whole batch. "auto": all at first, and from a step on in which memory runs out, which is taken again,
+                half as many, with a warning.
         """
         out = self.backward(forget, retain, micro_batch=micro_batch)
         self.step()

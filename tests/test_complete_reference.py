@@ -199,6 +199,24 @@ def part(number, rank):
     )
 
 
+def cache_what_cannot_be(rank):
+    model = full()
+    fully_shard(model)
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms=[ff.NPO()], reference="cache", lr=0.05)
+    forget = batches(0)[0]
+    try:
+        step.cache_reference([({**forget, "scale": torch.ones(())} if rank else forget, None)])
+    except ff.FastforgetError as error:
+        return str(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+def test_processes_with_shards_are_told_what_could_not_be_cached(tmp_path):
+    first, second = in_processes(tmp_path, 2, cache_what_cannot_be)
+    assert "inputs that belong to no row" in second
+    assert first == f"process 1 failed, so this one stops too: FastforgetError: {second}"
+
+
 def fine_tune(ranks, reference):
     model = full()
     given = copy.deepcopy(model).requires_grad_(False) if reference is None else reference
