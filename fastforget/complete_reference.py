@@ -50,8 +50,8 @@ class CompleteReference(Reference):
         self.known: set[bytes] = set()
         self._versions: list[int] | None = None  # of the weights, when the first example was learned
 
-    def learn(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str) -> None:
-        """Let the model, as it is, say what is wanted of a side's sequences."""
+    def check_untouched(self) -> None:
+        """Raise where the model has changed since the first call; none of its shards may be gathered."""
         versions = [parameter._version for parameter in self.backbone.model.parameters()]
         if self._versions is None:
             self._versions = versions
@@ -60,6 +60,9 @@ class CompleteReference(Reference):
                 "cache_reference: the model has changed since the first examples were cached, so it is no longer what "
                 "they are compared with; give all batches before the first step"
             )
+
+    def learn(self, side: PreparedSide, wanted: frozenset[ReferenceRequest], backend: str) -> None:
+        """Let the model, as it is, say what is wanted of a side's sequences."""
         if side.keys is None:
             raise FastforgetError(
                 f"{side.batch.name} has inputs that belong to no row, so what the model says of a row cannot be known "
@@ -153,7 +156,10 @@ def cache_reference(loss: Any, batches: Batches, micro_batch: int | None = None)
     told = failures_told() if backbone.sharded else contextlib.nullcontext()
     with told, without_buffer_broadcast(backbone.outer):  # a process may have no batch
         for forget, retain in in_step(batches, backbone):
-            for plan, parts in zip(plans, parts_for(loss, forget, retain, micro_batch), strict=True):
+            parts_of = parts_for(loss, forget, retain, micro_batch)
+            reshard(backbone.model)  # forwards of a trial leave shards gathered
+            reference.check_untouched()
+            for plan, parts in zip(plans, parts_of, strict=True):
                 asked = {stream: loss.wanted(each, True) for stream, each in plan.streams.items()}
                 for part in parts:
                     for stream, wanted in asked.items():

@@ -224,6 +224,9 @@ def fine_tune(ranks, reference):
         for layer in stack_of(model):
             fully_shard(layer)
         fully_shard(model)
+        with torch.no_grad():  # a write to the shards, as of a checkpoint that is loaded into them
+            for parameter in model.parameters():
+                parameter.mul_(1.0)
     terms = [ff.NPO(beta=0.5), ff.KL(weight=0.5)]
     step = ff.UnlearnStep(model, torch.optim.SGD, terms=terms, reference=given, lr=0.05, momentum=0.9)
     if reference == "cache":
