@@ -216,7 +216,7 @@ def main() -> None:
     """Run the command line; bad input ends with one line on the error stream and exit code 2."""
     try:
         quiet_commands()
-        app()
+        app(prog_name="fastforget")
     except FastforgetError as error:
         message = str(error).encode(errors="backslashreplace").decode()  # a path may hold half a surrogate pair
         print(f"fastforget: {message}", file=sys.stderr)

@@ -82,6 +82,11 @@ class PassBytes(NamedTuple):
         return self.activations + self.head + self.working
 
 
+def drawn(rand: Callable[..., Tensor], *size: Any, **options: Any) -> Tensor:
+    """In place of `torch.rand`: a single number has a value, so that code can branch on it; it is at the upper end."""
+    return torch.ones([], device="cpu") if size in (([],), ((),)) else rand(*size, **options)
+
+
 @dataclass
 class Skeleton:
     """A causal LM without weights, with its adapter.
@@ -129,6 +134,10 @@ class Skeleton:
     def running(self, padded: bool) -> Iterator[None]:
         """What is computed in the block has shapes only."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+
+        def may_be_causal(*_: Any, **__: Any) -> bool:
+            return not padded
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.device("meta"))
@@ -136,8 +145,12 @@ class Skeleton:
             # autocast, for which torch cannot be asked of this device
             stack.enter_context(mock.patch.object(linear, "product_dtype", lambda x: x.dtype))
             stack.enter_context(mock.patch.object(linear, "without_autocast", lambda x: contextlib.nullcontext()))
+            stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *_: False))
             own = functools.partial(attention_mask, padded=padded)
             stack.enter_context(mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, sdpa=own))
+            # the way of OPT in transformers 5.0, which looks at the mask's values, and draws whether a layer is dropped
+            stack.enter_context(mock.patch.object(AttentionMaskConverter, "_ignore_causal_mask_sdpa", may_be_causal))
+            stack.enter_context(mock.patch.object(torch, "rand", functools.partial(drawn, torch.rand)))
             yield
 
     @property

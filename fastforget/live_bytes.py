@@ -140,16 +140,19 @@ def attention_on(device: torch.device) -> Callable[..., Tensor]:
 
 
 def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    device: Any,
-    local_size: int | None = None,
     *,
+    batch_size: int,
+    kv_length: int,
+    q_length: int = 0,
+    device: Any = None,
+    local_size: int | None = None,
+    cache_position: Tensor | None = None,
     padded: bool,
     **_: Any,
 ) -> Tensor | None:
     """In place of transformers' mask: none where attention can be causal by itself, as transformers decides it."""
+    if cache_position is not None:  # transformers 5.0 and its next give this for length and device
+        q_length, device = len(cache_position), cache_position.device
     if not padded and (local_size is None or kv_length < local_size):
         return None
     return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)

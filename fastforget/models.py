@@ -195,7 +195,7 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
         ("missing, and would be random numbers", info["missing_keys"]),
         ("of another shape, and would be random numbers", reshaped),
         ("of another shape than its quantised layer", [name for name in packed if name not in info["missing_keys"]]),
-        ("no weights of this model", info["unexpected_keys"]),
+        ("no weights of this model", sorted(set(info["unexpected_keys"]) - computed_buffers(model))),
     )
     misfits = [
         f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {few(names)}" for what, names in faults if names
@@ -210,6 +210,16 @@ def check_weights(name_or_path: str, model: nn.Module, info: Mapping[str, Any], 
             f"(allow_missing_weights=True){with_bits}"
         )
     warnings.warn(message, stacklevel=4)
+
+
+def computed_buffers(model: nn.Module) -> set[str]:
+    """Return the names that old checkpoints give buffers which the model computes itself, with its prefix and without.
+
+    OpenAI's GPT-2 has its causal masks among the weights (`h.0.attn.bias`), which transformers 5.0 calls unexpected.
+    """
+    names = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return names | {name.removeprefix(prefix) for name in names}
 
 
 def unusable(model: nn.Module) -> list[str]:

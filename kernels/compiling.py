@@ -132,8 +132,10 @@ def number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def compile_all() -> tuple[str, list[str]]:
+def compile_all(stride: int = 1) -> tuple[str, list[str]]:
     """The table of every configuration on every target, compiled in processes of their own; and what must not be.
+
+    With a stride of n it is of each n-th configuration.
 
     Raises:
         RuntimeError: where kernels are interpreted (TRITON_INTERPRET=1): there is nothing to compile.
@@ -141,14 +143,14 @@ def compile_all() -> tuple[str, list[str]]:
     if interpreting():
         raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET=1), and then it cannot compile")
     variants = all_variants()
-    jobs = [(index, *form) for index in range(len(variants)) for form in FORMS]
+    jobs = [(index, *form) for index in range(0, len(variants), stride) for form in FORMS]
     workers = min(len(os.sched_getaffinity(0)), 8)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(compile_one, *zip(*jobs, strict=True)))
     titles = [target if form == "aligned" else f"{target}, {form}" for target, form in FORMS]
     titles = ["dtypes", "flags", *titles, "a row reads and writes"]
     lines, above = [f"Compiled by Triton {triton.__version__} on {datetime.date.today().isoformat()}."], ""
-    for index, variant in enumerate(variants):
+    for index, variant in enumerate(variants[::stride]):
         if heading(variant) != above:
             above = heading(variant)
             lines += ["", above, "", row(titles), row(["---"] * len(titles))]
@@ -178,9 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where there are problems."""
     parser = argparse.ArgumentParser(prog="python -m fastforget_kernels.compiling", description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="write it in README.md, unless there are problems")
+    parser.add_argument("--stride", type=int, default=1, help="only each n-th configuration; not with --table")
     chosen = parser.parse_args(arguments)
+    if chosen.table and chosen.stride != 1:
+        parser.error("--table needs every configuration")
     begin = time.perf_counter()
-    table, problems = compile_all()
+    table, problems = compile_all(chosen.stride)
     print(table, *problems, sep="\n")
     print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
     if chosen.table and not problems:

@@ -55,7 +55,9 @@ def dtypes_of(module):
     return seen
 
 
-@pytest.mark.parametrize(("terms", "in_place"), [("to the head", True), ("both", False)])
+@pytest.mark.parametrize(
+    ("terms", "in_place"), [("both", True), pytest.param("to the head", False, marks=pytest.mark.slow)]
+)
 def test_a_compiled_model_runs_its_graphs_and_compiles_once(model, terms, in_place):
     expected = gradients_of(model, model, TERMS[terms](), fuse=False)
     torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """The commands end to end at a small scale, and bad input: one clear line, exit code 2, nothing half-written."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -220,9 +219,9 @@ def test_version_and_python_m(run):
     assert (result.returncode, result.stdout) == (0, f"fastforget {ff.__version__}\n"), result.stderr
 
 
-def test_a_shell_completes_commands():
+def test_a_shell_completes_commands(run, monkeypatch):
     """A shell asks the command for its completions: `unl` is `unlearn`."""
     asked = {"_FASTFORGET_COMPLETE": "complete_bash", "COMP_WORDS": "fastforget unl", "COMP_CWORD": "1"}
-    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'fastforget'; import fastforget.cli as c; c.main()"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **asked})
-    assert result.stdout.split() == ["unlearn"], result.stderr
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert run()[1].split() == ["unlearn"]

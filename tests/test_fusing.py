@@ -77,8 +77,9 @@ def test_gradients_of_the_step(folders, kind, bits):
     """Those of the same weights in float32 through PEFT's own layers."""
     model = load(folders[kind], bits)
     report = ff.fuse(model)
-    experts = {"it is a peft.tuners.lora.layer.ParamWrapper"} if kind == "mixtral" else set()  # of stacked matrices
-    assert set(report.refused.values()) == experts
+    stacked = any(type(module).__name__ == "ParamWrapper" for module in model.modules())  # matrices; not in PEFT 0.18
+    assert set(report.refused.values()) == ({"it is a peft.tuners.lora.layer.ParamWrapper"} if stacked else set())
+    assert not stacked or kind == "mixtral"
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert len(report.taken) >= 8 and adapted <= {*report.taken, *report.refused}
     plain = in_float32(model)
@@ -254,8 +255,7 @@ def test_compiled_layer(folders):
     """torch.compile traces a fused decoder layer without a break, its backward pass included."""
     model, compiled = load(folders["llama"], 8), load(folders["llama"], 8)
     batch = make_batch(2, 3)
-    for each in compiled.base_model.model.model.layers:
-        each.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled.base_model.model.model.layers[-1].compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for each in (model, compiled):
         each(**batch).loss.backward()
     assert_gradients(gradients(compiled), gradients(model), 1e-6)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastforget as ff
+from fastforget.models import check_weights
 
 NAME = {"opt": "model.decoder.layers.1.self_attn.k_proj.weight", "llama": "model.layers.1.mlp.down_proj.weight"}
 CHANGES = {
@@ -70,6 +71,18 @@ def test_tied_weights_and_buffers_are_no_error(tiny, tmp_path):
         for folder in folders:
             for bits in (32, 16, 8, 4):
                 ff.load(folder, bits=bits, device="cpu")
+
+
+def test_a_buffer_that_the_model_computes_is_no_weight():
+    """With the model's prefix and without, as the hub's GPT-2 has its masks; one that is saved is a weight."""
+    model, body = torch.nn.Module(), torch.nn.Module()
+    model.base_model_prefix, model.body = "body", body
+    body.register_buffer("mask", torch.ones(2), persistent=False)
+    body.register_buffer("saved", torch.ones(2))
+    info = {"mismatched_keys": [], "missing_keys": [], "unexpected_keys": ["mask", "body.mask"]}
+    check_weights("m", model, info, allow_missing=False)
+    with pytest.raises(ff.FastforgetError, match=r"1 is no weights of this model: saved\."):
+        check_weights("m", model, info | {"unexpected_keys": ["mask", "saved"]}, allow_missing=False)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes warns on CPUs with AVX-512-BF16 alone")

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -152,13 +151,6 @@ def test_kernels_is_a_namespace_package():
 
     assert fastforget_kernels.__file__ is None
     assert any((Path(folder) / "README.md").is_file() for folder in fastforget_kernels.__path__)
-
-
-def test_commands_start_without_the_libraries_that_warn():
-    """bitsandbytes warns when it is imported, which must be after `quiet.quiet_bitsandbytes`."""
-    code = "import sys, fastforget.cli, fastforget.jobs.memorise; print('bitsandbytes' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("False\n", "")
 
 
 def test_version_has_a_single_source():

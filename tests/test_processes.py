@@ -1,6 +1,7 @@
 """Processes under DistributedDataParallel are one: losses, weights and scalars; and an error ends all."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -113,11 +114,13 @@ def run_out(rank, folder):
     """Three steps in which one process has memory for two sequences at once."""
     model = load_perturbed(folder)
     layer = stack_of(model)[0]
-    shapes = []
+    shapes, failed = [], []
 
     def look(_, arguments):
+        assert all(each() is None for each in failed), "what the failed forward held is gone before the next one"
         shapes.append(len(arguments[0]))
         if rank == 1 and shapes[-1] > 2:
+            failed.append(weakref.ref(arguments[0]))
             raise torch.OutOfMemoryError("out of memory")
 
     layer.register_forward_pre_hook(look)

@@ -94,8 +94,9 @@ def page(report: Mapping[str, Any]) -> str:
 def card(report: Mapping[str, Any]) -> str:
     """Return the Markdown model card."""
     lines = ["---", "library_name: peft"]
-    if report.get("model") and not Path(str(report["model"])).is_absolute():  # which the hub has no page of
-        lines.append(f"base_model: {quoted(str(report['model']))}")
+    name = str(report.get("model") or "")
+    if name and not Path(name).is_absolute() and not Path(name).exists():  # of a folder the hub has no page
+        lines.append(f"base_model: {quoted(name)}")
     lines += [TAGS, "---", "", f"# {code(title_of(report))}", ""]
     lines += [line + "\n" for line in about(report, code)]
     for heading, table in tables_of(report):
@@ -208,12 +209,11 @@ def not_checked(report: Mapping[str, Any]) -> list[str]:
     if not robust_of(report):
         lines.append("Whether it lasts: after merging, quantising, or training on part of what was forgotten.")
     if not report.get("ability"):
-        lines.append("What else the model can still do, by public benchmarks.")
+        lines.append("General ability: what else the model can still do, by public benchmarks such as lm-eval's.")
     if "unseen_nll_before" not in report and not report.get("models"):
         lines.append("How the forget set compares with text that the model never saw (give an unseen set).")
     if "retain_nll_before" not in report and not report.get("models"):
         lines.append("Whether what was to be kept is kept (give a retain set).")
-    lines.append("General ability on public benchmarks, such as lm-eval's.")
     lines.append("Attacks other than those in the tables: other languages, jailbreaks, probing of the weights.")
     return lines
 

@@ -116,7 +116,12 @@ def row(
 
 
 def print_robustness(console: Console, rows: Sequence[RobustnessRow]) -> None:
-    """Print the rows as a table: forget passages, and never-trained ones in brackets."""
+    """Print the rows as a table: forget passages, never-trained ones in brackets, and why there is a dash."""
+    notes = []
+    if all(each.unseen_memorisation is None for each in rows):
+        notes.append("(-): without --unseen there is no text that the model never saw, to compare with.")
+    if any(each.forget_memorisation is None for each in rows):
+        notes.append("-: too few passages for that row (half of one, say), or more than the model's context.")
     table = Table(title="Does it last? Forget passages (never-trained ones)", title_justify="left")
     table.add_column("treatment")
     for heading in ("exact memorisation", "extraction strength"):
@@ -128,6 +133,8 @@ def print_robustness(console: Console, rows: Sequence[RobustnessRow]) -> None:
             f"{shown(each.forget_extraction)} ({shown(each.unseen_extraction)})",
         )
     console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
 
 
 def shown(share: float | None) -> str:

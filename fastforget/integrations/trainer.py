@@ -17,6 +17,7 @@ from fastforget.loss import UnlearnLoss
 from fastforget.objectives import Term
 from fastforget.output import UnlearnOutput, add_outputs, add_to
 from fastforget.processes import sum_counts, sum_outputs, without_buffer_broadcast
+from fastforget.shards import is_sharded
 from fastforget.step import UnlearnStep
 
 LOSS_OPTIONS = (  # of an UnlearnStep's arguments, those that are an UnlearnLoss's too
@@ -131,7 +132,8 @@ class UnlearnTrainerMixin(TrainerBase):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        if step.model is not model:  # Trainer has wrapped it since the optimizer was made
+        # Trainer has wrapped it since the optimizer was made, or sharded it, which leaves it the same object
+        if step.model is not model or step.loss.backbone.sharded != is_sharded(model):
             step.attach(model, self.step_options.get("reference"))
         out = step.backward(
             *self.sides(self._prepare_inputs(inputs)),

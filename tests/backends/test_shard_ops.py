@@ -179,7 +179,7 @@ def test_processes_that_share_a_vocabulary_must_not_differ(tiny, tmp_path):
             assert "differ in their hidden states or labels" in messages[name]
         for name in ("rows", "parts"):
             assert "share a vocabulary, and this one's batch is another one" in messages[name]
-        assert messages["auto"].startswith("micro_batch='auto' does not work over several processes")
+        assert messages["auto"].startswith("micro_batch='auto' does not work where weights are sharded")
         assert messages["cache"].startswith("reference_cache_folder:")
 
 

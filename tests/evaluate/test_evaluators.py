@@ -119,7 +119,7 @@ def test_functions_by_name_and_as_they_are():
         ("no_such_module:score", "cannot be imported"),
         ("fastforget.evaluate.degenerate:no_such", "cannot be imported"),
         ("fastforget.jobs.stages:STAGES", "is a str, and no function"),
-        ("./no/such/folder", "could not load the evaluator"),
+        ("./no/such/folder", "there is no folder ./no/such/folder"),
     ):
         with pytest.raises(FastforgetError, match=words):
             load_evaluator(name)

@@ -127,6 +127,8 @@ def test_what_is_not_there_is_said():
         assert line in words
     words = "".join(Checked(page(REPORT)).words)
     assert "Whether it lasts" not in words and "Whether what was to be kept" in words
+    known = {"before": {"figures": {}}, "after": {"figures": {}}}
+    assert "General ability:" in words and "General ability:" not in page(REPORT | {"ability": known})
 
 
 def test_the_card_is_markdown_with_a_heading_of_yaml():
@@ -163,7 +165,10 @@ def test_a_card_replaces_cards_and_no_page_of_someone_else(tmp_path):
         assert ("fastforget: again" in path.read_text()) is replaced and (path.read_text() == text) is not replaced
 
 
-def test_the_folder_of_a_model_is_not_its_name_on_the_hub():
+def test_the_folder_of_a_model_is_not_its_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert "base_model" not in card(REPORT | {"model": "mine"})
     assert "base_model" not in card(REPORT | {"model": "/home/me/model"})
     assert "base_model: " in card(REPORT | {"model": "someone/model"})
 

@@ -100,7 +100,8 @@ def test_moving_mean_against_sums_by_hand():
     assert plot.smoothing_window(162) == 9
 
 
-def test_imports_stay_light_and_pyplot_is_not_touched(tmp_path):
+def test_imports_stay_light_and_no_library_warns(tmp_path):
+    """In one process: pyplot is not touched, and bitsandbytes, which warns when it is imported, is not there yet."""
     code = (
         "import sys, pathlib, fastforget\n"
         "assert {'demo', 'unlearn'} <= set(dir(fastforget))\n"
@@ -109,6 +110,9 @@ def test_imports_stay_light_and_pyplot_is_not_touched(tmp_path):
         "assert 'matplotlib' not in sys.modules\n"
         f"plot.plot_curves(pathlib.Path({str(tmp_path / 'curves.png')!r}), [1.0, 2.0])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "import fastforget.cli, fastforget.jobs.memorise\n"
+        "assert 'bitsandbytes' not in sys.modules, 'before quiet.quiet_bitsandbytes'\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("", "")
     assert (tmp_path / "curves.png").is_file()

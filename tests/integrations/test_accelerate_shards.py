@@ -11,6 +11,8 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import adapter_of, assert_gradients, load_perturbed, same, tiny_model
+from integrations.loops import GRAD_DIFF, flat, grad_diff, replay, rows
+from integrations.test_trainer import Recording, arguments
 from processes import in_processes, micro_batches
 
 import fastforget as ff
@@ -19,12 +21,15 @@ from fastforget.shards import whole
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
 
 
-def sharding_accelerator(rank):
-    """As Accelerate makes it on GPUs; on a CPU it takes no notice of the plugin by itself."""
+def begin(rank):
+    """Let Accelerate see one of two processes."""
     AcceleratorState._reset_state(True)  # of this process's parent
     GradientState._reset_state()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+
+
+def let_shard(accelerator):
+    """An accelerator as it is on GPUs; on a CPU it takes no notice of the plugin by itself."""
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -49,7 +54,9 @@ def train(rank, folder, kind, state):
 
     Where forwards end at a layer AdamW has no state of the weights behind it, and PyTorch's loader wants one.
     """
-    accelerator, step = sharding_accelerator(rank), made(kind, folder)
+    begin(rank)
+    accelerator = let_shard(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2))
+    step = made(kind, folder)
     step.prepare(accelerator)
 
     def take(number):
@@ -92,6 +99,33 @@ def test_accelerates_shards_end_with_the_weights_of_one_process(kind, tiny, tmp_
     for weights, losses in results:
         assert losses == pytest.approx(expected, rel=1e-5)
         assert_gradients(weights, adapter_of(step.model))
+
+
+EVALUATED = (rows(3, 5), rows(2, 6))
+
+
+def train_by_trainer(rank, folder, out):
+    begin(rank)
+    model = load_perturbed(folder)
+    sets = {"forget_dataset": rows(8, 1), "retain_dataset": rows(9, 2), "eval_dataset": EVALUATED}
+    trainer = Recording(model, arguments(out, per_device_train_batch_size=1, max_steps=3), terms=GRAD_DIFF, **sets)
+    let_shard(trainer.accelerator)
+    trainer.is_fsdp_enabled = True
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    weights = {name: whole(tensor) for name, tensor in adapter_of(model).items()}
+    return trainer.groups, weights, losses, trainer.evaluate()["eval_loss"]
+
+
+def test_a_trainer_over_accelerates_shards(tiny, tmp_path):
+    first, second = in_processes(tmp_path, 2, train_by_trainer, tiny["llama"], tmp_path / "out")
+    groups, weights, losses, evaluated = first
+    joined = [[*own, *other] for own, other in zip(groups, second[0], strict=True)]
+    expected, expected_losses = replay(tiny["llama"], joined)
+    assert_gradients(weights, adapter_of(expected))
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    with torch.no_grad():
+        assert evaluated == pytest.approx(float(grad_diff(expected, [flat(*EVALUATED)])), rel=1e-5)
 
 
 class Engine(torch.nn.Module):

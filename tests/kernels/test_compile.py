@@ -53,22 +53,24 @@ each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: "-".join(hea
 
 
 @pytest.mark.timeout(900)  # minutes only where Triton's cache holds nothing yet and the processors are shared
-def test_every_configuration_compiles(as_on_a_gpu):
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_configuration_compiles(as_on_a_gpu, stride):
     """For every target: it builds, spills nothing on sm_90, fits shared memory, and is what kernels/README.md says."""
     variants = compiling.all_variants()
     names = {(variant.kernel.__name__, *compiling.cells(variant)) for variant in variants}
     assert len(names) == len(variants) <= MOST
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastforget_kernels.compiling"]
+    command = [sys.executable, "-m", "fastforget_kernels.compiling", "--stride", str(stride)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines, written = run.stdout.strip().splitlines(), compiling.parts_of_readme()[1].splitlines()
     same = f"Triton {triton.__version__} " in written[0]  # another version's figures are not comparable
     assert run.returncode == 0 or (not same and "spills 8 bytes" in run.stdout), run.stdout + run.stderr
     figures = [cell for line in lines if line[:4] in ("| fp", "| bf", "| i8") for cell in line.split(" | ")[2:-1]]
-    assert len(figures) == len(variants) * len(compiling.FORMS)
+    assert len(figures) == len(variants[::stride]) * len(compiling.FORMS)
     assert all(int(figure.split(" / ")[0]) > 0 for figure in figures)
     if same:
-        assert written[1:] == lines[1:], "python -m fastforget_kernels.compiling --table"
+        assert set(lines[1:]) <= set(written), "python -m fastforget_kernels.compiling --table"
+        assert stride != 1 or written[1:] == lines[1:], "python -m fastforget_kernels.compiling --table"
 
 
 def test_table_has_a_row_for_every_configuration(as_on_a_gpu):

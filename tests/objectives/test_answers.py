@@ -114,6 +114,8 @@ def test_every_lora_gradient_is_that_of_the_formula(tiny, sides, batch, kind, ba
     for name, term in CASES.items():
         if backend != "torch" and name in ("idk sequence", "random_mismatch sequence", "jensun sequence"):
             continue  # another mean of the same tokens
+        if backend == "triton" and name in ("flat tv", "flat js", "flat pearson"):
+            continue  # other functions of the same log-probs
         forget, retain = sides
         if name == "kto clamped":  # mismatched answers that became less likely: their mean log ratio is negative
             forget = forget | {"mismatch": batch(5, 3, width=16)}
