@@ -16,7 +16,14 @@ from fastforget.captures import Captures, End, let_graphs_see_hooks, uncompiled
 from fastforget.collectives import any_process, failures_told, process_count
 from fastforget.errors import FastforgetError, NonFiniteLossError
 from fastforget.head import LMHead, base_causal_lm, context_length, is_compiled, unwrapped
-from fastforget.layouts import MOVED, documents_stay_apart, moved_by_padding, names_positions, packing_pays
+from fastforget.layouts import (
+    MOVED,
+    documents_stay_apart,
+    longest_row,
+    moved_by_padding,
+    names_positions,
+    packing_pays,
+)
 from fastforget.shards import check_engine, check_shards, is_shard, is_sharded, reshard
 
 CHECK_TOKENS = 16
@@ -203,8 +210,8 @@ class Backbone:
             self._takes_positions = names_positions(causal_lm) and moved_by_padding(self.trial, causal_lm) < MOVED
         return self._takes_positions
 
-    def packs(self) -> bool:
-        """Whether documents in one row, told apart by `position_ids` alone, are as in rows of their own.
+    def packs(self, tokens: int = 0) -> bool:
+        """Whether documents in one row of so many tokens, told apart by `position_ids` alone, are as in their own.
 
         That is up to the attention: most of transformers' classes let eager, SDPA, FlashAttention and flex do so,
         convolutions and state spaces do not. The model is tried once.
@@ -215,7 +222,7 @@ class Backbone:
             if self.head.shard is not None:  # each process looks at logits of its own
                 packs = not any_process(not packs, self.device)
             self._packs = packs
-        return self._packs
+        return self._packs and tokens <= longest_row(base_causal_lm(self.model).config.get_text_config())
 
     def trial(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (1, T, V) of a few tokens, in float32: no gradients, no dropout, nothing compiled."""

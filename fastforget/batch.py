@@ -350,6 +350,12 @@ def count_labels(micro_batches: Iterable[Batch | tuple[Batch | None, Batch | Non
     return LabelCounts(**totals)
 
 
+def check_counts(counts: Any) -> None:
+    """Raise where what was given as `counts` is none."""
+    if counts is not None and not isinstance(counts, LabelCounts):
+        raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
+
+
 def total_counts(batches: Mapping[tuple[str, str], CheckedBatch]) -> LabelCounts:
     """The counts of checked batches by side and stream."""
     totals = {}

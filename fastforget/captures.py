@@ -86,6 +86,7 @@ class Captures:
         self._up_to_head: list[nn.Module] = [*wrappers, causal_lm, self.head]
         self._states: dict[int | None, Tensor] = {}
         self._last: int | None = None  # the layer that ends the forward
+        self._with_grad = True
         self._whole_forward: Callable[..., Any] = causal_lm.forward
         self._hooks: dict[int, Callable[..., Any]] = {}
 
@@ -124,8 +125,12 @@ class Captures:
             FastforgetError: the head ran more than once.
         """
         self._last = max(layers) if end == "layer" else None
+        self._with_grad = torch.is_grad_enabled()
         try:
             with contextlib.ExitStack() as changes:
+                if end == "layer" and any(getattr(each, "gradient_checkpointing", False) for each in stack):
+                    for following in stack[max(layers) + 1 :][:1]:
+                        changes.callback(following.register_forward_pre_hook(self._stop, prepend=True).remove)
                 if self.sharded:
                     changes.enter_context(without_warning_of_views())
                 for layer in layers:
@@ -158,7 +163,13 @@ class Captures:
     def _keep(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         """A layer's hook."""
         self._states[layer] = output[0] if isinstance(output, tuple) else output
-        if layer == self._last:
+        # of transformers 5.0 a hook may run inside reentrant checkpointing, where nothing has a gradient yet
+        if layer == self._last and torch.is_grad_enabled() == self._with_grad:
+            raise _LayerReachedError
+
+    def _stop(self, _module: nn.Module, _inputs: Any) -> None:
+        """The next layer's hook, where the one before could not end the forward."""
+        if self._last in self._states:
             raise _LayerReachedError
 
     def _forward_to_layer(self, *arguments: Any, **named: Any) -> Any:

@@ -34,6 +34,7 @@ from fastforget.shards import is_shard, local, sum_of_parts
 
 Gradients = list[Tensor | None]  # of each parameter; None where there is none, which counts as 0
 Average = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Gradients]  # over the processes, in place
+Agree = Callable[[Callable[[], Gradients]], Gradients]  # as `collectives.agreed`
 
 
 def mgda(forget: Gradients, retain: Gradients) -> tuple[Tensor, Tensor]:
@@ -127,6 +128,11 @@ def warn_of_standstill(how: str, terms: Sequence[Term]) -> None:
             )
 
 
+def alone(action: Callable[[], Gradients]) -> Gradients:
+    """Return what an action returns."""
+    return action()
+
+
 class SummedGradients:
     """The gradients of both sides, summed up by autograd in `.grad`: what "sum" needs of `SideGradients`, nothing."""
 
@@ -144,7 +150,9 @@ class SummedGradients:
         """One pass."""
         return contextlib.nullcontext()
 
-    def finish(self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None) -> None:
+    def finish(
+        self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None, agree: Agree = alone
+    ) -> None:
         """After the passes: average over the processes."""
         if average is not None:
             averaged(trained, average)
@@ -220,13 +228,16 @@ class SideGradients:
         self._sums[side] = [parameter.grad for parameter in parameters]
 
     @torch.no_grad()
-    def finish(self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None) -> None:
+    def finish(
+        self, held: Sequence[Tensor], trained: Sequence[Tensor], average: Average | None = None, agree: Agree = alone
+    ) -> None:
         """After the passes: the combination goes into `.grad`.
 
         Args:
             held: the parameters of the passes before, which are the optimizer's.
             trained: all that train with them, whose `.grad` autograd has summed up.
             average: over the processes; without it the sums are this process's own until a later call.
+            agree: lets all processes fail where one has no memory for the combination.
         """
         if average is not None:
             own = set(map(id, held))
@@ -235,11 +246,14 @@ class SideGradients:
                 sums = average([*held, *held], [*self._sums["forget"], *self._sums["retain"]])
                 self._sums = {"forget": sums[: len(held)], "retain": sums[len(held) :]}
         seen = [part for part in self._sums.values() if any(gradient is not None for gradient in part)]
-        if len(seen) == 2:
-            combination = combined(self.how, *seen)
-        else:  # a copy: clipping must not reach the sum
-            combination = [None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(held))]
-        for parameter, gradient in zip(held, combination, strict=True):
+
+        def combine() -> Gradients:
+            if len(seen) == 2:
+                return combined(self.how, *seen)
+            # a copy: clipping must not reach the sum
+            return [None if each is None else each.clone() for each in (seen[0] if seen else [None] * len(held))]
+
+        for parameter, gradient in zip(held, agree(combine), strict=True):
             parameter.grad = gradient
         self._left = versions(held)
 

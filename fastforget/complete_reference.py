@@ -21,6 +21,7 @@ from fastforget.backbone import Backbone
 from fastforget.batch import Batch, LabelCounts, PreparedSide, sides_of
 from fastforget.collectives import agreed, any_process
 from fastforget.errors import FastforgetError
+from fastforget.processes import without_buffer_broadcast
 from fastforget.reference import Entry, Reference, ReferenceRequest
 from fastforget.reference_folder import ReferenceFolder
 from fastforget.reference_modes import check_separate
@@ -43,6 +44,7 @@ class CompleteReference(Reference):
 
     def __init__(self, backbone: Backbone, cache_bytes: int, folder: ReferenceFolder | None = None) -> None:
         super().__init__(backbone, cache_bytes, folder, is_model=True)
+        self.folder = folder  # beside no cache too: it has all
         self.learns = False
         self.known: set[bytes] = set()
         self._versions: list[int] | None = None  # of the weights, when the first example was learned
@@ -147,15 +149,16 @@ def cache_reference(loss: Any, batches: Batches, micro_batch: int | None = None)
     if not isinstance(reference, CompleteReference):
         raise FastforgetError("cache_reference: make the step or loss with reference='cache'")
     plans = (*loss.plan.baselines, *loss.plan.forwards)
-    for forget, retain in in_step(batches, backbone):
-        for plan, parts in zip(plans, parts_for(loss, forget, retain, micro_batch), strict=True):
-            asked = {stream: loss.wanted(each, True) for stream, each in plan.streams.items()}
-            for part in parts:
-                for stream, wanted in asked.items():
-                    if wanted and stream in part:
-                        reference.learn(part[stream], wanted, loss.backend)
-                    elif wanted:
-                        reference.fill_in(wanted)
+    with without_buffer_broadcast(backbone.outer):  # a process may have no batch
+        for forget, retain in in_step(batches, backbone):
+            for plan, parts in zip(plans, parts_for(loss, forget, retain, micro_batch), strict=True):
+                asked = {stream: loss.wanted(each, True) for stream, each in plan.streams.items()}
+                for part in parts:
+                    for stream, wanted in asked.items():
+                        if wanted and stream in part:
+                            reference.learn(part[stream], wanted, loss.backend)
+                        elif wanted:
+                            reference.fill_in(wanted)
     return len(reference.known)
 
 

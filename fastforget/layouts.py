@@ -6,6 +6,7 @@ Models differ in what they make of `position_ids`, and say so nowhere, so each i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,18 @@ def documents_stay_apart(trial: Trial, causal_lm: Any) -> bool:
     first, second = behind(document_of(causal_lm, 2)), behind(document_of(causal_lm, 1 + TOKENS))
     norm = alone.norm()
     return bool((first - alone).norm() < MOVED * norm and (second - first).norm() < SEEN * norm)
+
+
+def longest_row(config: Any) -> float:
+    """Say how many tokens a row may have whose places within it count, whatever `position_ids` say.
+
+    The trial's documents are too short to show it.
+    """
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 sharpens attention from this place in the row on
+        return config.floor_scale - 1
+    if config.model_type == "gpt_neo":  # its mask is a buffer
+        return config.max_position_embeddings
+    return math.inf
 
 
 def document_of(causal_lm: Any, first: int = 1) -> Tensor:

@@ -15,7 +15,16 @@ from fastforget.adalora import ORTHOGONALITY, adalora_of
 from fastforget.backbone import Backbone
 from fastforget.backends import backend_of
 from fastforget.backends.protocol import KnownReference
-from fastforget.batch import Batch, LabelCounts, PreparedSide, count_labels, count_name, sides_of, total_counts
+from fastforget.batch import (
+    Batch,
+    LabelCounts,
+    PreparedSide,
+    check_counts,
+    count_labels,
+    count_name,
+    sides_of,
+    total_counts,
+)
 from fastforget.collectives import agreed, check_alike, process_count, sum_by_name
 from fastforget.complete_reference import Batches, cache_reference, make_reference
 from fastforget.distances import Distances
@@ -181,8 +190,7 @@ class UnlearnLoss:
             shared: several processes have parts of one batch, and all of them call this: constants are those of all.
         """
         weights = {name: weight_at(name, term.weight, step) for name, term in self.terms.items()}
-        if counts is not None and not isinstance(counts, LabelCounts):
-            raise FastforgetError(f"counts must be what fastforget.count_labels returns, not a {type(counts).__name__}")
+        check_counts(counts)
         backbone, constants = self.backbone, len(self.plan.baselines)
         shared = shared and process_count() > 1 and not backbone.shares_batches
         call_counts: LabelCounts | None = None  # of this call in all processes
@@ -341,7 +349,7 @@ class UnlearnLoss:
         padded = torch.Size([sum(rows for rows, _ in shapes), max(width for _, width in shapes)])
         if packed is None or not self.backbone.packing_pays(packed[0]["input_ids"].shape, padded):
             return None
-        return packed if self.backbone.packs() else None
+        return packed if self.backbone.packs(packed[0]["input_ids"].shape[1]) else None
 
     def side_stats(
         self, plan: StreamPlan, prepared: PreparedSide, states: Mapping[int | None, Tensor], totals: tuple[int, int]

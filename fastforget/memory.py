@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastforget.batch import COMPANIONS, Batch, split_roles, stream_of
+from fastforget.batch import COMPANIONS, Batch, sides_of, stream_of
 from fastforget.collectives import ran_out_of_memory
 from fastforget.errors import FastforgetError
 from fastforget.head import base_causal_lm
@@ -92,13 +92,11 @@ class FittingRows:
         return result
 
 
-def row_count(forget: Batch, retain: Batch | None) -> int:
-    """Count the rows of the largest stream of a batch that has been checked."""
-    if "role" in forget and retain is None:
-        forget, retain = split_roles(forget)
-    sides = [side for side in (forget, retain) if side is not None]
+def row_count(forget: Batch | None, retain: Batch | None) -> int:
+    """Count the rows of the largest stream of a batch that has been checked; a process may have none of its sides."""
+    sides = [side for side in sides_of(forget, retain) if side is not None]
     streams = [stream_of(side, name) for side in sides for name in ("answer", *COMPANIONS)]
-    return max(len(stream["input_ids"]) for stream in streams if stream is not None)
+    return max((len(stream["input_ids"]) for stream in streams if stream is not None), default=0)
 
 
 def check_micro_batch(micro_batch: Any) -> None:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastforget.backbone import Backbone
 from fastforget.batch import ROLES, LabelCounts, count_name
 from fastforget.collectives import agreed, attempt, failures_told, process_count, raise_together, sum_by_name
-from fastforget.combine import Average
+from fastforget.combine import Agree, Average, alone
 from fastforget.errors import FastforgetError
 from fastforget.head import wrapped_module
 from fastforget.output import UnlearnOutput
@@ -120,7 +120,7 @@ def run_together(
     terms: Iterable[str],
     count: Callable[[], LabelCounts],
     run: Callable[[LabelCounts], UnlearnOutput],
-    finish: Callable[[Average | None], None],
+    finish: Callable[[Average | None, Agree], None],
     device: torch.device,
 ) -> UnlearnOutput:
     """Run this process's part of a batch, and leave in `.grad` what one process with all of it would have.
@@ -131,7 +131,8 @@ def run_together(
     Args:
         count: this process's labels.
         run: called with those of all processes; the backward passes.
-        finish: called behind them, with what averages gradients over the processes, where that is due.
+        finish: called behind them, with what averages gradients over the processes, where that is due, and with
+            `agreed` (`SideGradients.finish`).
 
     Returns:
         The output of the whole batch, the same in every process.
@@ -144,12 +145,13 @@ def run_together(
     if wrapper is None:
         with failures_told():
             out = run(counts)
-            finish(None)
+            finish(None, alone)
             return sum_outputs(out, terms, device)
     synchronised = wrapper.require_backward_grad_sync
     with wrapper.no_sync(), without_buffer_broadcast(model):
         out = agreed(lambda: run(counts), device)
-    finish(functools.partial(average, device=device) if synchronised else None)
+    averages = functools.partial(average, device=device) if synchronised else None
+    finish(averages, functools.partial(agreed, device=device))
     return sum_outputs(out, terms, device)
 
 

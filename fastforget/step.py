@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastforget import fusing
-from fastforget.batch import Batch, LabelCounts, count_labels, sides_of
+from fastforget.batch import Batch, LabelCounts, check_counts, count_labels, sides_of
 from fastforget.collectives import most, process_count
 from fastforget.combine import SideGradients, SummedGradients, check_sides, warn_of_standstill
 from fastforget.complete_reference import Batches, CompleteReference
@@ -150,8 +150,10 @@ class UnlearnStep(torch.optim.Optimizer):
         self._reference = reference
         before = None if self._loss is None else self._loss.reference
         self._loss = UnlearnLoss(model, self._terms, reference=reference, **self._options)
-        if isinstance(before, CompleteReference) and isinstance(self._loss.reference, CompleteReference):
-            self._loss.reference.take_over(before)
+        now = self._loss.reference
+        if isinstance(before, CompleteReference) and isinstance(now, CompleteReference):
+            if before.backbone.model is now.backbone.model:  # of another one it knows nothing
+                now.take_over(before)
         self._loss.term_states = self._states
         self._parameters = list(model.parameters())
         self._own = set(map(id, self._parameters))
@@ -229,10 +231,15 @@ class UnlearnStep(torch.optim.Optimizer):
         """
         processes = self._process_count(micro_batch)
         if micro_batch == "auto":
-            rows = functools.partial(row_count, forget, retain)
+            together = len(self.loss.plan.forwards) if self.loss.joint else 1
+
+            def rows() -> int:
+                own = together * row_count(forget, retain)
+                return own if processes == 1 else most(own, self.loss.backbone.device)
+
             return self._fitting.find(
                 lambda fitting: self.backward(forget, retain, micro_batch=fitting, backward=backward, counts=counts),
-                rows if processes == 1 else lambda: most(rows(), self.loss.backbone.device),
+                rows,
             )
         check_micro_batch(micro_batch)
         if backward is None:
@@ -241,6 +248,7 @@ class UnlearnStep(torch.optim.Optimizer):
 
         def begin() -> LabelCounts:
             self._gradients.begin(held)
+            check_counts(counts)
             return counts or count_labels([sides_of(forget, retain)])
 
         def run(whole: LabelCounts | None) -> UnlearnOutput:

@@ -12,6 +12,7 @@ from integrations.loops import assert_same_weights
 from processes import in_processes
 from test_adapter_loops import adapted, batches, moved, trained, written_out
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import fastforget as ff
 from fastforget.shards import whole
@@ -158,6 +159,37 @@ def test_an_accelerator_and_another_attach_keep_what_is_known():
     assert_same_weights(*models)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+def test_another_model_has_not_said_what_the_one_before_it_said():
+    step = ff.UnlearnStep(full(), torch.optim.SGD, terms=[ff.NPO(), ff.KL()], reference="cache", lr=0.1)
+    step.cache_reference([batches(0)])
+    step.attach(full(), "cache")
+    with pytest.raises(ff.FastforgetError, match="is not in the cache, which knows 0 examples"):
+        step(*batches(0))
+
+
+def test_a_folder_serves_without_memory(tmp_path):
+    options = {"reference_cache_folder": tmp_path, "reference_cache_bytes": 0}
+    loss = ff.UnlearnLoss(full(), [ff.NPO(), ff.KL()], reference="cache", **options)
+    assert loss.cache_reference([batches(0)]) == 5
+    kl = loss(*batches(0)).terms["kl"]
+    assert float(kl) == pytest.approx(0.0, abs=1e-6)
+    assert loss.reference.forwards == 2 and loss.reference.bytes_used == 0
+
+
+def cache_alone(rank):
+    """A process has nothing to cache, and another one has."""
+    step = ff.UnlearnStep(DistributedDataParallel(full()), torch.optim.SGD, terms=[ff.KL()], reference="cache", lr=0.1)
+    known = step.cache_reference([batches(0)] * rank)
+    out = step.backward(*((None, batches(0)[1]) if rank else (None, None)))
+    return known, float(out.loss)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
+def test_a_process_with_nothing_to_cache_holds_up_no_other(tmp_path):
+    first, second = in_processes(tmp_path, 2, cache_alone)
+    assert (first[0], second[0]) == (0, 2) and first[1] == second[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def part(number, rank):

@@ -138,6 +138,53 @@ def test_a_model_whose_documents_see_each_other_is_found_out():
         assert Backbone(model).packs()
 
 
+def row_placed_models():
+    """Models in which a token's place in its row counts, whatever `position_ids` say, of few tokens from which on."""
+    llama4 = transformers.Llama4TextConfig(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        initializer_range=0.2,
+        no_rope_layers=[1, 0],
+        floor_scale=48,
+        pad_token_id=0,
+    )
+    size = {"vocab_size": 320, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 16}
+    kinds = {"attention_types": [[["global", "local"], 1]], "bos_token_id": 1, "eos_token_id": 1}
+    gpt_neo = transformers.GPTNeoConfig(**size, **kinds, max_position_embeddings=48)
+    yield transformers.Llama4ForCausalLM(llama4), 47
+    yield transformers.GPTNeoForCausalLM(gpt_neo), 48
+
+
+def test_rows_are_no_longer_than_a_model_that_counts_places_in_them_bears(batch, forwards, by_document):
+    torch.manual_seed(0)
+    for model, longest in row_placed_models():
+        backbone = Backbone(model)
+        assert backbone.packs(longest) and not backbone.packs(longest + 1)
+        assert_alike(both(model, [ff.SimNPO(), ff.CE(on="retain")], (batch(4, 1), batch(3, 4))))
+        assert forwards[-1]["input_ids"].shape == (7, 20)
+
+
+def test_memory_that_runs_out_halves_the_rows_of_both_sides(model, batch, forwards, monkeypatch):
+    states = Backbone.states
+
+    def run_out(self, inputs, *arguments):
+        found = states(self, inputs, *arguments)
+        if torch.is_grad_enabled() and len(inputs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    monkeypatch.setattr(Backbone, "states", run_out)
+    step = ff.UnlearnStep(model, torch.optim.SGD, terms="grad_diff", lr=0.1, passes="joint")
+    monkeypatch.setattr(step.loss.backbone, "_packs", False)
+    with pytest.warns(UserWarning, match="memory ran out with 8 sequences at once; from here on 4 are"):
+        step(batch(4, 1), batch(4, 4), micro_batch="auto")
+    assert [len(inputs["input_ids"]) for inputs in forwards] == [8, 4, 4]
+
+
 @pytest.mark.parametrize("change", ["hole", "positions", "another input"])
 def test_rows_that_cannot_stand_in_one_are_padded(model, batch, change, forwards, by_document):
     forget, retain = batch(4, 1), batch(3, 4)

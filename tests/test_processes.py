@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import fastforget as ff
+import fastforget.combine as combine_module
 from fastforget.collectives import failures_told
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which autograd's threads for GPUs forbid")
@@ -146,6 +147,37 @@ def test_all_processes_take_fewer_rows_where_memory_runs_out_in_one(tiny, tmp_pa
         assert_gradients(weights, adapter_of(model))
 
 
+def run_out_elsewhere(rank, folder):
+    """Memory runs out in one process, where sides are combined, and then where another one has a single side."""
+    model = load_perturbed(folder)
+    step = ff.UnlearnStep(DistributedDataParallel(model), torch.optim.AdamW, terms=TERMS, lr=1e-3, combine="pcgrad")
+    combine, failures = combine_module.combined, [torch.OutOfMemoryError("out of memory")] * rank
+
+    def combined(*arguments):
+        if failures:
+            raise failures.pop()
+        return combine(*arguments)
+
+    combine_module.combined = combined
+    forget, retain = make_batch(2, rank), make_batch(4, 5 + rank)
+    step.backward(forget, retain, micro_batch="auto")
+    found = gradients(model)
+    step.zero_grad()
+    if rank == 1:
+        failures += [torch.OutOfMemoryError("out of memory")]
+    step.backward(None if rank == 0 else forget, retain, micro_batch="auto")
+    return found, step.rows_at_once("auto")
+
+
+def test_memory_that_runs_out_behind_the_passes_or_where_a_side_is_missing(tiny, tmp_path):
+    model = load_perturbed(tiny["llama"])
+    step = ff.UnlearnStep(model, torch.optim.AdamW, terms=TERMS, lr=1e-3, combine="pcgrad")
+    step.backward(*(merged([make_batch(rows, seed + rank) for rank in (0, 1)]) for rows, seed in ((2, 0), (4, 5))))
+    for found, rows_at_once in in_processes(tmp_path, 2, run_out_elsewhere, tiny["llama"]):
+        assert_gradients(found, gradients(model))
+        assert rows_at_once == 1
+
+
 def fail_twice(rank, folder):
     """One process has no memory, and the other fails for another reason: nothing is tried again."""
     model = load_perturbed(folder)
@@ -247,6 +279,9 @@ def refused(rank, folder):
     model = load_perturbed(folder)
     wrapped = DistributedDataParallel(model)
     attempts = {
+        "counts": lambda: ff.UnlearnStep(wrapped, torch.optim.SGD, terms="npo", lr=0.1).backward(
+            make_batch(2, 1), counts={"forget_tokens": 3}
+        ),
         "unwrapped": lambda: ff.UnlearnStep(model, torch.optim.SGD, terms="npo", lr=0.1).backward(make_batch(2, 1)),
         "loss": lambda: ff.UnlearnLoss(wrapped, [ff.NegatedCE()])(make_batch(2, 1)),
     }
@@ -257,6 +292,7 @@ def test_what_several_processes_cannot_do_is_said(tiny, tmp_path):
     for messages in in_processes(tmp_path, 2, refused, tiny["llama"]):
         assert "the model is not in DistributedDataParallel" in messages["unwrapped"]
         assert "UnlearnLoss knows only this one's labels" in messages["loss"]
+        assert "counts must be what fastforget.count_labels returns, not a dict" in messages["counts"]
 
 
 def evaluate(rank, folder, out):

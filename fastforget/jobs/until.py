@@ -63,7 +63,7 @@ class GreedyShare(Term):
         return 0.0
 
     def taken(self) -> list[Tensor]:
-        """Return, row by row of the last batch, whether each label token is the likeliest one, and forget them."""
+        """Return, row by row of what was computed, whether each label token is the likeliest one, and forget them."""
         rows = [greedy[sequence == row].cpu() for greedy, sequence, count in self.parts for row in range(count)]
         self.parts.clear()
         return rows
@@ -115,9 +115,11 @@ class ForgetUntilGone(Iterator[Batch]):
         """Take what the step just computed of its batch, before its update: what is gone leaves."""
         if self.watched is None:
             return
+        own, taken = self.batch[own_part()], self.watched.taken()
+        last = taken[len(taken) - len(own) :]  # where memory ran out, those of passes that were repeated stand before
         gone = [
             place
-            for place, greedy in zip(self.batch[own_part()], self.watched.taken(), strict=True)
+            for place, greedy in zip(own, last, strict=True)
             if float(greedy[-self.behind[place] :].float().mean()) <= self.level
         ]
         self.known -= union(gone, len(self.examples), device)
