@@ -26,7 +26,7 @@ from fastforget.quiet import quiet_commands
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 CONFIG_HELP = "YAML file with any of these options; the command line wins. A run leaves its own as config.yaml."
-JSON_HELP = "Print what report.json holds, and nothing else."
+JSON_HELP = "Print the result as JSON (what report.json holds, where there is one), and nothing else."
 
 
 def print_version(wanted: bool) -> None:

@@ -186,8 +186,14 @@ def test_of_an_h100(kind, config, rows, length, measured):
     assert abs((found + trained) / 1e9 / measured - 1) < 0.02
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("device", "checkpointing"),
+    [
+        ("cpu", True),
+        ("cuda", False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("cpu", False), ("cuda", True))),
+    ],
+)
 def test_shallow_models_tell_what_a_deep_one_takes(device, checkpointing):
     config = copy.deepcopy(SHAPES["llama"])
     config.num_hidden_layers = 7

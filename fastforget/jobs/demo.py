@@ -113,8 +113,8 @@ def run_demo(options: DemoOptions, scale: DemoScale, settings: JobSettings) -> d
     checkpoints.begin(options.resume, functools.partial(say, console))
     before = measure(model, tokenizer, sets, "Before: continuing every passage", console)
     own = {"before": subject.figures(model, tokenizer, before)}
-    if subject.aim:  # after all measurements, in which PEFT lets all of an adapter train again
-        aim_adapter(model, *(in_batches(part, tokenizer.pad_token_id) for part in (sets["forget"], subject.kept)))
+    if subject.aimed_by:  # after all measurements, in which PEFT lets all of an adapter train again
+        aim_adapter(model, *(in_batches(part, tokenizer.pad_token_id) for part in (sets["forget"], subject.aimed_by)))
     with shown_steps(options.preset, console, log_to=options.log_to, out=out, goes_on=options.resume) as progress:
         result = run_job(
             model,

