@@ -267,7 +267,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
     path = str(name_or_path)
     check_regular(Path(path))
-    if not (Path(path) / "tokenizer_config.json").is_file():
+    if not os.path.isfile(Path(path) / "tokenizer_config.json"):  # false, and no error, of a name that is too long
         path = base_of(path)
     with readable_errors(f"the tokenizer of {path}"), hub_or_cache(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

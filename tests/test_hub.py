@@ -58,3 +58,10 @@ def test_a_folder_needs_no_hub_and_a_path_is_none_of_its_names(online, tiny):
 def test_a_proxy_is_taken_to_answer(online, monkeypatch):
     monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     assert hub.reachable("https://huggingface.co") and not hub.reachable("http://huggingface.co") and len(online) == 1
+
+
+@pytest.mark.parametrize("loaded", [load_tokenizer, ff.load, ff.plan], ids=lambda each: each.__name__)
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(loaded, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ff.FastforgetError):
+        loaded("a" * 5000)
