@@ -66,7 +66,7 @@ class UnlearnLoss:
         reference_cache_folder, reference_cache_folder_bytes: a folder in which entries of the cache lie too, up to a
             limit, for other runs on these frozen weights (`fastforget/reference_folder.py`).
         reference: a frozen model to compare with, for full fine-tuning; without it, `model` with its adapter off; or
-            "cache": what `model` says before its first step, of all examples (`cache_reference`), without a limit of the
+            "cache": what `model` says before its first step, of all examples (`cache_reference`), with no limit of the
             folder. Terms that compare whole distributions (KL, JensUn, UNDIAL) need it to have the same frozen head.
         passes: "sequential": the forget and the retain pass one after the other, each padded; "joint": both in one
             forward, with more in memory, as documents of one packed row where the model keeps these apart
