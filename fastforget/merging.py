@@ -14,7 +14,7 @@ from torch import nn
 from fastforget.errors import FastforgetError
 from fastforget.files import made_whole
 from fastforget.hub import hub_or_cache
-from fastforget.models import base_of, is_adapter, load_base, load_tokenizer, readable_errors
+from fastforget.models import base_of, has_tokenizer, is_adapter, load_base, load_tokenizer, readable_errors
 from fastforget.quiet import quiet_bitsandbytes, quiet_peft
 
 MERGED_BITS = (4, 8, 16, 32)
@@ -63,8 +63,7 @@ def merge(
                     model.save_pretrained(rounded)
                     quantised: Any = load_base(rounded, bits, torch.device("cpu"))
                     quantised.save_pretrained(scratch)
-            own = (Path(adapter) / "tokenizer_config.json").is_file()
-            load_tokenizer(adapter if own else base).save_pretrained(scratch)
+            load_tokenizer(adapter if has_tokenizer(adapter) else base).save_pretrained(scratch)
     except (OSError, SafetensorError) as error:
         raise FastforgetError(f"{folder} cannot be written ({error}): give another folder") from error
     return folder

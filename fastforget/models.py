@@ -115,6 +115,11 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
     return os.path.isfile(Path(folder) / "adapter_config.json")
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds a tokenizer; a name that is too long for a file is none."""
+    return os.path.isfile(Path(folder) / "tokenizer_config.json")
+
+
 def base_of(name_or_path: str | os.PathLike[str]) -> str:
     """Return the name of the model that an adapter was trained on; of a whole model, its own."""
     if not is_adapter(name_or_path):
@@ -267,7 +272,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Any:
 
     path = str(name_or_path)
     check_regular(Path(path))
-    if not os.path.isfile(Path(path) / "tokenizer_config.json"):  # false, and no error, of a name that is too long
+    if not has_tokenizer(path):
         path = base_of(path)
     with readable_errors(f"the tokenizer of {path}"), hub_or_cache(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

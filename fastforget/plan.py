@@ -176,9 +176,10 @@ def read_config(model: str | os.PathLike[str]) -> Any:
     """Read the config of a model, or of an adapter's base; raise FastforgetError where there is none."""
     import transformers
 
-    name = str(model)
-    with readable_errors(f"the config of {name}"), hub_or_cache(base_of(name)):
-        return transformers.AutoConfig.from_pretrained(base_of(name))
+    with readable_errors(f"the config of {model}"):
+        base = base_of(model)
+        with hub_or_cache(base):
+            return transformers.AutoConfig.from_pretrained(base)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
 from fastforget.batch import Batch
 from fastforget.data.batches import Cycle
-from fastforget.data.examples import IGNORE_INDEX, Example, collate
+from fastforget.data.examples import IGNORE_INDEX, Example, in_batches
 from fastforget.data.text import text_examples
 from fastforget.data.topics import train_tokenizer
 from fastforget.errors import FastforgetError, NonFiniteLossError
@@ -131,8 +131,7 @@ def recited_share(
     """Return the share of passages whose every token after the prompt has a probability over one half."""
     model.eval()
     recited = 0
-    for start in range(0, len(passages), batch_size):
-        batch = collate(passages[start : start + batch_size], pad_token_id)
+    for batch in in_batches(passages, pad_token_id, batch_size):
         labels = batch.pop("labels")[:, 1:]
         log_probs = model(**batch).logits[:, :-1].float().log_softmax(-1)
         label_probs = log_probs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).exp()
